@@ -1,0 +1,96 @@
+"""hftl: fine-tune pretrained vision and text models; full, frozen or LoRA, on any hardware, opened anywhere.
+
+Names load when they are first used: `import hftl` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hftl.adaptation.apply import adapt
+    from hftl.config.parse import parse
+    from hftl.config.schema import (
+        AdaptConfig,
+        AugmentConfig,
+        DataConfig,
+        LoraConfig,
+        ModelConfig,
+        RunConfig,
+        TrainConfig,
+    )
+    from hftl.data.source import Splits, load_splits
+    from hftl.errors import HftlError
+    from hftl.evaluation.evaluate import evaluate
+    from hftl.models.build import build_model
+    from hftl.publishing.artifact import load_artifact
+    from hftl.publishing.publish import Outcome, publish
+    from hftl.recipe import run_recipe
+    from hftl.tasks.image_classification import ImageClassification
+    from hftl.tasks.task import SupervisedTask, Task
+    from hftl.tasks.text_classification import TextClassification
+    from hftl.train.fit import fit
+    from hftl.train.start import prepare, run_folder, start
+
+_HOMES = {
+    "hftl.config.schema": (
+        "AdaptConfig", "AugmentConfig", "DataConfig", "LoraConfig", "ModelConfig", "RunConfig", "TrainConfig",
+    ),
+    "hftl.config.parse": ("parse",),
+    "hftl.errors": ("HftlError",),
+    "hftl.data.source": ("Splits", "load_splits"),
+    "hftl.models.build": ("build_model",),
+    "hftl.tasks.task": ("SupervisedTask", "Task"),
+    "hftl.tasks.image_classification": ("ImageClassification",),
+    "hftl.tasks.text_classification": ("TextClassification",),
+    "hftl.adaptation.apply": ("adapt",),
+    "hftl.train.start": ("prepare", "run_folder", "start"),
+    "hftl.recipe": ("run_recipe",),
+    "hftl.train.fit": ("fit",),
+    "hftl.evaluation.evaluate": ("evaluate",),
+    "hftl.publishing.artifact": ("load_artifact",),
+    "hftl.publishing.publish": ("Outcome", "publish"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdaptConfig",
+    "AugmentConfig",
+    "DataConfig",
+    "HftlError",
+    "ImageClassification",
+    "LoraConfig",
+    "ModelConfig",
+    "Outcome",
+    "RunConfig",
+    "Splits",
+    "SupervisedTask",
+    "Task",
+    "TextClassification",
+    "TrainConfig",
+    "adapt",
+    "build_model",
+    "evaluate",
+    "fit",
+    "load_artifact",
+    "load_splits",
+    "parse",
+    "prepare",
+    "publish",
+    "run_folder",
+    "run_recipe",
+    "start",
+]
+
+try:
+    __version__ = version("hftl")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'hftl' has no attribute '{name}'")
+    return getattr(import_module(_HOME_OF[name]), name)

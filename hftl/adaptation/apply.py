@@ -1,0 +1,31 @@
+"""adapt(model, config): the way of adapting is a value, not another recipe."""
+
+from __future__ import annotations
+
+from hftl.adaptation.freeze import freeze_backbone, train_everything
+from hftl.adaptation.lora import add_lora
+from hftl.adaptation.report import AdaptReport, count
+from hftl.config.schema import AdaptConfig
+from hftl.console import say
+from hftl.models.parts import TaskModel
+
+
+def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:
+    """Decides which parameters of `model` learn, in place. The head always does.
+
+    Returns:
+        How many parameters learn, by group.
+
+    Raises:
+        AdaptError: The method does not fit the model.
+    """
+    targets: tuple[str, ...] = ()
+    if config.method == "frozen":
+        freeze_backbone(model)
+    elif config.method == "lora":
+        targets = add_lora(model, config.lora)
+    else:
+        train_everything(model)
+    report = count(model, config.method, targets)
+    say(str(report))
+    return report

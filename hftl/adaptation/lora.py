@@ -1,0 +1,104 @@
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by peft: into the backbone only, the head trains beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from hftl.config.schema import LoraConfig
+from hftl.errors import AdaptError, nearest, shorten
+from hftl.models.parts import TaskModel
+
+
+def add_lora(model: TaskModel, config: LoraConfig) -> tuple[str, ...]:
+    """Wraps `model.net` by peft and returns the stock names of the adapted layers.
+
+    Raises:
+        AdaptError: A pattern matches no layer of the backbone, or the backbone has none that can be adapted.
+    """
+    import peft
+
+    targets = find_targets(model, config.target_modules)
+    settings = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=list(targets),
+        modules_to_save=list(model.head_modules),
+        bias="none",
+    )
+    model.peft = model.net = peft.get_peft_model(model.net, settings)  # type: ignore[arg-type]
+    model.peft.peft_config["default"].base_model_name_or_path = model.source.name
+    model.peft.peft_config["default"].revision = model.source.revision
+    model.frozen = "statistics"
+    _verify(model, targets)
+    return targets
+
+
+def find_targets(model: TaskModel, patterns: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the stock names of the backbone layers to adapt.
+
+    Args:
+        model: Before peft.
+        patterns: Each is a layer's name, the end of one (after a dot), or a regular expression for the whole
+            name. None means every dense linear and convolution but the first layer (patch or stem), where
+            there is nothing to share, and depthwise ones, which a low-rank update cannot make smaller.
+
+    Raises:
+        AdaptError: As `add_lora`; all patterns without a match in one message.
+    """
+    layers = {model.stock_name(name): module for name, module in model.named_modules() if _adaptable(module)}
+    layers = {name: module for name, module in layers.items() if model.in_backbone(name)}
+    if patterns is None:
+        first = _first_layers(model)
+        chosen = [name for name, module in layers.items() if name not in first and getattr(module, "groups", 1) == 1]
+        if not chosen:
+            raise AdaptError(f"adapt.lora: {model.source.name} has no linear or convolution layer to adapt.")
+        return tuple(chosen)
+    chosen, problems = [], []
+    for pattern in patterns:
+        matching = [name for name in layers if _matches(pattern, name)]
+        chosen += [name for name in matching if name not in chosen]
+        if not matching:
+            tails = sorted({name.rpartition(".")[2] for name in layers})
+            problems.append(
+                f"adapt.lora.target_modules: '{pattern}' matches no linear or convolution layer in the backbone of "
+                f"{model.source.name} (found: {shorten(tails)}).{nearest(pattern, [*tails, *layers], 3)}"
+            )
+    if problems:
+        raise AdaptError(*problems)
+    return tuple(chosen)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _first_layers(model: TaskModel) -> tuple[str, ...]:
+    """Returns the layer that reads pixels, as timm names it."""
+    first = (getattr(model.net, "pretrained_cfg", None) or {}).get("first_conv") or ()
+    return (first,) if isinstance(first, str) else tuple(first)
+
+
+def _verify(model: TaskModel, targets: tuple[str, ...]) -> None:
+    """peft matches names by their ends and ignores what matches nothing: hold it to the exact layers and head."""
+    adapted = {model.stock_name(name).partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    learning = {model.stock_name(name) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    stray = {name for name in learning if not model.in_head(name)}
+    if adapted != set(targets) or stray or not learning:
+        wrong = sorted((adapted ^ set(targets)) | stray)
+        raise AdaptError(
+            f"adapt.lora: peft would adapt other layers than asked for ({shorten(wrong)}). "
+            "Name the layers by regular expressions that match whole names."
+        )

@@ -1,0 +1,196 @@
+"""Defaults < --config YAML < flags. The only module that knows the parsing library (jsonargparse)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hftl.config.schema import RunConfig, leaves
+from hftl.errors import ConfigError, nearest
+
+
+def parse(
+    defaults: RunConfig,
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    *,
+    defer: bool = False,
+) -> RunConfig:
+    """Returns the configuration of a run.
+
+    Args:
+        defaults: The recipe's own values; the lowest precedence.
+        argv: Flags, `sys.argv[1:]` by default. `--config FILE` may name any subset of the fields.
+        description: Text for `--help`.
+        defer: Do not raise: return what could be read, with the problems in `run.problems`, so that
+            `prepare` can report them together with those of data and model.
+
+    Raises:
+        ConfigError: Unknown keys, values of the wrong type and unreadable files, all of them.
+    """
+    argv = _spell_out_switches(sys.argv[1:] if argv is None else list(argv), leaves(defaults))
+    parser = _parser(defaults, description)
+    try:
+        return _build(parser, parser.parse_args(argv))
+    except _parse_errors() as error:
+        problems, rest = _each_problem(parser, argv, defaults)
+        problems = problems or [_first_line(error)]
+        if not defer:
+            raise ConfigError(*problems) from None
+        return replace(_build(parser, parser.parse_args(rest)), problems=tuple(problems))
+
+
+def dump(run: RunConfig) -> str:
+    """Returns `run` as YAML that `parse` reads back to an equal configuration."""
+    import yaml
+
+    values = asdict(run)
+    values.pop("problems")
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def load(path: str | Path) -> RunConfig:
+    """Returns the configuration in a YAML file written by `dump`."""
+    return parse(RunConfig(), ["--config", str(path)])
+
+
+def _parser(defaults: RunConfig, description: str) -> Any:
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        description=description,
+        exit_on_error=False,
+        formatter_class=_help_formatter(),
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any subset of the fields below")
+    parser.add_class_arguments(type(defaults), skip={"problems"})
+    parser.set_defaults(leaves(defaults))
+    return parser
+
+
+def _help_formatter() -> Any:
+    import argparse
+
+    import jsonargparse
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the recipe's header as it was written."""
+
+    return Formatter
+
+
+def _parse_errors() -> tuple[type[Exception], ...]:
+    import jsonargparse
+    import yaml
+
+    return (jsonargparse.ArgumentError, ValueError, TypeError, yaml.YAMLError)
+
+
+def _build(parser: Any, namespace: Any) -> RunConfig:
+    namespace.pop("config", None)
+    return RunConfig(**vars(parser.instantiate(namespace)))
+
+
+def _each_problem(parser: Any, argv: list[str], defaults: RunConfig) -> tuple[list[str], list[str]]:
+    """Tries every setting alone. Returns the problems, and the flags of the settings that were fine."""
+    known = leaves(defaults)
+    problems, fine = [], []
+    for origin, key, value in _settings(argv, problems):
+        if key not in known:
+            problems.append(f"{origin}: there is no setting '{key}'.{_nearest_setting(key, known)} --help lists all.")
+            continue
+        flags = [f"--{key}={value}"]
+        try:
+            parser.parse_args(flags)
+            fine += flags
+        except _parse_errors():
+            problems.append(f"{origin}: {key}: {value!r} is not allowed; expected {_expected(key)}.")
+    return problems, fine
+
+
+def _settings(argv: list[str], problems: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Yields (where it stands, key, value as text) for every YAML entry and flag, in order of precedence."""
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            problems.append(f"command line: {word!r} does not belong to a flag.")
+            continue
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, "")
+        if key == "config":
+            yield from _yaml_settings(value, problems)
+        elif key != "print_config":
+            yield "command line", key, value
+
+
+def _yaml_settings(path: str, problems: list[str]) -> Iterator[tuple[str, str, str]]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        problems.append(f"--config: cannot read '{path}' ({error.strerror}).")
+        return
+    except yaml.YAMLError as error:
+        problems.append(f"{path}: not valid YAML ({_first_line(error)}).")
+        return
+    if not isinstance(content, dict):
+        problems.append(f"{path}: expected settings by name, found a {type(content).__name__}.")
+        return
+    for key, value in _flatten(content):
+        yield path, key, "null" if value is None else str(value)
+
+
+def _flatten(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nearest_setting(key: str, known: Collection[str]) -> str:
+    """Looks for a like spelling in the same group first, then by last name, then by whole path."""
+    group, _, last = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == group]
+    close = nearest(key, [name for name in siblings if nearest(last, [name.rpartition(".")[2]])])
+    if close:
+        return close
+    same_tail = [name for name in known if nearest(last, [name.rpartition(".")[2]])]
+    return f" Did you mean '{same_tail[0]}'?" if len(same_tail) == 1 else nearest(key, same_tail or known)
+
+
+def _expected(key: str) -> str:
+    """Returns the type of a setting as a reader would write it: "one of full, frozen, lora", "float or null"."""
+    kind: Any = RunConfig
+    for name in key.split("."):
+        kind = get_type_hints(kind)[name]
+    options = [option for option in (get_args(kind) if get_origin(kind) is not Literal else [kind])] or [kind]
+    words = []
+    for option in options if get_origin(kind) is not list else [kind]:
+        if get_origin(option) is Literal:
+            words.append("one of " + ", ".join(get_args(option)))
+        elif get_origin(option) is list:
+            words.append("a list like [a,b]")
+        else:
+            words.append({"NoneType": "null", "int": "a whole number", "float": "a number"}.get(
+                option.__name__, option.__name__))
+    return " or ".join(words)
+
+
+def _spell_out_switches(argv: list[str], known: dict[str, Any]) -> list[str]:
+    """Lets `--overwrite` stand for `--overwrite=true`."""
+    out = []
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        is_bare_switch = isinstance(known.get(word[2:]), bool) and word.startswith("--") and after.startswith("--")
+        out.append(f"{word}=true" if is_bare_switch else word)
+    return out
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,227 @@
+"""The configuration of a run. The path of a field is its name everywhere: `run.adapt.lora.r` is
+`adapt: {lora: {r: 8}}` in YAML and `--adapt.lora.r 8` on the command line.
+
+Processes, devices and precision are not here: they belong to `accelerate_config.yaml` and the launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from hftl.errors import nearest
+
+Pooling = Literal["auto", "stock", "cls", "mean"]
+Method = Literal["full", "frozen", "lora"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to training images. Size, normalisation and interpolation are the backbone's own (timm)."""
+
+    crop_scale: float = 0.35
+    """Smallest share of the image area that the random crop keeps, in (0, 1]; 1 switches the crop off."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip. Set 0 where left and right matter (digits, letters)."""
+    color_jitter: float = 0.2
+    """Strength of brightness, contrast and saturation jitter, at least 0; 0 switches it off."""
+    auto_augment: str | None = None
+    """A timm policy such as `rand-m9-mstd0.5-inc1`; none by default."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows, and which of their columns."""
+
+    source: str = ""
+    """Hub id, folder of class folders, CSV/Parquet/JSONL file or a folder of them, or `embedded:digits`."""
+    subset: str | None = None
+    """Configuration name of a hub data set that has several."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    image_column: str | None = None
+    """Column with images; found by itself when there is one candidate."""
+    text_column: str | None = None
+    """Column with texts; found by itself when there is one candidate."""
+    text_pair_column: str | None = None
+    """Column with the second text of a pair."""
+    label_column: str | None = None
+    """Column with labels; found by itself when there is one candidate."""
+    validation_fraction: float = 0.1
+    """Share of train cut off, stratified by label, when there is no validation split; in [0, 1). 0: no validation."""
+    train_per_class: int | None = None
+    """Keep only this many training rows of each class (few-label experiments)."""
+    seed: int = 0
+    """Seed of the cuts above. Apart from `train.seed`, so that several training seeds see the same split."""
+    max_length: int | None = None
+    """Longest text in tokens, cut beyond; the tokenizer's own limit by default."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    num_workers: int | None = None
+    """Processes that prepare batches; by default 0 on CPU and for text, up to 8 for images on an accelerator."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which pretrained model."""
+
+    name: str = ""
+    """A timm name, `hf-hub:` id, `local-dir:` folder or `embedded:` name (vision); a hub id or folder (text)."""
+    pretrained: bool = True
+    """False builds the same architecture with random weights, the baseline that shows what transfer gave."""
+    pooling: Pooling = "auto"
+    """How text features are read. auto believes the checkpoint's `1_Pooling`, else takes the stock class."""
+    revision: str | None = None
+    """Branch, tag or commit of a text checkpoint on the hub."""
+    image_size: int | None = None
+    """Side of the square input in pixels; the backbone's own by default."""
+    dropout: float | None = None
+    """Dropout probability everywhere in the model, in [0, 1); the checkpoint's own by default."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685), by peft."""
+
+    r: int = 8
+    """Rank of the update, at least 1."""
+    alpha: float = 16.0
+    """Scale: the update is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout before the update, in [0, 1)."""
+    target_modules: list[str] | None = None
+    """Names, endings or regular expressions of backbone layers. By default every dense linear and convolution
+    of the backbone except its first layer."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Which parameters learn."""
+
+    method: Method = "full"
+    """full: everything. frozen: the new head only. lora: low-rank updates in the backbone, and the head."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How they learn. A *step* is one optimizer update, everywhere."""
+
+    num_epochs: float | None = None
+    """Passes over the training rows; default by method and modality."""
+    max_steps: int | None = None
+    """Steps in all; takes precedence over num_epochs."""
+    lr: float | None = None
+    """Peak learning rate of the backbone (or of the adapters); default by method and modality."""
+    head_lr: float | None = None
+    """Peak learning rate of the head; default by method and modality."""
+    weight_decay: float = 0.01
+    """AdamW's decay, on matrices only: biases and norms are left alone."""
+    batch_size_per_device: int = 32
+    """Rows of one micro-batch, at most. Effective batch = this x processes x gradient_accumulation_steps."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per step."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 switches it off."""
+    warmup_ratio: float = 0.1
+    """Share of the steps over which lr rises linearly from 0, in [0, 1]."""
+    schedule: Schedule = "linear"
+    """How lr falls after the warm-up."""
+    seed: int = 0
+    """Seed of head initialisation, order, dropout and augmentation."""
+    eval_every: int | None = None
+    """Steps between evaluations on validation; by default once an epoch."""
+    log_every: int = 10
+    """Steps between log lines."""
+    best_metric: str | None = None
+    """Metric on validation that chooses the weights to keep, e.g. `macro_f1`; the task's own by default."""
+    metrics: list[str] = field(default_factory=list)
+    """Further metrics by the name that `evaluate.load` takes (hub id or local script)."""
+    early_stopping_patience: int | None = None
+    """Evaluations without a better best_metric after which training stops; never by default."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Accelerate trackers that receive the history beside history.jsonl."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a recipe is told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    output_dir: str | None = None
+    """The run folder; by default runs/DATA-MODEL-METHOD-sSEED."""
+    overwrite: bool = False
+    """Replace an existing run folder."""
+    problems: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """Not an option: what the command line got wrong, kept so that it is reported with everything else."""
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Flattens nested dataclasses to `{"train.lr": 3e-4, …}`, the spelling of flags and messages."""
+    out: dict[str, Any] = {}
+    for item in fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        out |= leaves(value, name + ".") if is_dataclass(value) else {name: value}
+    if not prefix:
+        out.pop("problems", None)
+    return out
+
+
+def value_problems(run: RunConfig) -> list[str]:
+    """Returns one sentence for each value of `run` that is out of its range."""
+    return list(_value_problems(leaves(run)))
+
+
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "data.augment.crop_scale": (1e-6, 1, "(0, 1]"),
+    "data.augment.hflip": (0, 1, "[0, 1]"),
+    "data.augment.color_jitter": (0, float("inf"), "at least 0"),
+    "data.validation_fraction": (0, 0.999999, "[0, 1)"),
+    "data.train_per_class": (1, float("inf"), "at least 1"),
+    "data.max_length": (2, float("inf"), "at least 2 tokens"),
+    "data.num_workers": (0, float("inf"), "at least 0"),
+    "model.image_size": (8, float("inf"), "at least 8 pixels"),
+    "model.dropout": (0, 0.999999, "[0, 1)"),
+    "adapt.lora.r": (1, float("inf"), "at least 1"),
+    "adapt.lora.alpha": (1e-12, float("inf"), "above 0"),
+    "adapt.lora.dropout": (0, 0.999999, "[0, 1)"),
+    "train.num_epochs": (1e-9, float("inf"), "above 0"),
+    "train.max_steps": (1, float("inf"), "at least 1"),
+    "train.lr": (0, float("inf"), "at least 0"),
+    "train.head_lr": (0, float("inf"), "at least 0"),
+    "train.weight_decay": (0, float("inf"), "at least 0"),
+    "train.batch_size_per_device": (1, float("inf"), "at least 1"),
+    "train.gradient_accumulation_steps": (1, float("inf"), "at least 1"),
+    "train.max_grad_norm": (0, float("inf"), "at least 0"),
+    "train.warmup_ratio": (0, 1, "[0, 1]"),
+    "train.eval_every": (1, float("inf"), "at least 1"),
+    "train.log_every": (1, float("inf"), "at least 1"),
+    "train.early_stopping_patience": (1, float("inf"), "at least 1"),
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.pooling": ("auto", "stock", "cls", "mean"),
+    "adapt.method": ("full", "frozen", "lora"),
+    "train.schedule": ("linear", "cosine", "constant"),
+}
+
+
+def _value_problems(values: dict[str, Any]) -> Iterator[str]:
+    for name in ("data.source", "model.name"):
+        if not values[name]:
+            yield f"{name} is empty: say --{name} …"
+    for name, (low, high, allowed) in _RANGES.items():
+        value = values[name]
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            yield f"{name}: {value!r} is not a number; allowed: {allowed}."
+        elif not low <= value <= high:
+            yield f"{name}: {value} is out of range; allowed: {allowed}."
+    for name, allowed in _CHOICES.items():
+        if values[name] not in allowed:
+            yield f"{name}: {values[name]!r} is not one of {', '.join(allowed)}.{nearest(str(values[name]), allowed)}"

@@ -1,0 +1,120 @@
+"""Which column is what: detected from types and names, always said aloud, never guessed between equals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hftl.errors import DataError, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+# In the order in which they win over each other.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "image": ("image", "img", "picture", "photo", "pixel_values", "image_path", "file_name", "path"),
+    "text": ("text", "sentence", "content", "document", "review", "question", "utterance", "tweet", "comment"),
+    "label": ("label", "labels", "class", "target", "category", "fine_label", "intent", "y"),
+}
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("query", "passage"),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column and why it was chosen."""
+
+    name: str
+    why: str
+
+
+def find_column(role: str, features: Features, given: str | None) -> Column:
+    """Returns the column that plays `role`.
+
+    Args:
+        role: `image`, `text` or `label`.
+        features: Names and types of the columns.
+        given: The column named in the configuration, if any.
+
+    Raises:
+        DataError: The named column does not exist; no column fits; or several fit equally well.
+    """
+    listing = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items())
+    flag = f"data.{role}_column"
+    if given is not None:
+        if given in features:
+            return Column(given, f"named by {flag}")
+        raise DataError(f"{flag}: there is no column '{given}'.{nearest(given, features)} Columns: {listing}.")
+    fitting = [name for name, kind in features.items() if _fits(role, kind)]
+    typed = [name for name in fitting if _type_name(features[name]) in ("Image", "ClassLabel")]
+    known = [name for name in _NAMES[role] if name in {f.lower() for f in fitting}]
+    by_name = [name for name in fitting if known and name.lower() == known[0]]
+    if len(typed) == 1:
+        return Column(typed[0], f"the only {_type_name(features[typed[0]])} column")
+    if by_name:
+        return Column(by_name[0], "by its name")
+    if len(fitting) == 1 and role != "label":
+        return Column(fitting[0], f"the only column that can hold {'images' if role == 'image' else 'text'}")
+    if not fitting or role == "label":
+        raise DataError(f"{flag}: no {role} column found. Columns: {listing}. Say --{flag} NAME.")
+    raise DataError(f"{flag}: {' and '.join(fitting)} could each be the {role}. Columns: {listing}. Say --{flag} NAME.")
+
+
+def find_text_columns(features: Features, text: str | None, pair: str | None) -> tuple[Column, Column | None]:
+    """Returns the text column, and the second one where rows are pairs.
+
+    Raises:
+        DataError: As `find_column`.
+    """
+    if text is None and pair is None:
+        for first, second in _PAIRS:
+            if first in features and second in features:
+                why = f"'{first}' and '{second}' name a pair"
+                return Column(first, why), Column(second, why)
+    column = find_column("text", features, text)
+    if pair is None:
+        return column, None
+    if pair not in features:
+        raise DataError(f"data.text_pair_column: there is no column '{pair}'.{nearest(pair, features)} Columns: {', '.join(features)}.")
+    return column, Column(pair, "named by data.text_pair_column")
+
+
+def label_codes(rows: Dataset, column: str) -> Any:
+    """Returns each row's label as an integer code [N] (numpy int64), or None where labels are real numbers.
+
+    Rows without a label get the highest code plus one.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
+    if pa.types.is_floating(values.type) or pa.types.is_nested(values.type):
+        return None
+    encoded = pc.dictionary_encode(values).combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    return pc.fill_null(encoded.indices, len(encoded.dictionary)).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _fits(role: str, kind: Any) -> bool:
+    name = _type_name(kind)
+    if role == "image":
+        return name == "Image" or name in ("string", "large_string")
+    if role == "text":
+        return name in ("string", "large_string")
+    return name == "ClassLabel" or name in ("string", "large_string", "bool", "float32", "float64") or "int" in name
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, (list, Mapping)):
+        return "nested"
+    return str(kind.dtype) if type(kind).__name__ == "Value" else type(kind).__name__

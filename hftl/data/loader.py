@@ -1,0 +1,175 @@
+"""Which rows go into which batch, on which process. Order is a pure function of (seed, epoch); see `train_batches`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch.utils.data import DataLoader
+
+Example = dict[str, Any]
+Key = tuple[int, int, float]
+"""(epoch, row, weight): the weight is the row's share in its batch's loss; 0 marks a filler row."""
+_SORT_WINDOW = 50
+"""Batches whose rows are sorted together by length: large enough to save padding, small enough to stay random."""
+
+
+class Rows(Protocol):
+    """Rows of one split, ready to be turned into examples."""
+
+    lengths: np.ndarray | None
+    """Size of each row [N] when rows of like size should share a batch, else None."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
+        """Returns the examples of `rows`; anything random in them depends on (seed, epoch, row) alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the rows of a step are divided: over `world` processes, of which this is `rank`."""
+
+    rank: int
+    world: int
+    batch_size: int
+    accumulation: int = 1
+
+    @property
+    def effective_batch(self) -> int:
+        """Rows of one step, at most."""
+        return self.batch_size * self.accumulation * self.world
+
+
+def steps_per_epoch(rows: int, share: Share) -> int:
+    """Returns the number of steps in which every training row is seen once."""
+    return -(-rows // share.effective_batch)
+
+
+def train_batches(
+    rows: int, lengths: np.ndarray | None, share: Share, seed: int, epoch: int
+) -> Iterator[list[Key]]:
+    """Yields this process's micro-batches of one epoch, `share.accumulation` for every step.
+
+    Which rows form a step depends on (seed, epoch, effective batch) alone: any split of an equal product
+    batch x accumulation x processes trains on the same rows in the same steps. The steps of an epoch
+    differ by one row at most, so there is no small last batch to upset gradients or batch statistics.
+    Each row weighs 1 / rows in its step, so summed losses are the mean over the whole step.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(rows)
+    steps = steps_per_epoch(rows, share)
+    if lengths is not None:
+        window = share.effective_batch * _SORT_WINDOW
+        for start in range(0, rows, window):
+            part = order[start : start + window]
+            order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
+    groups = np.array_split(order, steps)
+    if lengths is not None:
+        groups = [groups[i] for i in rng.permutation(steps)]
+    for group in groups:
+        weight = 1.0 / len(group)
+        slots = np.array_split(group, share.accumulation * share.world)
+        for slot in slots[share.rank :: share.world]:
+            # every process takes as many micro-batches; an empty one holds a row that counts nothing
+            yield [(epoch, int(row), weight) for row in slot] or [(epoch, int(group[0]), 0.0)]
+
+
+def eval_batches(rows: int, lengths: np.ndarray | None, share: Share) -> list[list[Key]]:
+    """Returns this process's batches for one pass over all rows.
+
+    The batches are the same on any number of processes, only shared out differently, so that outputs are
+    bitwise the same too. Rows of like length share a batch within windows, so memory stays bounded when
+    outputs are put back in order.
+    """
+    import numpy as np
+
+    order = np.arange(rows)
+    if lengths is not None:
+        window = share.batch_size * _SORT_WINDOW
+        for start in range(0, rows, window):
+            part = order[start : start + window]
+            order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
+    batches = [
+        [(0, int(row), 1.0) for row in order[start : start + share.batch_size]]
+        for start in range(0, rows, share.batch_size)
+    ]
+    mine = batches[share.rank :: share.world]
+    if len(mine) * share.world < len(batches):
+        # collectives need equal counts on all processes: repeat a batch with weight 0
+        mine.append([(epoch, row, 0.0) for epoch, row, _ in batches[0]])
+    return mine
+
+
+def make_loader(
+    rows: Rows,
+    batches: Callable[[], Iterator[list[Key]] | Sequence[list[Key]]],
+    collate: Callable[[list[Example]], dict[str, Any]],
+    *,
+    device: str,
+    num_workers: int,
+) -> DataLoader[dict[str, Any]]:
+    """Returns a loader of task batches with `index` [B] int64 and `weight` [B] float32 added.
+
+    Args:
+        rows: The split.
+        batches: Called at the start of each pass for the batches of that pass.
+        collate: Examples -> batch of tensors, from the task.
+        device: Device type that batches go to (`cpu`, `cuda`, …).
+        num_workers: Processes that prepare batches.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+
+    def add_keys(fetched: list[tuple[Key, Example]]) -> dict[str, Any]:
+        batch = collate([example for _, example in fetched])
+        batch["index"] = torch.tensor([row for (_, row, _), _ in fetched])
+        batch["weight"] = torch.tensor([weight for (_, _, weight), _ in fetched], dtype=torch.float32)
+        return batch
+
+    return DataLoader(
+        _Fetching(rows),  # type: ignore[arg-type]
+        batch_sampler=_Passes(batches),  # type: ignore[arg-type]
+        collate_fn=add_keys,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=device == "cuda",
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def default_workers(modality: str, device: str, processes: int) -> int:
+    """Returns how many loader processes pay off: on a CPU the cores are busy with the model."""
+    if device == "cpu" or modality == "text":
+        return 0
+    return min(8, (os.cpu_count() or 1) // processes)
+
+
+class _Passes:
+    """A batch sampler that asks for its batches anew on every pass."""
+
+    def __init__(self, batches: Callable[[], Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter(self.batches())
+
+
+class _Fetching:
+    """Map-style view of `Rows` that fetches a whole batch at once (torch calls `__getitems__`)."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, keys: list[Key]) -> list[tuple[Key, Example]]:
+        return list(zip(keys, self.rows.fetch([row for _, row, _ in keys], keys[0][0]), strict=True))

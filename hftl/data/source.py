@@ -1,0 +1,233 @@
+"""Hub id, folder or file -> a `Splits` of memory-mapped rows named train, validation and test."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hftl.config.schema import DataConfig
+from hftl.console import say
+from hftl.data.columns import find_column, label_codes
+from hftl.errors import DataError, nearest, shorten
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+SPLIT_NAMES: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+EMBEDDED = ("digits",)
+
+
+@dataclass(frozen=True)
+class Splits(Mapping[str, "Dataset"]):
+    """Rows by split name (`train`, `validation`, `test`; the last two may be absent), and how they were asked for."""
+
+    sets: dict[str, Dataset]
+    config: DataConfig
+    class_names: list[str] | None = None
+    """Names of integer labels where they stand beside the tables (labels.json), else None."""
+
+    def __getitem__(self, split: str) -> Dataset:
+        return self.sets[split]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sets)
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """Returns the rows that `config` names, cut into splits; nothing is copied into memory.
+
+    A missing validation split is cut from train: stratified by label where there is one, seeded by
+    `config.seed`. Test is only ever what the source calls test.
+
+    Raises:
+        DataError: The source does not exist, holds nothing readable, or has no training rows.
+    """
+    sets = {name: rows for name, rows in _open(config).items() if len(rows)}
+    if "train" not in sets:
+        raise DataError(f"data.source: '{config.source}' has no training rows (splits found: {shorten(list(sets))}).")
+    splits = Splits(sets, config, _names_beside(config.source))
+    sets = _cut_validation(splits)
+    sets["train"] = _keep_few(sets["train"], config)
+    order = [name for name in SPLIT_NAMES if name in sets]
+    say("data: " + ", ".join(f"{name} {len(sets[name])}" for name in order) + f" rows from {config.source}")
+    return Splits({name: sets[name] for name in order}, config, splits.class_names)
+
+
+def _open(config: DataConfig) -> Mapping[str, Dataset]:
+    source = config.source
+    if source.startswith("embedded:"):
+        return _embedded(source.removeprefix("embedded:"))
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix.lower() not in TABLES:
+            raise DataError(f"data.source: '{source}' is a {path.suffix or 'nameless'} file; allowed: {', '.join(TABLES)}.")
+        return _tables({"train": [path]})
+    if path.is_dir():
+        return _folder(path)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.parent.is_dir() and "/" in source:
+        parent = path.parent if path.parent.is_dir() else Path(".")
+        guess = nearest(path.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
+        raise DataError(f"data.source: '{source}' does not exist.{guess}")
+    return _hub(config)
+
+
+def _hub(config: DataConfig) -> Mapping[str, Dataset]:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(config.source, config.subset, revision=config.revision)
+    except Exception as error:  # every library below raises its own kinds; the reader needs one sentence
+        raise DataError(
+            f"data.source: '{config.source}' is not a local folder or file, and as a hub id it failed: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    return _named(loaded)
+
+
+def _named(loaded: DatasetDict) -> dict[str, Dataset]:
+    """Renames splits to our three names; others (e.g. `unsupervised`) are left out, and that is said."""
+    out: dict[str, Dataset] = {}
+    for name, rows in loaded.items():
+        ours = _split_of(str(name))
+        if ours is None or ours in out:
+            say(f"data: split '{name}' is not used")
+        else:
+            out[ours] = rows
+    return out
+
+
+def _split_of(name: str) -> str | None:
+    """Returns the split a folder or file name stands for: `val` -> validation, `train-00000-of-00002` -> train."""
+    first = re.split(r"[^a-z]+", name.lower())[0]
+    return next((ours for ours, names in SPLIT_NAMES.items() if first in names), None)
+
+
+def _folder(path: Path) -> Mapping[str, Dataset]:
+    from datasets import DatasetDict, load_from_disk
+
+    if (path / "dataset_dict.json").is_file():
+        loaded = load_from_disk(str(path))
+        assert isinstance(loaded, DatasetDict)
+        return _named(loaded)
+    tables: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        if file.is_file() and file.suffix.lower() in TABLES and file.name not in ("labels.json", "metadata.csv", "metadata.jsonl"):
+            tables.setdefault(_split_of(file.stem) or file.stem, []).append(file)
+    if tables:
+        if set(tables).isdisjoint(SPLIT_NAMES) and len(tables) == 1:
+            tables = {"train": next(iter(tables.values()))}
+        return _tables({name: files for name, files in tables.items() if name in SPLIT_NAMES})
+    return _images(path)
+
+
+def _tables(files: Mapping[str, list[Path]]) -> Mapping[str, Dataset]:
+    from datasets import load_dataset
+
+    out: dict[str, Dataset] = {}
+    for split, paths in files.items():
+        kinds = {path.suffix.lower() for path in paths}
+        if len(kinds) > 1:
+            raise DataError(f"data.source: split {split} mixes {', '.join(sorted(kinds))} files: {shorten([p.name for p in paths])}.")
+        kind = kinds.pop()
+        options: dict[str, Any] = {"sep": "\t"} if kind == ".tsv" else {}
+        try:
+            names = [glob.escape(str(path)) for path in paths]
+            out[split] = load_dataset(TABLES[kind], data_files={split: names}, split=split, **options)
+        except Exception as error:
+            cause = error.__cause__ or error
+            reason = str(cause).strip().splitlines()[0]
+            raise DataError(f"data.source: cannot read {shorten([str(p) for p in paths])}: {reason}") from error
+    return out
+
+
+def _images(path: Path) -> Mapping[str, Dataset]:
+    from datasets import load_dataset
+
+    folders = {_split_of(sub.name): sub for sub in sorted(path.iterdir()) if sub.is_dir() and _split_of(sub.name)}
+    folders = folders or {"train": path}
+    for folder in folders.values():
+        if not any(file.suffix.lower() in IMAGES for file in folder.rglob("*")):
+            found = shorten(sorted({file.suffix or file.name for file in folder.rglob("*") if file.is_file()}))
+            raise DataError(f"data.source: no images in {folder} (file types found: {found or 'none'}).")
+    patterns = {str(split): f"{glob.escape(str(folder.resolve()))}/**" for split, folder in folders.items()}
+    # one call, because classes are numbered over all the splits that are read together
+    return load_dataset("imagefolder", data_files=patterns)
+
+
+def _embedded(name: str) -> Mapping[str, Dataset]:
+    if name not in EMBEDDED:
+        raise DataError(f"data.source: embedded data are {', '.join(EMBEDDED)}, not '{name}'.{nearest(name, EMBEDDED)}")
+    from hftl.data.digits import load_digits
+
+    return load_digits()
+
+
+def _names_beside(source: str) -> list[str] | None:
+    path = Path(source).expanduser()
+    file = (path if path.is_dir() else path.parent) / "labels.json"
+    if source.startswith("embedded:") or not path.exists() or not file.is_file():
+        return None
+    names = json.loads(file.read_text())
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"data.source: {file} must hold a list of class names, in the order of the label numbers.")
+    return names
+
+
+def _cut_validation(splits: Splits) -> dict[str, Dataset]:
+    """Returns the splits with a validation part cut from train where it was missing."""
+    import numpy as np
+    from sklearn.model_selection import train_test_split
+
+    config, sets = splits.config, dict(splits.sets)
+    if "validation" in sets or config.validation_fraction == 0:
+        return sets
+    rows = sets["train"]
+    codes = _codes(rows, config)
+    # a class with a single row cannot stand on both sides
+    stratify = codes if codes is not None and np.bincount(codes).min(initial=len(rows), where=np.bincount(codes) > 0) > 1 else None
+    size = max(round(len(rows) * config.validation_fraction), len(set(codes.tolist())) if stratify is not None else 1)
+    try:
+        kept, cut = train_test_split(np.arange(len(rows)), test_size=size, random_state=config.seed, stratify=stratify)
+    except ValueError as error:
+        raise DataError(
+            f"data.validation_fraction: {len(rows)} training rows are too few to cut a validation split ({error}). "
+            "Give a validation split, or --data.validation_fraction 0 to train without one."
+        ) from error
+    how = "stratified by label" if stratify is not None else "at random"
+    say(f"data: no validation split; {size} of {len(rows)} training rows cut off {how} (data.seed {config.seed})")
+    return {**sets, "train": rows.select(np.sort(kept)), "validation": rows.select(np.sort(cut))}
+
+
+def _keep_few(rows: Dataset, config: DataConfig) -> Dataset:
+    """Returns at most `config.train_per_class` rows of each class."""
+    import numpy as np
+
+    codes = _codes(rows, config)
+    if config.train_per_class is None or codes is None:
+        return rows
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    kept = [order[codes[order] == code][: config.train_per_class] for code in np.unique(codes)]
+    return rows.select(np.sort(np.concatenate(kept)))
+
+
+def _codes(rows: Dataset, config: DataConfig) -> Any:
+    """Returns the label of each row as an integer [N], or None where the labels are not classes."""
+    try:
+        column = find_column("label", rows.features, config.label_column)
+    except DataError:
+        return None  # said later, by the task, with everything else
+    return label_codes(rows, column.name)

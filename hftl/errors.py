@@ -1,0 +1,55 @@
+"""The errors hftl raises on purpose. Each carries every problem found, not only the first."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class HftlError(Exception):
+    """Base of all errors raised by hftl.
+
+    Args:
+        problems: One sentence per problem: what is wrong, where, which value, what is allowed, what to do.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = list(dict.fromkeys(problems))
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return f"{len(self.problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
+
+
+class ConfigError(HftlError):
+    """A configuration value that cannot work."""
+
+
+class DataError(HftlError):
+    """Data that cannot be read or does not fit the task."""
+
+
+class ModelError(HftlError):
+    """A model that cannot be found, built or loaded."""
+
+
+class AdaptError(HftlError):
+    """A way of adapting that does not fit the model."""
+
+
+class ArtifactError(HftlError):
+    """A saved model that cannot be opened, or does not compute what the trained one did."""
+
+
+def nearest(value: str, allowed: Iterable[str], count: int = 1) -> str:
+    """Returns " Did you mean 'x'?" for the allowed names closest to `value`, or an empty string."""
+    close = difflib.get_close_matches(value, list(allowed), n=count, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def shorten(names: Sequence[str], limit: int = 12) -> str:
+    """Returns `names` joined by commas, cut after `limit` entries."""
+    more = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,1 @@
+"""Exact numbers: sums divided once, over any number of processes."""

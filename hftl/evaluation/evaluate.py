@@ -1,0 +1,229 @@
+"""evaluate(): each row counted once, on any number of processes, in bounded memory; predictions in the rows' order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hftl.config.schema import RunConfig
+from hftl.console import say
+from hftl.data.loader import Rows, Share, default_workers, eval_batches, make_loader
+from hftl.data.source import Splits
+from hftl.evaluation.metrics import EvaluateMetric, MeanLoss, Metric
+from hftl.models.parts import TaskModel
+from hftl.tasks.task import Batch, Outputs, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_GATHER_EVERY = 16
+"""Batches between two gathers of predictions to the main process."""
+
+
+def evaluate(
+    accelerator: Accelerator,
+    model: TaskModel,
+    task: Task,
+    splits: Splits,
+    run: RunConfig,
+    predictions: Path | None = None,
+) -> dict[str, float]:
+    """Returns the metrics of every held-out split, as `validation/accuracy` or `test/loss`.
+
+    Args:
+        accelerator: From `start`.
+        model: In eval mode for the duration, put back after.
+        task: Says loss, metrics and how outputs read.
+        splits: `validation` and `test` are used, as far as they exist.
+        run: Uses batch size, workers, text length and extra metrics.
+        predictions: Parquet file to write, one row for each evaluated row, in order.
+    """
+    metrics: dict[str, float] = {}
+    writer = TableWriter(predictions) if predictions and accelerator.is_main_process else None
+    for split in ("validation", "test"):
+        if split not in splits:
+            continue
+        rows = task.encode(splits[split], model.processor, None, run.data.max_length)
+        found = evaluate_rows(accelerator, model, task, rows, run, writer and _Labelled(writer, split), bool(predictions))
+        metrics |= {f"{split}/{name}": value for name, value in found.items()}
+        say(f"{split}: " + " ".join(f"{name} {value:.4f}" for name, value in found.items() if _worth_a_line(name, task)))
+    if writer:
+        writer.close()
+    accelerator.wait_for_everyone()
+    return metrics
+
+
+def evaluate_rows(
+    accelerator: Accelerator,
+    model: TaskModel,
+    task: Task,
+    rows: Rows,
+    run: RunConfig,
+    writer: Any = None,
+    collect: bool = False,
+) -> dict[str, float]:
+    """Returns the metrics of one encoded split, the same on all processes.
+
+    Args:
+        writer: Takes predictions on the main process: `write(list of rows)`.
+        collect: Whether predictions are gathered at all (the same on all processes).
+    """
+    loss = MeanLoss()
+    metrics: list[Metric] = [*task.metrics(), *(EvaluateMetric(name) for name in run.train.metrics)]
+    in_order = _InOrder(writer)
+    pending: list[tuple[int, dict[str, Any]]] = []
+    for number, (outputs, batch) in enumerate(predict(accelerator, model, task, rows, run), start=1):
+        if "labels" in batch and len(batch["index"]):
+            loss.update_losses(task.loss(outputs, batch))
+            for metric in metrics:
+                metric.update(outputs, batch)
+        if collect:
+            decoded = _with_labels(task, outputs, batch)
+            pending += zip(batch["index"].tolist(), decoded, strict=True)
+            if number % _GATHER_EVERY == 0:
+                in_order.add(_gather(accelerator, pending))
+                pending = []
+    if collect:
+        in_order.add(_gather(accelerator, pending))
+    found: dict[str, float] = {}
+    for mine in [loss, *metrics]:
+        whole, *others = _gather(accelerator, [mine])
+        for other in others:
+            whole.merge(other)
+        found |= whole.compute()
+    return found
+
+
+def predict(
+    accelerator: Accelerator, model: TaskModel, task: Task, rows: Rows, run: RunConfig
+) -> Iterator[tuple[Outputs, Batch]]:
+    """Yields float32 outputs and batch of this process's share of `rows`, filler rows removed.
+
+    Every process yields equally often.
+    """
+    from accelerate.utils import convert_to_fp32, send_to_device
+
+    share = Share(accelerator.process_index, accelerator.num_processes, run.train.batch_size_per_device)
+    batches = eval_batches(len(rows), rows.lengths, share)
+    device = accelerator.device.type
+    workers = run.data.num_workers
+    workers = default_workers(model.modality, device, accelerator.num_processes) if workers is None else workers
+    loader = make_loader(rows, lambda: batches, task.collate, device=device, num_workers=workers)
+    was_training = model.training
+    model.to(accelerator.device).eval()
+    try:
+        for batch in loader:
+            batch = send_to_device(batch, accelerator.device)
+            with torch.no_grad(), accelerator.autocast():
+                outputs = convert_to_fp32(dict(model(batch["inputs"])))
+            if not bool(batch["weight"].all()):
+                outputs, batch = _without_filler(outputs, batch)
+            yield outputs, batch
+    finally:
+        model.train(was_training)
+
+
+def _without_filler(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
+    keep = batch["weight"] > 0
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cut(inner) for name, inner in value.items()}
+        return value[keep] if isinstance(value, torch.Tensor) and value.shape[:1] == keep.shape else value
+
+    return cut(dict(outputs)), cut(batch)
+
+
+def _with_labels(task: Task, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
+    """Adds the true label, in the words of the task, to each decoded row."""
+    decoded = task.decode(outputs)
+    names = task.head.labels
+    labels = batch.get("labels")
+    if labels is None or labels.ndim != 1 or labels.is_floating_point() or not names:
+        return decoded
+    return [{"label": names[label]} | row for label, row in zip(labels.tolist(), decoded, strict=True)]
+
+
+def _gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
+    from accelerate.utils import gather_object
+
+    return gather_object(items) if accelerator.num_processes > 1 else items
+
+
+def _worth_a_line(name: str, task: Task) -> bool:
+    return name in ("loss", "macro_f1", task.best_metric)
+
+
+class _InOrder:
+    """Passes rows on in the order of their index, holding back only what came too early."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+        self.early: dict[int, dict[str, Any]] = {}
+        self.next = 0
+
+    def add(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        if self.writer is None:
+            return
+        self.early.update(rows)
+        ready = []
+        while self.next in self.early:
+            ready.append({"row": self.next} | self.early.pop(self.next))
+            self.next += 1
+        if ready:
+            self.writer.write(ready)
+
+
+class _Labelled:
+    """Adds the name of the split to each row."""
+
+    def __init__(self, writer: TableWriter, split: str) -> None:
+        self.writer, self.split = writer, split
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        self.writer.write([{"split": self.split} | row for row in rows])
+
+
+class TableWriter:
+    """Writes rows to Parquet, CSV or JSON lines (by the ending of the file) as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.writer: Any = None
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Adds rows with the same keys as the first ones."""
+        import pyarrow as pa
+
+        if self.path.suffix != ".parquet":
+            return self._write_text(rows)
+        table = pa.Table.from_pylist(rows, schema=self.writer.schema if self.writer else None)
+        if self.writer is None:
+            from pyarrow.parquet import ParquetWriter
+
+            self.writer = ParquetWriter(self.path, table.schema)
+        self.writer.write_table(table)
+        return None
+
+    def _write_text(self, rows: list[dict[str, Any]]) -> None:
+        import csv
+        import json
+
+        first = self.writer is None
+        if first:
+            self.writer = self.path.open("w", newline="", encoding="utf-8")
+        if self.path.suffix == ".csv":
+            table = csv.DictWriter(self.writer, rows[0])
+            if first:
+                table.writeheader()
+            table.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+        else:
+            self.writer.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def close(self) -> None:
+        """Finishes the file."""
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,160 @@
+"""Metrics as accumulators: `update` with a batch, `merge` with another process's, `compute` once at the end.
+
+Counts are integers and losses are added as fractions, so a result does not depend on batch sizes,
+on their order or on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+BUILT_IN = (
+    "accuracy",
+    "macro_f1", "micro_f1", "weighted_f1",
+    "macro_precision", "micro_precision", "weighted_precision",
+    "macro_recall", "micro_recall", "weighted_recall",
+)
+
+
+class Metric(Protocol):
+    """One accumulator; it may compute several named numbers."""
+
+    def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Adds a batch. All its rows count: filler rows are gone already."""
+        ...
+
+    def merge(self, other: Any) -> None:
+        """Adds what another accumulator of the same kind has seen."""
+        ...
+
+    def compute(self) -> dict[str, float]:
+        """Returns the numbers by name, without split prefix."""
+        ...
+
+
+class MeanLoss:
+    """Mean of per-example losses, correctly rounded: the sum is exact, so its order cannot matter."""
+
+    def __init__(self) -> None:
+        self.total = Fraction(0)
+        self.count = 0
+        self.nonfinite = 0
+
+    def update_losses(self, losses: Tensor) -> None:
+        """Adds losses [B]; ones that are not finite make the mean NaN."""
+        for value in losses.detach().float().cpu().tolist():
+            if value - value == 0:  # neither NaN nor infinite
+                self.total += Fraction(value)
+            else:
+                self.nonfinite += 1
+            self.count += 1
+
+    def merge(self, other: MeanLoss) -> None:
+        """Adds another process's losses."""
+        self.total += other.total
+        self.count += other.count
+        self.nonfinite += other.nonfinite
+
+    def compute(self) -> dict[str, float]:
+        """Returns `loss`; NaN where there were no rows or a loss was not finite."""
+        if self.nonfinite or not self.count:
+            return {"loss": float("nan")}
+        return {"loss": float(self.total / self.count)}
+
+
+class ClassificationMetrics:
+    """Accuracy, F1, precision and recall from one confusion matrix [K, K] of integers (rows: true class).
+
+    As scikit-learn's `zero_division=0`: a class without true or predicted rows scores 0, and a class
+    with neither is left out of macro averages.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+
+    def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Adds logits [B, K] against labels [B]."""
+        predicted = outputs["logits"].argmax(-1).cpu().numpy()
+        np.add.at(self.confusion, (batch["labels"].cpu().numpy(), predicted), 1)
+
+    def merge(self, other: ClassificationMetrics) -> None:
+        """Adds another process's counts."""
+        self.confusion += other.confusion
+
+    def compute(self) -> dict[str, float]:
+        """Returns the metrics named in `BUILT_IN`, each in [0, 1]."""
+        confusion = self.confusion
+        right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        seen = (true + predicted) > 0
+        total = max(int(confusion.sum()), 1)
+        accuracy = float(right.sum() / total)
+        out = {"accuracy": accuracy}
+        scores = {
+            "f1": _ratio(2 * right, true + predicted),
+            "precision": _ratio(right, predicted),
+            "recall": _ratio(right, true),
+        }
+        for name, score in scores.items():
+            out[f"macro_{name}"] = float(score[seen].mean()) if seen.any() else 0.0
+            # with one label a row, micro averages of all three are the accuracy
+            out[f"micro_{name}"] = accuracy
+            out[f"weighted_{name}"] = float((score * true).sum() / total)
+        return out
+
+
+def _ratio(above: Any, below: Any) -> Any:
+    return np.divide(above, below, out=np.zeros(len(above)), where=below > 0)
+
+
+class EvaluateMetric:
+    """Any metric of the `evaluate` library, by hub id or local script, on predicted and true classes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.predictions: list[int] = []
+        self.references: list[int] = []
+
+    def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
+        """Adds the argmax of logits [B, K] and labels [B]."""
+        self.predictions += outputs["logits"].argmax(-1).tolist()
+        self.references += batch["labels"].tolist()
+
+    def merge(self, other: EvaluateMetric) -> None:
+        """Adds another process's predictions."""
+        self.predictions += other.predictions
+        self.references += other.references
+
+    def compute(self) -> dict[str, float]:
+        """Returns what the library computes, numbers only."""
+        result = load_evaluate(self.name).compute(predictions=self.predictions, references=self.references)
+        return {key: float(value) for key, value in (result or {}).items() if np.isscalar(value)}
+
+
+def load_evaluate(name: str) -> Any:
+    """Returns the `evaluate` module `name`.
+
+    Raises:
+        Exception: Whatever the library raises when the name is unknown or the hub cannot be reached.
+    """
+    import evaluate
+
+    return evaluate.load(name)
+
+
+def metric_problems(names: Sequence[str]) -> list[str]:
+    """Returns a sentence for each metric that neither hftl nor `evaluate` has."""
+    problems = []
+    for name in names:
+        try:
+            load_evaluate(name)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            problems.append(
+                f"train.metrics: '{name}' is not built in ({', '.join(BUILT_IN)}) and evaluate.load fails: {reason}"
+            )
+    return problems

@@ -1,0 +1,1 @@
+"""From a name to a model that knows its backbone from its head."""

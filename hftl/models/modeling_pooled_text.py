@@ -1,0 +1,65 @@
+"""A text classifier that pools token features the way its sentence-transformers checkpoint was trained to.
+
+This file needs torch and transformers only. It travels with every saved model, so that
+`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)` opens it anywhere.
+"""
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class PooledTextConfig(PreTrainedConfig):
+    """The backbone's own configuration, and how its token features become one vector (`mean` or `cls`)."""
+
+    model_type = "pooled_text"
+
+    def __init__(self, backbone=None, pooling="mean", classifier_dropout=0.0, **kwargs):
+        self.backbone = backbone or {}
+        self.pooling = pooling
+        self.classifier_dropout = classifier_dropout
+        super().__init__(**kwargs)
+
+
+class PooledTextForSequenceClassification(PreTrainedModel):
+    """Backbone -> pooled features [B, D] -> linear -> logits [B, K]."""
+
+    config_class = PooledTextConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        options = dict(config.backbone)
+        backbone_config = AutoConfig.for_model(options.pop("model_type"), **options)
+        self.backbone = AutoModel.from_config(backbone_config)
+        if getattr(self.backbone, "pooler", None) is not None:
+            self.backbone.pooler = None  # unused here, and never trained in most such checkpoints
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(backbone_config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+
+    def pool(self, features, attention_mask):
+        """Returns [B, D] from token features [B, T, D] and the mask [B, T]."""
+        if self.config.pooling == "cls":
+            return features[:, 0]
+        weights = attention_mask.unsqueeze(-1).to(features.dtype)
+        return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
+        """Returns logits [B, K], and the mean cross entropy when labels [B] are given."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        features = self.backbone(**inputs).last_hidden_state
+        logits = self.classifier(self.dropout(self.pool(features, attention_mask)))
+        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
+        return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -1,0 +1,138 @@
+"""A stock network and what hftl knows of it: which parameters came with the checkpoint and which are new."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Frozen = Literal["nothing", "statistics", "all"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the backbone came from, as far as it is known."""
+
+    name: str
+    revision: str | None
+    pretrained: bool
+    library: str
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a task wants on top of a backbone.
+
+    Attributes:
+        stock: The stock class to build: `timm`, or a transformers auto class such as `AutoModelForSequenceClassification`.
+        num_outputs: Width K of the output.
+        labels: Names of the outputs, or empty.
+        problem_type: transformers' name for what the outputs mean.
+    """
+
+    stock: str
+    num_outputs: int
+    labels: tuple[str, ...] = ()
+    problem_type: str = "single_label_classification"
+
+
+class TaskModel(nn.Module, ABC):
+    """A stock network split into backbone and head.
+
+    `net` is the stock class itself (or peft's wrapper around it): it is what is trained and what is saved.
+
+    Args:
+        net: The stock network.
+        processor: What turns rows into its inputs (`ImageProcessor` or a tokenizer).
+        source: Where the backbone came from.
+        spec: The head that was asked for.
+        head_modules: Dotted names in `net` of the modules whose parameters are all new.
+        backbone_root: Dotted name of the backbone in `net`; empty where it is all of `net` but the head.
+    """
+
+    modality: str
+
+    def __init__(
+        self,
+        net: nn.Module,
+        processor: Any,
+        source: Source,
+        spec: HeadSpec,
+        head_modules: Iterable[str],
+        backbone_root: str = "",
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.processor = processor
+        self.source = source
+        self.spec = spec
+        self.head_modules = tuple(head_modules)
+        self.backbone_root = backbone_root
+        self.frozen: Frozen = "nothing"
+        self.peft: Any = None
+
+    @abstractmethod
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the network's outputs by name, `logits` [B, K] among them."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes `net` (a stock network, adapters merged) and its preprocessing into `folder`."""
+
+    @abstractmethod
+    def readers(self, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
+        """Opens `folder` with every library that users will open it with.
+
+        Returns:
+            A function inputs -> logits for each library by name; the libraries have no help from this object.
+        """
+
+    @abstractmethod
+    def fresh(self) -> nn.Module:
+        """Returns the stock network as built before training, for an adapter to be loaded onto."""
+
+    def stock_name(self, name: str) -> str:
+        """Returns the name that a module or parameter of this model has in the stock network."""
+        name = name.removeprefix("net.").removeprefix("base_model.model.")
+        return name.replace(".modules_to_save.default", "").replace(".original_module", "").replace(".base_layer", "")
+
+    def in_head(self, name: str) -> bool:
+        """Whether a module or parameter (by its name in this model or in the stock network) belongs to the head."""
+        name = self.stock_name(name)
+        return any(name == head or name.startswith(head + ".") for head in self.head_modules)
+
+    def in_backbone(self, name: str) -> bool:
+        """Whether a module or parameter belongs to the backbone."""
+        name, root = self.stock_name(name), self.backbone_root
+        return not self.in_head(name) and (not root or name == root or name.startswith(root + "."))
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters that are new with this task."""
+        return [parameter for name, parameter in self.named_parameters() if self.in_head(name)]
+
+    def train(self, mode: bool = True) -> TaskModel:
+        """Sets training mode, except where the backbone must not move.
+
+        A frozen backbone stays in eval mode whole; one that carries adapters keeps its running statistics,
+        which an adapter does not save.
+        """
+        super().train(mode)
+        if mode and self.frozen != "nothing":
+            for name, module in self.named_modules():
+                holds_statistics = getattr(module, "running_mean", None) is not None
+                if self.in_backbone(name) and (self.frozen == "all" or holds_statistics):
+                    module.training = False
+        return self
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Returns `logits` [B, K] of a stock network called by keyword, on the CPU."""
+    with torch.no_grad():
+        outputs = model(**inputs)
+    return outputs["logits"] if not isinstance(outputs, Tensor) else outputs

@@ -1,0 +1,210 @@
+"""Vision models: any timm name, `hf-hub:` id or `local-dir:` folder, saved so that timm and transformers open them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hftl.config.schema import AugmentConfig, ModelConfig
+from hftl.data.image import ImageProcessor
+from hftl.errors import ModelError, nearest
+from hftl.models.parts import HeadSpec, Source, TaskModel
+
+
+class TimmModel(TaskModel):
+    """A timm network with a new classifier."""
+
+    modality = "image"
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns `logits` [B, K] from `pixel_values` [B, C, H, W]."""
+        return {"logits": self.net(inputs["pixel_values"])}
+
+    def save(self, folder: Path) -> None:
+        """Writes timm's own layout, mended so that transformers' TimmWrapper opens the same folder."""
+        from timm.models import save_for_hf
+
+        arguments = self.processor_arguments()
+        # timm >= 1.0.2x records num_classes here as well, and TimmWrapper then passes it twice
+        save_for_hf(self.net, str(folder), model_config=arguments, model_args=self.build_args, safe_serialization=True)
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config.setdefault("model_args", {}).pop("num_classes", None)
+        if not config["model_args"]:
+            del config["model_args"]
+        config["pretrained_cfg"] |= self._preprocessing()
+        path.write_text(json.dumps(config, indent=2))
+
+    def processor_arguments(self) -> dict[str, Any]:
+        """Returns timm's config entries for the labels."""
+        return {"label_names": list(self.spec.labels)} if self.spec.labels else {}
+
+    def _preprocessing(self) -> dict[str, Any]:
+        config = self.processor.data_config
+        keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+        return {key: list(config[key]) if isinstance(config[key], tuple) else config[key] for key in keys}
+
+    @property
+    def build_args(self) -> dict[str, Any]:
+        """Arguments beside the name that rebuild the same architecture."""
+        return self.net.hftl_build_args  # type: ignore[return-value]
+
+    def readers(self, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
+        """Opens with timm's `local-dir:` and transformers' `AutoModelForImageClassification`."""
+        import timm
+        from transformers import AutoModelForImageClassification
+
+        by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        by_transformers = AutoModelForImageClassification.from_pretrained(folder).eval()
+        return {
+            "timm": lambda inputs: by_timm(inputs["pixel_values"]),
+            "transformers": lambda inputs: by_transformers(**inputs).logits,
+        }
+
+    def fresh(self) -> nn.Module:
+        """Returns the same architecture with the checkpoint's weights and an untrained classifier."""
+        name = self.source.name
+        net = _create(name, pretrained=self.source.pretrained, num_classes=self.spec.num_outputs, **self.build_args)
+        if net.num_classes != self.spec.num_outputs:
+            net.reset_classifier(self.spec.num_outputs)
+        return net
+
+
+def build_timm(config: ModelConfig, spec: HeadSpec, augment: AugmentConfig) -> TimmModel:
+    """Returns the timm network `config.name` with a classifier of `spec.num_outputs` outputs.
+
+    Raises:
+        ModelError: The name is unknown or the weights cannot be loaded.
+    """
+    name = timm_name(config.name)
+    net = create_network(config, spec.num_outputs)
+    data_config = _data_config(net, config.image_size)
+    cfg = net.pretrained_cfg
+    licence = cfg.get("license") if config.pretrained else None
+    source = Source(name, None, config.pretrained, "timm", licence)
+    return TimmModel(net, ImageProcessor(data_config, augment), source, spec, _classifier_names(net))
+
+
+def open_timm(folder: Path, spec: HeadSpec) -> TimmModel:
+    """Returns the model in a folder written by `TimmModel.save`, its classifier as trained."""
+    name = f"local-dir:{folder}"
+    net = _create(name, pretrained=True)
+    net.hftl_build_args = _recorded_args(name)
+    source = Source(name, None, True, "timm")
+    return TimmModel(net, ImageProcessor(_data_config(net, None), AugmentConfig()), source, spec, _classifier_names(net))
+
+
+def create_network(config: ModelConfig, num_outputs: int) -> Any:
+    """Returns the timm network itself, freshly headed.
+
+    Raises:
+        ModelError: As `build_timm`.
+    """
+    problem = timm_name_problem(config.name)
+    if problem:
+        raise ModelError(problem)
+    name = timm_name(config.name)
+    args = _recorded_args(name)
+    if config.dropout is not None:
+        args["drop_rate"] = config.dropout
+    if config.image_size is not None and _takes_image_size(name, config.image_size):
+        args["img_size"] = config.image_size
+    try:
+        net = _create(name, pretrained=config.pretrained, num_classes=num_outputs, **args)
+    except Exception as error:
+        raise ModelError(
+            f"model.name: '{config.name}' cannot be built"
+            f"{' with its pretrained weights' if config.pretrained else ''}: {type(error).__name__}: {error}. "
+            "Without a network, name a folder: local-dir:PATH (config.json and model.safetensors)."
+        ) from error
+    if config.pretrained and (net.pretrained_cfg or {}).get("num_classes") == num_outputs:
+        net.reset_classifier(num_outputs)  # equal width would silently keep the old classes' weights
+    net.hftl_build_args = args
+    return net
+
+
+def timm_name(name: str) -> str:
+    """Returns the name as timm takes it: embedded models are folders, `timm/x` is a hub id."""
+    if name.startswith("embedded:"):
+        from hftl.embedded import model_folder
+
+        return f"local-dir:{model_folder(name.removeprefix('embedded:'))}"
+    return f"hf-hub:{name}" if name.startswith("timm/") else name
+
+
+def timm_name_problem(name: str) -> str | None:
+    """Returns what is wrong with a model name, without building anything or using a network; None if nothing."""
+    import timm
+
+    from hftl.embedded import MODELS
+
+    kind, _, rest = name.partition(":")
+    if kind == "embedded" and rest not in MODELS:
+        return f"model.name: embedded models are {', '.join(MODELS)}, not '{rest}'.{nearest(rest, MODELS)}"
+    if kind == "local-dir":
+        missing = [file for file in ("config.json",) if not (Path(rest) / file).is_file()]
+        return f"model.name: '{rest}' is not a folder with {missing[0]}." if missing else None
+    if rest or name.startswith("timm/"):
+        known = kind in ("hf-hub", "hf_hub", "embedded") or name.startswith("timm/")
+        return None if known else f"model.name: '{kind}:' is not a source; allowed: hf-hub:, local-dir:, embedded:."
+    if timm.is_model(name):
+        tag = name.partition(".")[2]
+        tags = [entry.partition(".")[2] for entry in timm.list_pretrained(name.partition(".")[0] + ".*")]
+        if tag and tag not in tags:
+            return f"model.name: '{name}' has no weights '{tag}'; there are {', '.join(tags)}.{nearest(tag, tags)}"
+        return None
+    if Path(name).is_dir():
+        return f"model.name: '{name}' is a folder: say local-dir:{name}"
+    return f"model.name: timm has no model '{name}'.{nearest(name, timm.list_models(), 3)}"
+
+
+def _create(name: str, **options: Any) -> Any:
+    import timm
+
+    return timm.create_model(name, **options)
+
+
+def _recorded_args(name: str) -> dict[str, Any]:
+    """Returns the arguments that a folder's or hub repository's own config.json asks for."""
+    from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+
+    kind, _, rest = name.partition(":")
+    load = {"local-dir": load_model_config_from_path, "hf-hub": load_model_config_from_hf}.get(kind)
+    _, _, args = load(rest) if load else (None, None, None)
+    return {key: value for key, value in (args or {}).items() if key != "num_classes"}
+
+
+def _takes_image_size(name: str, size: int) -> bool:
+    """Whether the architecture must be told its input size (ViTs with fixed positions), rather than take any."""
+    with torch.device("meta"):
+        try:
+            _create(name, pretrained=False, img_size=size)
+        except TypeError:
+            return False
+        except Exception:
+            return True
+    return True
+
+
+def _data_config(net: Any, image_size: int | None) -> dict[str, Any]:
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config(dict(net.pretrained_cfg), model=None, verbose=False)
+    if image_size is not None:
+        config["input_size"] = (config["input_size"][0], image_size, image_size)
+    return config
+
+
+def _classifier_names(net: Any) -> list[str]:
+    """Returns the dotted names of timm's classifier module(s)."""
+    classifier = net.get_classifier()
+    wanted = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    names = [name for name, module in net.named_modules() if any(module is each for each in wanted)]
+    if not names or not any(True for each in wanted for _ in each.parameters()):
+        raise ModelError(f"model.name: {type(net).__name__} has no classifier that timm's get_classifier() can name.")
+    return names

@@ -1,0 +1,33 @@
+"""How a recipe is run from the command line: imported before torch, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hftl.config.parse import parse
+from hftl.config.schema import RunConfig
+from hftl.console import is_main_process
+from hftl.errors import HftlError
+
+
+def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, description: str | None = None) -> None:
+    """Runs a recipe's `main` with the configuration from the command line.
+
+    A problem ends it with a message and exit status 2, without a traceback.
+    """
+    try:
+        main(parse(defaults, description=description or "", defer=True))
+    except HftlError as error:
+        if is_main_process():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,143 @@
+"""One class a row: softmax and cross entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hftl.console import say
+from hftl.data.columns import find_column
+from hftl.data.loader import Example
+from hftl.data.source import Splits
+from hftl.errors import DataError, shorten
+from hftl.evaluation.metrics import ClassificationMetrics, Metric
+from hftl.models.parts import HeadSpec
+from hftl.tasks.task import Outputs
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class SingleLabel:
+    """Labels as classes 0..K-1.
+
+    Args:
+        column: The label column.
+        names: Class names, in the order of the outputs.
+        values: What the column holds for each class, in the same order (equal to `names` for text labels).
+    """
+
+    best_metric = "accuracy"
+
+    def __init__(self, column: str, names: Sequence[str], values: Sequence[Any]) -> None:
+        self.column = column
+        self.columns = [column]
+        self.names = list(names)
+        self.values = list(values)
+        self.ids = {value: position for position, value in enumerate(values)}
+        self.problems: list[str] = []
+
+    @classmethod
+    def find(cls, splits: Splits) -> SingleLabel:
+        """Detects the label column and its classes; what is wrong goes into `problems`."""
+        train = splits["train"]
+        try:
+            column = find_column("label", train.features, splits.config.label_column)
+        except DataError as error:
+            found = cls("label", [], [])
+            found.problems = error.problems
+            return found
+        seen = {split: _counts(rows, column.name) for split, rows in splits.items()}
+        values, names, origin = _classes(splits, column.name, seen["train"])
+        found = cls(column.name, names, values)
+        found.problems = _problems(splits, column.name, seen, found)
+        say(f"data: labels from column '{column.name}' ({column.why}); {len(names)} classes {origin}: {shorten(names)}")
+        return found
+
+    def head(self, stock: str) -> HeadSpec:
+        """Returns a head with one output per class."""
+        return HeadSpec(stock, len(self.names), tuple(self.names), "single_label_classification")
+
+    def labels(self, examples: list[Example]) -> Tensor | None:
+        """Returns class numbers [B] int64, or None where rows have no label."""
+        if any(example.get(self.column) is None for example in examples):
+            return None
+        return torch.tensor([self.ids[example[self.column]] for example in examples])
+
+    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
+        """Returns the cross entropy of each example [B], in float32."""
+        return functional.cross_entropy(outputs["logits"].float(), labels, reduction="none")
+
+    def metrics(self) -> list[Metric]:
+        """Returns accuracy, F1, precision and recall."""
+        return [ClassificationMetrics(len(self.names))]
+
+    def decode(self, outputs: Outputs) -> list[dict[str, Any]]:
+        """Returns the class, its probability, and all probabilities in the order of the classes."""
+        shares = outputs["logits"].float().softmax(-1).cpu()
+        best = shares.argmax(-1).tolist()
+        return [
+            {"prediction": self.names[b], "confidence": row[b], "probabilities": row}
+            for b, row in zip(best, shares.tolist(), strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """Returns column, names and values."""
+        return {"column": self.column, "names": self.names, "values": self.values}
+
+
+def _counts(rows: Dataset, column: str) -> dict[Any, int]:
+    """Returns how often each label occurs in a split; missing labels count under None."""
+    import pyarrow.compute as pc
+
+    if column not in rows.features:
+        return {None: len(rows)}
+    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
+    counted = pc.value_counts(values).to_pylist()
+    counts: dict[Any, int] = {}
+    for entry in counted:
+        value = entry["values"]
+        missing = value is None or value == "" or value == -1 and "ClassLabel" in str(rows.features[column])
+        key = None if missing else value
+        counts[key] = counts.get(key, 0) + entry["counts"]
+    return counts
+
+
+def _classes(splits: Splits, column: str, seen: dict[Any, int]) -> tuple[list[Any], list[str], str]:
+    """Returns the label values, the class names, and where the names come from."""
+    feature = splits["train"].features[column]
+    present = sorted(value for value in seen if value is not None)
+    if type(feature).__name__ == "ClassLabel":
+        return list(range(len(feature.names))), list(feature.names), "named by the data set"
+    beside = splits.class_names
+    if beside and all(isinstance(value, int) and 0 <= value < len(beside) for value in present):
+        return list(range(len(beside))), beside, "named in labels.json"
+    if beside and all(value in beside for value in present):
+        return list(beside), list(beside), "in the order of labels.json"
+    return present, [str(value) for value in present], "found in train"
+
+
+def _problems(splits: Splits, column: str, seen: dict[str, dict[Any, int]], target: SingleLabel) -> list[str]:
+    out = []
+    present = {value for value in seen["train"] if value is not None}
+    if any(isinstance(value, float) and not value.is_integer() for value in present):
+        out.append(f"data.label_column: '{column}' holds real numbers, not classes; is this a regression?")
+    for split, counts in seen.items():
+        if None in counts:
+            out.append(f"data.source: {split} has {counts[None]} row(s) without a label in column '{column}'.")
+        unseen = [value for value in counts if value is not None and value not in present]
+        if split != "train" and unseen:
+            names = [target.names[target.ids[value]] if value in target.ids else str(value) for value in unseen]
+            rows = sum(counts[value] for value in unseen)
+            out.append(
+                f"data.source: {split} has {rows} row(s) of class {shorten(sorted(names))}, which train lacks: "
+                "no model can learn it. Move rows into train or drop the class."
+            )
+    if len(present) < 2:
+        only = f" ('{target.names[target.ids[next(iter(present))]]}')" if present else ""
+        out.append(f"data.label_column: train has only one class{only} in column '{column}'; two are needed.")
+    return out

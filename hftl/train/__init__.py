@@ -1,0 +1,1 @@
+"""Refuse early, start, and train."""

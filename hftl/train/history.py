@@ -1,0 +1,80 @@
+"""What happened, as JSON lines on disk, to the trackers, and to the reader: a live bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hftl.config.schema import RunConfig, leaves
+from hftl.console import say
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class History:
+    """The records of a run, in order; each has `step` and some of loss, lr and metrics by split."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    """step, metric and value of the weights that were kept."""
+    steps: int = 0
+    seconds: float = 0.0
+    """Wall time of training, evaluations included."""
+
+
+class Recorder:
+    """Writes a `History` while it grows. Only the main process writes; all keep the records."""
+
+    def __init__(self, accelerator: Accelerator, run: RunConfig, folder: Path, total_steps: int) -> None:
+        self.history = History()
+        self.accelerator = accelerator
+        self.total = total_steps
+        self.started = time.perf_counter()
+        self.file = (folder / "history.jsonl").open("w", encoding="utf-8") if accelerator.is_main_process else None
+        if run.train.trackers:
+            values = leaves(run).items()
+            config = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values}
+            accelerator.init_trackers("tensorboard", config=config)
+        self.bar: Any = None
+        if accelerator.is_main_process and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """Counts a step."""
+        self.history.steps += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, **values: float) -> None:
+        """Records values at the current step."""
+        record = {"step": self.history.steps, **values}
+        self.history.records.append(record)
+        if self.accelerator.trackers:
+            self.accelerator.log(values, step=self.history.steps)
+        if self.file is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        line = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.write(f"step {self.history.steps}/{self.total} {line}")
+        else:
+            say(f"step {self.history.steps}/{self.total} {line}")
+
+    def close(self) -> History:
+        """Ends the bar and the files, and returns the history."""
+        self.history.seconds = time.perf_counter() - self.started
+        if self.bar is not None:
+            self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
+        return self.history

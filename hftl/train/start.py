@@ -1,0 +1,180 @@
+"""`prepare` refuses what cannot work, all at once; `start` is the only place that builds an Accelerator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from hftl.adaptation.lora import find_targets
+from hftl.config.defaults import default_folder, resolve
+from hftl.config.schema import RunConfig, value_problems
+from hftl.console import say
+from hftl.data.source import Splits, load_splits
+from hftl.errors import ConfigError, HftlError
+from hftl.evaluation.metrics import BUILT_IN, metric_problems
+from hftl.models.build import name_problem, skeleton
+from hftl.models.parts import HeadSpec
+from hftl.tasks.task import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T", bound=Task)
+RUN_FILES = ("config.yaml", "history.jsonl", "metrics.json", "model", "adapter", "checkpoints")
+"""What makes a folder a run folder."""
+
+
+def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig, Splits, T]:
+    """Opens the data, binds the task to it, and checks everything that can be known before a device is touched.
+
+    Args:
+        run: The configuration as given.
+        make_task: A task class, or anything that makes a task from splits.
+
+    Returns:
+        The configuration with all defaults filled in, the splits, and the task.
+
+    Raises:
+        ConfigError: Every problem of configuration, data and model, in one message.
+    """
+    problems = [*run.problems, *value_problems(run)]
+    splits, task = None, None
+    if run.data.source:
+        try:
+            splits = load_splits(run.data)
+            task = make_task(splits)
+        except HftlError as error:
+            problems += error.problems
+    stock = getattr(make_task, "stock", None) or (task and task.head.stock)
+    unknown = name_problem(run.model.name, stock) if stock and run.model.name else None
+    if unknown:
+        problems.append(unknown)
+    elif stock and run.model.name and not problems:
+        problems += _target_problems(run, task.head if task else HeadSpec(stock, 2))
+    if splits:
+        problems += _batch_problems(run, len(splits["train"]))
+    problems += _metric_problems(run, task)
+    run_problems = _folder_problems(run)
+    problems += run_problems
+    if problems or splits is None or task is None:
+        raise ConfigError(*problems)
+    resolved = resolve(run, task.modality)
+    _say_defaults(run, resolved)
+    return resolved, splits, task
+
+
+def start(run: RunConfig) -> Accelerator:
+    """Returns the Accelerator of a run, seeds set and the run folder made.
+
+    Processes, precision and sharding come from the launcher and its configuration file.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    folder = run_folder(run)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=run.train.gradient_accumulation_steps,
+        log_with=[name for name in run.train.trackers if name] or None,
+        project_dir=str(folder),
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.is_main_process:
+        _clear(folder, run)
+    accelerator.wait_for_everyone()
+    set_seed(run.train.seed)
+    say(
+        f"start: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}, run folder {folder}"
+    )
+    return accelerator
+
+
+def run_folder(run: RunConfig) -> Path:
+    """Returns the run folder."""
+    return Path(run.output_dir or default_folder(run))
+
+
+def _target_problems(run: RunConfig, head: HeadSpec) -> list[str]:
+    """Tries LoRA patterns on the architecture without its weights."""
+    if run.adapt.method != "lora" or run.adapt.lora.target_modules is None:
+        return []
+    try:
+        find_targets(skeleton(run, head), run.adapt.lora.target_modules)
+    except HftlError as error:
+        return error.problems
+    return []
+
+
+def _batch_problems(run: RunConfig, rows: int) -> list[str]:
+    try:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        effective = run.train.batch_size_per_device * run.train.gradient_accumulation_steps * world
+    except TypeError:
+        return []  # not numbers: said already
+    launcher = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
+    problems = []
+    if launcher not in (1, run.train.gradient_accumulation_steps):
+        problems.append(
+            f"train.gradient_accumulation_steps is {run.train.gradient_accumulation_steps}, but the launcher's "
+            f"configuration says {launcher}; remove it there, it belongs to the run."
+        )
+    if effective > rows:
+        problems.append(
+            f"train.batch_size_per_device: the effective batch of {effective} (batch size "
+            f"{run.train.batch_size_per_device} x accumulation {run.train.gradient_accumulation_steps} x {world} "
+            f"process(es)) is larger than the {rows} training rows; lower it to at most {rows}."
+        )
+    return problems
+
+
+def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
+    problems = metric_problems(run.train.metrics)
+    wanted = run.train.best_metric
+    if wanted and not problems and task is not None:
+        computed = {"loss", *(name for metric in task.metrics() for name in metric.compute())}
+        if wanted not in computed and not run.train.metrics:
+            allowed = ", ".join(sorted(computed or BUILT_IN))
+            problems.append(f"train.best_metric: '{wanted}' is not computed here; allowed: {allowed}, or name it in train.metrics too.")
+    return problems
+
+
+def _folder_problems(run: RunConfig) -> list[str]:
+    folder = run_folder(run)
+    if folder.exists() and not folder.is_dir():
+        return [f"output_dir: '{folder}' is a file."]
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if found and not run.overwrite:
+        return [f"output_dir: '{folder}' holds a run already ({', '.join(found)}). Choose another, or say --overwrite."]
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not os.access(existing, os.W_OK):
+        return [f"output_dir: '{folder}' cannot be written: no write permission in '{existing}'."]
+    return []
+
+
+def _clear(folder: Path, run: RunConfig) -> None:
+    """Makes the run folder; removes the files of an older run there, and nothing else."""
+    import shutil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not run.overwrite:
+        return
+    for name in (*RUN_FILES, "predictions.parquet", "report.json", "environment.json", "tensorboard"):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _say_defaults(given: RunConfig, resolved: RunConfig) -> None:
+    """Prints what was chosen because nothing was said."""
+    chosen = {
+        name: getattr(resolved.train, name)
+        for name in ("lr", "head_lr", "num_epochs")
+        if getattr(given.train, name) is None
+    }
+    if chosen:
+        method = given.adapt.method if given.model.pretrained else "training from scratch"
+        say(f"config: defaults for {method}: " + ", ".join(f"train.{name} {value:g}" for name, value in chosen.items()))
