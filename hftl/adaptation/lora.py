@@ -10,6 +10,7 @@ from torch import nn
 from hftl.config.schema import LoraConfig
 from hftl.errors import AdaptError, nearest, shorten
 from hftl.models.parts import TaskModel
+from hftl.models.quiet import quiet
 
 
 def add_lora(model: TaskModel, config: LoraConfig) -> tuple[str, ...]:
@@ -29,7 +30,8 @@ def add_lora(model: TaskModel, config: LoraConfig) -> tuple[str, ...]:
         modules_to_save=list(model.head_modules),
         bias="none",
     )
-    model.peft = model.net = peft.get_peft_model(model.net, settings)  # type: ignore[arg-type]
+    with quiet():
+        model.peft = model.net = peft.get_peft_model(model.net, settings)  # type: ignore[arg-type]
     model.peft.peft_config["default"].base_model_name_or_path = model.source.name
     model.peft.peft_config["default"].revision = model.source.revision
     model.frozen = "statistics"

@@ -56,6 +56,7 @@ def load_splits(config: DataConfig) -> Splits:
     Raises:
         DataError: The source does not exist, holds nothing readable, or has no training rows.
     """
+    _bars_on_terminals_only()
     sets = {name: rows for name, rows in _open(config).items() if len(rows)}
     if "train" not in sets:
         raise DataError(f"data.source: '{config.source}' has no training rows (splits found: {shorten(list(sets))}).")
@@ -65,6 +66,16 @@ def load_splits(config: DataConfig) -> Splits:
     order = [name for name in SPLIT_NAMES if name in sets]
     say("data: " + ", ".join(f"{name} {len(sets[name])}" for name in order) + f" rows from {config.source}")
     return Splits({name: sets[name] for name in order}, config, splits.class_names)
+
+
+def _bars_on_terminals_only() -> None:
+    """A bar in a log file is thousands of lines of noise."""
+    import sys
+
+    from datasets import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def _open(config: DataConfig) -> Mapping[str, Dataset]:

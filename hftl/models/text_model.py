@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from hftl.config.schema import ModelConfig
 from hftl.console import say
 from hftl.errors import ModelError, nearest
 from hftl.models.parts import HeadSpec, Source, TaskModel
+from hftl.models.quiet import quiet
 
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout",
              "seq_classif_dropout", "embedding_dropout", "mlp_dropout")
@@ -31,7 +30,7 @@ class TextModel(TaskModel):
 
     def save(self, folder: Path) -> None:
         """Writes weights, config, tokenizer and, for our pooled class, its modelling file."""
-        with _quiet():
+        with quiet():
             self.net.save_pretrained(folder)
             self.processor.save_pretrained(folder)
 
@@ -40,7 +39,7 @@ class TextModel(TaskModel):
         import transformers
 
         auto = getattr(transformers, self.spec.stock)
-        with _quiet():
+        with quiet():
             # the folder's own file, not the class in this process: that is what a reader elsewhere will run
             net = auto.from_pretrained(folder, trust_remote_code=is_pooled(self.net)).eval()
         return {"transformers": lambda inputs: net(**inputs).logits}
@@ -48,7 +47,7 @@ class TextModel(TaskModel):
     def fresh(self) -> nn.Module:
         """Returns the same class with the checkpoint's weights and an untrained head."""
         net = self.net.get_base_model() if self.peft is not None else self.net
-        with _quiet():
+        with quiet():
             if not self.source.pretrained:
                 return type(net)(net.config)
             return type(net).from_pretrained(
@@ -71,7 +70,7 @@ def build_text(config: ModelConfig, spec: HeadSpec) -> TextModel:
     if problem:
         raise ModelError(problem)
     try:
-        with _quiet():
+        with quiet():
             return _build(config, spec)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
@@ -83,7 +82,7 @@ def open_text(folder: Path, spec: HeadSpec) -> TextModel:
     import transformers
 
     register_pooled()
-    with _quiet():
+    with quiet():
         net = getattr(transformers, spec.stock).from_pretrained(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     root = net.base_model_prefix
@@ -250,20 +249,3 @@ def _licence(name: str) -> str | None:
 
     value = ModelCard.load(card).data.to_dict().get("license")
     return value if isinstance(value, str) else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the load report: what is new is said by hftl's own report, in its words."""
-    from transformers.utils import logging as hf_logging
-
-    level = hf_logging.get_verbosity()
-    bar = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bar:
-            hf_logging.enable_progress_bar()

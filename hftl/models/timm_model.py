@@ -14,6 +14,7 @@ from hftl.config.schema import AugmentConfig, ModelConfig
 from hftl.data.image import ImageProcessor
 from hftl.errors import ModelError, nearest
 from hftl.models.parts import HeadSpec, Source, TaskModel
+from hftl.models.quiet import quiet
 
 
 class TimmModel(TaskModel):
@@ -60,7 +61,8 @@ class TimmModel(TaskModel):
         from transformers import AutoModelForImageClassification
 
         by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        by_transformers = AutoModelForImageClassification.from_pretrained(folder).eval()
+        with quiet():
+            by_transformers = AutoModelForImageClassification.from_pretrained(folder).eval()
         return {
             "timm": lambda inputs: by_timm(inputs["pixel_values"]),
             "transformers": lambda inputs: by_transformers(**inputs).logits,

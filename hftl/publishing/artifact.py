@@ -16,6 +16,7 @@ from hftl.console import say
 from hftl.errors import ArtifactError
 from hftl.models.build import open_model
 from hftl.models.parts import HeadSpec, TaskModel
+from hftl.models.quiet import quiet
 from hftl.tasks import restore
 from hftl.tasks.task import Task
 
@@ -99,7 +100,8 @@ def _save_adapter(model: TaskModel, task: Task, run: RunConfig, folder: Path) ->
 def _adapter_readers(model: TaskModel, fresh: Any, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
     import peft
 
-    net = peft.PeftModel.from_pretrained(fresh, folder).eval()
+    with quiet():
+        net = peft.PeftModel.from_pretrained(fresh, folder).eval()
     opened = type(model).__new__(type(model))
     torch.nn.Module.__init__(opened)
     opened.net = net

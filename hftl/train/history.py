@@ -15,6 +15,10 @@ from hftl.console import say
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_ON_FILE_ONLY = {f"{mean}_{score}" for mean in ("micro", "weighted", "macro") for score in ("f1", "precision", "recall")} - {
+    "macro_f1"
+}
+
 
 @dataclass
 class History:
@@ -62,7 +66,7 @@ class Recorder:
         if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        line = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name.rpartition("/")[2] not in _ON_FILE_ONLY)
         if self.bar is not None:
             self.bar.write(f"step {self.history.steps}/{self.total} {line}")
         else:
