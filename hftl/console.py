@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_muted = 0
 
 
 def is_main_process() -> bool:
@@ -16,5 +19,16 @@ def is_main_process() -> bool:
 
 def say(message: str = "") -> None:
     """Prints `message` on the main process, at once (log files must not lag behind)."""
-    if is_main_process():
-        print(message, file=sys.stdout, flush=True)
+    if is_main_process() and not _muted:
+        print(message, flush=True)
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Drops the lines said inside: for many small runs in one process, which report as a table."""
+    global _muted
+    _muted += 1
+    try:
+        yield
+    finally:
+        _muted -= 1

@@ -83,14 +83,13 @@ class ImageRows:
         table = self.dataset[list(rows)]
         columns = [name for name in table if name != self.column]
         examples = []
-        for position, row in enumerate(rows):
-            image = self._decode(table[self.column][position], row)
-            if self.seed is None:
+        with untouched_rng():
+            for position, row in enumerate(rows):
+                image = self._decode(table[self.column][position], row)
+                if self.seed is not None:
+                    seed_for_sample(self.seed, epoch, row)
                 pixels = self.transform(image)
-            else:
-                with sample_rng(self.seed, epoch, row):
-                    pixels = self.transform(image)
-            examples.append({"pixel_values": pixels} | {name: table[name][position] for name in columns})
+                examples.append({"pixel_values": pixels} | {name: table[name][position] for name in columns})
         return examples
 
     def _decode(self, value: dict[str, Any] | None, row: int) -> Any:
@@ -101,19 +100,25 @@ class ImageRows:
             raise DataError(f"row {row}: the image ({where}) cannot be decoded: {error}") from error
 
 
-@contextmanager
-def sample_rng(seed: int, epoch: int, row: int) -> Iterator[None]:
-    """Makes everything random inside depend on (seed, epoch, row) alone, and leaves the outer generators untouched.
+def seed_for_sample(seed: int, epoch: int, row: int) -> None:
+    """Makes what is random next depend on (seed, epoch, row) alone.
 
     So augmentation is the same with any number of workers and processes, and after a resume.
     """
     import torch
 
     mixed = int(np.random.SeedSequence([seed, epoch, row]).generate_state(1)[0])
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(mixed)
     np.random.seed(mixed)
     torch.default_generator.manual_seed(mixed)  # torch.manual_seed would also reset the GPUs' generators
+
+
+@contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Leaves the process's random generators (Python, NumPy, torch on the CPU) as they were before."""
+    import torch
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:

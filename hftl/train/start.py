@@ -56,8 +56,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
     if splits:
         problems += _batch_problems(run, len(splits["train"]))
     problems += _metric_problems(run, task)
-    run_problems = _folder_problems(run)
-    problems += run_problems
+    problems += folder_problems(run)
     if problems or splits is None or task is None:
         raise ConfigError(*problems)
     resolved = resolve(run, task.modality)
@@ -140,7 +139,8 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
     return problems
 
 
-def _folder_problems(run: RunConfig) -> list[str]:
+def folder_problems(run: RunConfig) -> list[str]:
+    """Returns a sentence when the run folder cannot be written or holds a run that may not be replaced."""
     folder = run_folder(run)
     if folder.exists() and not folder.is_dir():
         return [f"output_dir: '{folder}' is a file."]

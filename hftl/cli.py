@@ -1,0 +1,163 @@
+"""`hftl …`: everything around a training. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hftl.errors import ConfigError, HftlError, nearest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; a problem ends it with a message and exit status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    try:
+        # everything after the recipe's name is the recipe's own, --help included
+        if arguments[:1] == ["run"] and arguments[1:] not in ([], ["--help"], ["-h"]):
+            run_with_launcher(arguments[1:])
+            return
+        options = parser.parse_args(arguments or ["--help"])
+        options.act(options)
+    except HftlError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hftl", description="Fine-tune pretrained vision and text models: full, frozen or LoRA; open them anywhere."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    command = commands.add_parser("quickstart", help="see what transfer learning gives, in a minute, without a network")
+    command.add_argument("--output_dir", default="runs/quickstart", help="run folder of the best model (%(default)s)")
+    command.add_argument("--seeds", type=int, default=3, help="trainings of each method (%(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
+    command.set_defaults(act=_quickstart)
+
+    command = commands.add_parser("recipes", help="list the recipes")
+    command.set_defaults(act=_recipes)
+
+    command = commands.add_parser("copy", help="copy a recipe here, to change it")
+    command.add_argument("recipe")
+    command.add_argument("destination", nargs="?", default=".", help="folder or file (%(default)s)")
+    command.set_defaults(act=_copy)
+
+    command = commands.add_parser(
+        "run", help="train: `accelerate launch` of a recipe",
+        usage="hftl run [launcher options] RECIPE [recipe options]",
+        description="Runs `accelerate launch [launcher options] RECIPE [recipe options]`. RECIPE is a name from "
+        "`hftl recipes` or a file. Without --config_file, ./accelerate_config.yaml is used where it exists. "
+        "`hftl run RECIPE --help` lists the recipe's options.",
+    )
+    command.set_defaults(act=lambda options: command.print_help())
+
+    command = commands.add_parser("evaluate", help="measure a trained model on a labelled split")
+    command.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or model/ folder of one")
+    command.add_argument("--data", help="source as in data.source; by default the run's own data")
+    command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
+    command.add_argument("--batch_size", type=int, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--output", help="write predictions to this .parquet, .csv or .jsonl file")
+    command.set_defaults(act=_evaluate)
+
+    command = commands.add_parser("predict", help="apply a trained model to an image, a folder, a text or a table")
+    command.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or model/ folder of one")
+    command.add_argument("input", metavar="INPUT", help="image file, folder of images, table, or a text in quotes")
+    command.add_argument("--pair", help="second text, for models of text pairs")
+    command.add_argument("--batch_size", type=int, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--output", help="write to this .parquet, .csv or .jsonl file instead of the terminal")
+    command.set_defaults(act=_predict)
+
+    command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
+    command.set_defaults(act=_doctor)
+    return parser
+
+
+def recipes_folder() -> Path:
+    """Returns where the recipes are: inside an installed wheel, or at the top of a checkout."""
+    inside = Path(__file__).parent / "_recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """Returns the file of a recipe by name or path.
+
+    Raises:
+        ConfigError: There is no such recipe.
+    """
+    if name.endswith(".py") and Path(name).is_file():
+        return Path(name)
+    names = sorted(file.stem for file in recipes_folder().glob("*.py"))
+    if name not in names:
+        raise ConfigError(f"there is no recipe '{name}' (recipes: {', '.join(names)}).{nearest(name, names)}")
+    return recipes_folder() / f"{name}.py"
+
+
+def run_with_launcher(arguments: list[str]) -> None:
+    """Becomes `accelerate launch [launcher options] RECIPE [recipe options]`."""
+    names = {file.stem for file in recipes_folder().glob("*.py")}
+    position = next((i for i, word in enumerate(arguments) if word in names or word.endswith(".py")), None)
+    if position is None:
+        guess = next((word for word in arguments if not word.startswith("-")), "")
+        find_recipe(guess)
+        raise ConfigError("say which recipe to run: hftl run RECIPE … (`hftl recipes` lists them)")
+    before, recipe, after = arguments[:position], find_recipe(arguments[position]), arguments[position + 1 :]
+    if not {"--help", "-h", "--print_config"}.isdisjoint(after):
+        command = [sys.executable, str(recipe), *after]  # no launcher is needed to print, and it costs seconds
+    else:
+        config = Path("accelerate_config.yaml")
+        if "--config_file" not in before and config.is_file():
+            before = ["--config_file", str(config), *before]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *before, str(recipe), *after]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    import ast
+
+    for file in sorted(recipes_folder().glob("*.py")):
+        summary = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
+        print(f"{file.stem:<24} {summary}")
+
+
+def _copy(options: argparse.Namespace) -> None:
+    recipe = find_recipe(options.recipe)
+    target = Path(options.destination)
+    target = target / recipe.name if target.is_dir() else target
+    if target.exists():
+        raise ConfigError(f"'{target}' exists; name another destination.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(recipe, target)
+    print(f"{target}\nRun it: hftl run {target} --data.source … --model.name …")
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from hftl.embedded.quickstart import quickstart
+
+    quickstart(options.output_dir, options.seeds, options.overwrite)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from hftl.use import evaluate_folder
+
+    metrics = evaluate_folder(options.model, options.data, options.split, options.batch_size, options.output)
+    for name, value in metrics.items():
+        print(f"{name:<28} {value:.4f}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from hftl.use import predict_to_table
+
+    predict_to_table(options.model, options.input, options.pair, options.batch_size, options.output)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from hftl.doctor import examine
+
+    sys.exit(0 if examine() else 1)

@@ -1,0 +1,203 @@
+"""Using a trained model: evaluate it on labelled rows, or apply it to new ones, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hftl.config.schema import DataConfig, RunConfig, TrainConfig
+from hftl.console import muted, say
+from hftl.data.loader import Rows
+from hftl.data.source import IMAGES, TABLES, load_splits
+from hftl.errors import DataError
+from hftl.evaluation.evaluate import TableWriter, evaluate_rows
+from hftl.models.parts import TaskModel
+from hftl.publishing.artifact import load_artifact
+from hftl.tasks.task import Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def evaluate_folder(
+    path: str, source: str | None = None, split: str = "test", batch_size: int = 32, output: str | None = None
+) -> dict[str, float]:
+    """Returns the metrics of a saved model on one split.
+
+    Args:
+        path: Run folder, or its model/ folder.
+        source: As `data.source`; the data that the run was trained on by default.
+        split: `train`, `validation` or `test`.
+        batch_size: Rows at a time.
+        output: File for the predictions, by ending: .parquet, .csv or .jsonl.
+
+    Raises:
+        ArtifactError: The model does not open.
+        DataError: The data does not, or has labels that the model does not know.
+    """
+    model, task = load_artifact(path)
+    config = _data_config(Path(path), source)
+    splits = load_splits(config)
+    if split not in splits:
+        raise DataError(f"--split: '{config.source}' has no {split} rows (splits: {', '.join(splits)}).")
+    rows = _like_training(splits[split], task)
+    _check_labels(rows, task)
+    run = RunConfig(data=config, train=TrainConfig(batch_size_per_device=batch_size))
+    metrics = _through(model, task, task.encode(rows, model.processor, None, config.max_length), run, output)
+    return {f"{split}/{name}": value for name, value in metrics.items()}
+
+
+def predict_to_table(
+    path: str, given: str, pair: str | None = None, batch_size: int = 32, output: str | None = None
+) -> None:
+    """Applies a saved model to an image, a folder of images, a text, or a table, and writes a row for each.
+
+    Args:
+        path: Run folder, or its model/ folder.
+        given: A file, a folder, or the text itself.
+        pair: The second text of a pair.
+        batch_size: Rows at a time.
+        output: File for the predictions (.parquet, .csv or .jsonl); the terminal by default.
+
+    Raises:
+        ArtifactError: The model does not open.
+        DataError: The input does not fit the model.
+    """
+    model, task = load_artifact(path)
+    rows, names = _rows_to_predict(task, given, pair)
+    run = RunConfig(train=TrainConfig(batch_size_per_device=batch_size))
+    encoded = task.encode(rows, model.processor, None, _data_config(Path(path), "").max_length)
+    writer = _Named(TableWriter(Path(output)) if output else _Terminal(), names)
+    _through(model, task, encoded, run, writer)
+    if output:
+        say(f"{len(rows)} predictions in {output}")
+
+
+def _through(model: TaskModel, task: Task, rows: Rows, run: RunConfig, output: Any) -> dict[str, float]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    writer = TableWriter(Path(output)) if isinstance(output, str) else output
+    mine = writer if accelerator.is_main_process else None
+    with muted():
+        metrics = evaluate_rows(accelerator, model, task, rows, run, mine, collect=writer is not None)
+    if mine is not None:
+        mine.close()
+    return metrics
+
+
+def _data_config(path: Path, source: str | None) -> DataConfig:
+    """Returns the data section that the model was trained with, on other data if `source` is given."""
+    from hftl.config.parse import load
+
+    for file in (path / "hftl_config.yaml", path / "model" / "hftl_config.yaml"):
+        if file.is_file():
+            config = load(file).data
+            break
+    else:
+        config = DataConfig()
+    if source is not None:
+        return replace(config, source=source, train_per_class=None, validation_fraction=0.0)
+    return config
+
+
+def _like_training(rows: Dataset, task: Task) -> Dataset:
+    """Returns rows whose labels are numbered as in training: another source may number its classes otherwise."""
+    target = task.state()["target"]
+    column = target.get("column")
+    kind = rows.features.get(column)
+    if type(kind).__name__ != "ClassLabel" or list(kind.names) == target["names"]:
+        return rows
+    from datasets import Value
+
+    names, known = kind.names, dict(zip(target["names"], target["values"], strict=True))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise DataError(f"--data: the model does not know the class(es) {', '.join(unknown)}; it knows {', '.join(known)}.")
+    features = rows.features.copy()
+    features[column] = Value("int64")
+    return rows.map(lambda row: {column: known[names[row[column]]]}, features=features)
+
+
+def _check_labels(rows: Dataset, task: Task) -> None:
+    target = task.state()["target"]
+    column = target.get("column")
+    if column not in rows.features:
+        raise DataError(f"--data: there is no label column '{column}'. Columns: {', '.join(rows.features)}.")
+    if "values" not in target:
+        return
+    known, unknown = set(target["values"]), set()
+    for start in range(0, len(rows), 10_000):
+        unknown |= set(rows.select_columns([column])[start : start + 10_000][column]) - known
+    if unknown:
+        raise DataError(f"--data: column '{column}' holds labels the model does not know: {sorted(map(str, unknown))[:8]}.")
+
+
+def _rows_to_predict(task: Task, given: str, pair: str | None) -> tuple[Dataset, Sequence[str] | None]:
+    """Returns the rows, and a name for each where they have one (file names)."""
+    from datasets import Dataset, Image
+
+    inputs = task.state()["inputs"]
+    path = Path(given)
+    if task.modality == "image" and (path.is_dir() or path.suffix.lower() in IMAGES):
+        if not path.exists():
+            raise DataError(f"INPUT: there is no file '{given}'.")
+        files = sorted(str(f) for f in path.rglob("*") if f.suffix.lower() in IMAGES) if path.is_dir() else [given]
+        if not files:
+            raise DataError(f"INPUT: no images in '{given}'.")
+        return Dataset.from_dict({inputs["column"]: files}).cast_column(inputs["column"], Image()), files
+    if path.suffix.lower() in TABLES and path.is_file():
+        rows = load_splits(DataConfig(source=given, validation_fraction=0.0))["train"]
+        needed = inputs.get("columns") or [inputs["column"]]
+        missing = [name for name in needed if name not in rows.features]
+        if missing:
+            raise DataError(f"INPUT: '{given}' lacks column(s) {', '.join(missing)}. Columns: {', '.join(rows.features)}.")
+        if task.modality == "image":
+            rows = rows.cast_column(inputs["column"], Image())
+        return rows.select_columns(needed), None
+    if task.modality == "image":
+        raise DataError(f"INPUT: '{given}' is not an image, a folder of images or a table ({', '.join(TABLES)}).")
+    columns = inputs["columns"]
+    texts = [given] if pair is None else [given, pair]
+    if len(texts) != len(columns):
+        wanted = "a pair of texts: INPUT and --pair" if len(columns) == 2 else "one text"
+        raise DataError(f"INPUT: this model takes {wanted}.")
+    return Dataset.from_dict({name: [text] for name, text in zip(columns, texts, strict=True)}), None
+
+
+class _Named:
+    """Adds the name of each row, and leaves the long list of probabilities to files."""
+
+    def __init__(self, writer: Any, names: Sequence[str] | None) -> None:
+        self.writer, self.names = writer, names
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Passes rows on."""
+        self.writer.write([{"input": self.names[row["row"]]} | row for row in rows] if self.names else rows)
+
+    def close(self) -> None:
+        """Finishes the table."""
+        self.writer.close()
+
+
+class _Terminal:
+    """Prints rows as tab-separated columns."""
+
+    def __init__(self) -> None:
+        self.started = False
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Prints rows; the first ones with a header."""
+        for row in rows:
+            shown = {name: value for name, value in row.items() if not isinstance(value, list)}
+            if not self.started:
+                print("\t".join(shown))
+                self.started = True
+            print("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in shown.values()))
+
+    def close(self) -> None:
+        """Nothing to finish."""
+
+
