@@ -24,7 +24,8 @@ class TimmModel(TaskModel):
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns `logits` [B, K] from `pixel_values` [B, C, H, W]."""
-        return {"logits": self.net(inputs["pixel_values"])}
+        # convolutions in this layout take about half the time on CPUs and on GPUs in bf16
+        return {"logits": self.net(inputs["pixel_values"].contiguous(memory_format=torch.channels_last))}
 
     def save(self, folder: Path) -> None:
         """Writes timm's own layout, mended so that transformers' TimmWrapper opens the same folder."""
@@ -89,6 +90,7 @@ def build_timm(config: ModelConfig, spec: HeadSpec, augment: AugmentConfig) -> T
     cfg = net.pretrained_cfg
     licence = cfg.get("license") if config.pretrained else None
     source = Source(name, None, config.pretrained, "timm", licence)
+    net.to(memory_format=torch.channels_last)
     return TimmModel(net, ImageProcessor(data_config, augment), source, spec, _classifier_names(net))
 
 

@@ -46,7 +46,7 @@ def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, fo
     Raises:
         ArtifactError: A reader cannot open the folder, or computes something else. The files stay.
     """
-    model.cpu().float().eval()
+    model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # safetensors stores no other layout
     inputs = task.collate(sample.fetch(list(range(min(8, len(sample)))), 0))["inputs"]
     with torch.no_grad():
         expected = model(inputs)["logits"]

