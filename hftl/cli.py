@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("quickstart", help="see what transfer learning gives, in a minute, without a network")
     command.add_argument("--output_dir", default="runs/quickstart", help="run folder of the best model (%(default)s)")
-    command.add_argument("--seeds", type=int, default=3, help="trainings of each method (%(default)s)")
+    command.add_argument("--seeds", type=_count, default=3, help="trainings of each method (%(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
     command.set_defaults(act=_quickstart)
 
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or model/ folder of one")
     command.add_argument("--data", help="source as in data.source; by default the run's own data")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
-    command.add_argument("--batch_size", type=int, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=_count, default=32, help="rows at a time (%(default)s)")
     command.add_argument("--output", help="write predictions to this .parquet, .csv or .jsonl file")
     command.set_defaults(act=_evaluate)
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or model/ folder of one")
     command.add_argument("input", metavar="INPUT", help="image file, folder of images, table, or a text in quotes")
     command.add_argument("--pair", help="second text, for models of text pairs")
-    command.add_argument("--batch_size", type=int, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=_count, default=32, help="rows at a time (%(default)s)")
     command.add_argument("--output", help="write to this .parquet, .csv or .jsonl file instead of the terminal")
     command.set_defaults(act=_predict)
 
@@ -103,8 +103,9 @@ def run_with_launcher(arguments: list[str]) -> None:
     names = {file.stem for file in recipes_folder().glob("*.py")}
     position = next((i for i, word in enumerate(arguments) if word in names or word.endswith(".py")), None)
     if position is None:
-        guess = next((word for word in arguments if not word.startswith("-")), "")
-        find_recipe(guess)
+        words = [word for word in arguments if not word.startswith("-")]
+        if words:
+            find_recipe(next((word for word in words if nearest(word, names)), words[0]))
         raise ConfigError("say which recipe to run: hftl run RECIPE … (`hftl recipes` lists them)")
     before, recipe, after = arguments[:position], find_recipe(arguments[position]), arguments[position + 1 :]
     if not {"--help", "-h", "--print_config"}.isdisjoint(after):
@@ -118,6 +119,12 @@ def run_with_launcher(arguments: list[str]) -> None:
     os.execv(sys.executable, command)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def _recipes(options: argparse.Namespace) -> None:
     import ast
 
@@ -129,7 +136,7 @@ def _recipes(options: argparse.Namespace) -> None:
 def _copy(options: argparse.Namespace) -> None:
     recipe = find_recipe(options.recipe)
     target = Path(options.destination)
-    target = target / recipe.name if target.is_dir() else target
+    target = target if target.suffix == ".py" else target / recipe.name
     if target.exists():
         raise ConfigError(f"'{target}' exists; name another destination.")
     target.parent.mkdir(parents=True, exist_ok=True)

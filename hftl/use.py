@@ -11,7 +11,7 @@ from hftl.config.schema import DataConfig, RunConfig, TrainConfig
 from hftl.console import muted, say
 from hftl.data.loader import Rows
 from hftl.data.source import IMAGES, TABLES, load_splits
-from hftl.errors import DataError
+from hftl.errors import DataError, nearest
 from hftl.evaluation.evaluate import TableWriter, evaluate_rows
 from hftl.models.parts import TaskModel
 from hftl.publishing.artifact import load_artifact
@@ -37,11 +37,14 @@ def evaluate_folder(
         ArtifactError: The model does not open.
         DataError: The data does not, or has labels that the model does not know.
     """
+    _check_output(output)
     model, task = load_artifact(path)
     config = _data_config(Path(path), source)
-    splits = load_splits(config)
+    splits = load_splits(config, training=False)
     if split not in splits:
-        raise DataError(f"--split: '{config.source}' has no {split} rows (splits: {', '.join(splits)}).")
+        raise DataError(
+            f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}."
+        )
     rows = _like_training(splits[split], task)
     _check_labels(rows, task)
     run = RunConfig(data=config, train=TrainConfig(batch_size_per_device=batch_size))
@@ -65,14 +68,26 @@ def predict_to_table(
         ArtifactError: The model does not open.
         DataError: The input does not fit the model.
     """
+    _check_output(output)
     model, task = load_artifact(path)
-    rows, names = _rows_to_predict(task, given, pair)
     run = RunConfig(train=TrainConfig(batch_size_per_device=batch_size))
-    encoded = task.encode(rows, model.processor, None, _data_config(Path(path), "").max_length)
+    with muted():  # what is printed is the table
+        rows, names = _rows_to_predict(task, given, pair)
+        encoded = task.encode(rows, model.processor, None, _data_config(Path(path), "").max_length)
     writer = _Named(TableWriter(Path(output)) if output else _Terminal(), names)
     _through(model, task, encoded, run, writer)
     if output:
         say(f"{len(rows)} predictions in {output}")
+
+
+def _check_output(output: str | None) -> None:
+    if output is None:
+        return
+    path, allowed = Path(output), (".parquet", ".csv", ".jsonl")
+    if path.suffix not in allowed:
+        raise DataError(f"--output: '{output}' must end in {', '.join(allowed)}.{nearest(path.suffix, allowed)}")
+    if not path.parent.is_dir():
+        raise DataError(f"--output: there is no folder '{path.parent}'.")
 
 
 def _through(model: TaskModel, task: Task, rows: Rows, run: RunConfig, output: Any) -> dict[str, float]:
@@ -143,13 +158,13 @@ def _rows_to_predict(task: Task, given: str, pair: str | None) -> tuple[Dataset,
     path = Path(given)
     if task.modality == "image" and (path.is_dir() or path.suffix.lower() in IMAGES):
         if not path.exists():
-            raise DataError(f"INPUT: there is no file '{given}'.")
+            raise DataError(f"INPUT: there is no file '{given}'.{_sibling(path)}")
         files = sorted(str(f) for f in path.rglob("*") if f.suffix.lower() in IMAGES) if path.is_dir() else [given]
         if not files:
             raise DataError(f"INPUT: no images in '{given}'.")
         return Dataset.from_dict({inputs["column"]: files}).cast_column(inputs["column"], Image()), files
     if path.suffix.lower() in TABLES and path.is_file():
-        rows = load_splits(DataConfig(source=given, validation_fraction=0.0))["train"]
+        rows = load_splits(DataConfig(source=given, validation_fraction=0.0))["train"]  # one file is one split
         needed = inputs.get("columns") or [inputs["column"]]
         missing = [name for name in needed if name not in rows.features]
         if missing:
@@ -158,13 +173,25 @@ def _rows_to_predict(task: Task, given: str, pair: str | None) -> tuple[Dataset,
             rows = rows.cast_column(inputs["column"], Image())
         return rows.select_columns(needed), None
     if task.modality == "image":
-        raise DataError(f"INPUT: '{given}' is not an image, a folder of images or a table ({', '.join(TABLES)}).")
+        state = "is not" if path.exists() else "does not exist; give"
+        allowed = f"an image, a folder of images or a table ({', '.join(TABLES)})"
+        raise DataError(f"INPUT: '{given}' {state} {allowed}.{_sibling(path)}")
+    is_one_word = len(given.split()) == 1 and len(given) < 255
+    if is_one_word and (path.suffix.lower() in TABLES or path.exists()):
+        state = "is not a table" if path.exists() else "does not exist"
+        raise DataError(f"INPUT: '{given}' {state}; give a text, or a table ({', '.join(TABLES)}).{_sibling(path)}")
     columns = inputs["columns"]
     texts = [given] if pair is None else [given, pair]
     if len(texts) != len(columns):
         wanted = "a pair of texts: INPUT and --pair" if len(columns) == 2 else "one text"
         raise DataError(f"INPUT: this model takes {wanted}.")
     return Dataset.from_dict({name: [text] for name, text in zip(columns, texts, strict=True)}), None
+
+
+def _sibling(path: Path) -> str:
+    """Returns a hint at a like name beside a path that does not exist."""
+    missing = not path.exists() and path.parent.is_dir()
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if missing else ""
 
 
 class _Named:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from hftl.config.schema import Statistics
 from hftl.models.parts import TaskModel
 
 
-def train_everything(model: TaskModel) -> None:
-    """All parameters learn."""
+def train_everything(model: TaskModel, norm_statistics: Statistics = "auto") -> None:
+    """All parameters learn; running statistics of batch norms move only if they are to be updated.
+
+    Statistics of micro-batches would make a step depend on how its rows are cut into batches, and some checkpoints
+    (converted from quantised ones) hold statistics that no batch reproduces.
+    """
     model.requires_grad_(True)
+    keep = norm_statistics == "keep" or (norm_statistics == "auto" and model.source.pretrained)
+    model.frozen = "statistics" if keep else "nothing"
 
 
 def freeze_backbone(model: TaskModel) -> None:

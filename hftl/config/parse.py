@@ -11,6 +11,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hftl.config.schema import RunConfig, leaves
 from hftl.errors import ConfigError, nearest
 
+# What `transformers.TrainingArguments` and others call them.
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
+    "batch_size": "batch_size_per_device",
+    "per_device_train_batch_size": "batch_size_per_device",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "rank": "r",
+    "dataset": "source",
+}
+
 
 def parse(
     defaults: RunConfig,
@@ -31,16 +43,19 @@ def parse(
     Raises:
         ConfigError: Unknown keys, values of the wrong type and unreadable files, all of them.
     """
-    argv = _spell_out_switches(sys.argv[1:] if argv is None else list(argv), leaves(defaults))
+    argv = _files_first(_spell_out_switches(sys.argv[1:] if argv is None else list(argv), leaves(defaults)))
     parser = _parser(defaults, description)
     try:
         return _build(parser, parser.parse_args(argv))
     except _parse_errors() as error:
         problems, rest = _each_problem(parser, argv, defaults)
-        problems = problems or [_first_line(error)]
-        if not defer:
+        if problems and not defer:
             raise ConfigError(*problems) from None
-        return replace(_build(parser, parser.parse_args(rest)), problems=tuple(problems))
+        try:
+            # without problems: values that only the YAML reader minds, such as `revision: 1234567` for text
+            return replace(_build(parser, parser.parse_args(rest)), problems=tuple(problems))
+        except _parse_errors():
+            raise ConfigError(*problems, _first_line(error)) from None
 
 
 def dump(run: RunConfig) -> str:
@@ -64,6 +79,7 @@ def _parser(defaults: RunConfig, description: str) -> Any:
     parser = jsonargparse.ArgumentParser(
         description=description,
         exit_on_error=False,
+        allow_abbrev=False,
         formatter_class=_help_formatter(),
     )
     parser.add_argument("--config", action="config", help="YAML file with any subset of the fields below")
@@ -98,9 +114,12 @@ def _build(parser: Any, namespace: Any) -> RunConfig:
 def _each_problem(parser: Any, argv: list[str], defaults: RunConfig) -> tuple[list[str], list[str]]:
     """Tries every setting alone. Returns the problems, and the flags of the settings that were fine."""
     known = leaves(defaults)
+    groups = {name[:dot] for name in known for dot, letter in enumerate(name) if letter == "."}
     problems, fine = [], []
     for origin, key, value in _settings(argv, problems):
-        if key not in known:
+        if key in groups and value == "null":
+            continue  # a group whose lines are all commented out
+        if key not in known and key not in groups:
             problems.append(f"{origin}: there is no setting '{key}'.{_nearest_setting(key, known)} --help lists all.")
             continue
         flags = [f"--{key}={value}"]
@@ -108,7 +127,11 @@ def _each_problem(parser: Any, argv: list[str], defaults: RunConfig) -> tuple[li
             parser.parse_args(flags)
             fine += flags
         except _parse_errors():
-            problems.append(f"{origin}: {key}: {value!r} is not allowed; expected {_expected(key)}.")
+            if key in groups:
+                inside = ", ".join(name for name in known if name.startswith(f"{key}."))
+                problems.append(f"{origin}: '{key}' is a group of settings and cannot be {value!r}; it holds {inside}.")
+            else:
+                problems.append(f"{origin}: {key}: {value!r} is not allowed; expected {_expected(key)}.")
     return problems, fine
 
 
@@ -122,7 +145,9 @@ def _settings(argv: list[str], problems: list[str]) -> Iterator[tuple[str, str, 
         key, equals, value = word[2:].partition("=")
         if not equals:
             value = next(words, "")
-        if key == "config":
+        if key == "config" and not value:
+            problems.append("--config: say which file, e.g. --config run.yaml")
+        elif key == "config":
             yield from _yaml_settings(value, problems)
         elif key != "print_config":
             yield "command line", key, value
@@ -134,10 +159,15 @@ def _yaml_settings(path: str, problems: list[str]) -> Iterator[tuple[str, str, s
     try:
         content = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as error:
-        problems.append(f"--config: cannot read '{path}' ({error.strerror}).")
+        folder = Path(path).parent
+        missing = folder.is_dir() and not Path(path).exists()
+        guess = nearest(Path(path).name, [entry.name for entry in folder.iterdir()]) if missing else ""
+        problems.append(f"--config: cannot read '{path}' ({error.strerror}).{guess}")
         return
-    except yaml.YAMLError as error:
-        problems.append(f"{path}: not valid YAML ({_first_line(error)}).")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        problems.append(f"{where}: not valid YAML ({getattr(error, 'problem', None) or _first_line(error)}).")
         return
     if not isinstance(content, dict):
         problems.append(f"{path}: expected settings by name, found a {type(content).__name__}.")
@@ -155,14 +185,16 @@ def _flatten(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _nearest_setting(key: str, known: Collection[str]) -> str:
-    """Looks for a like spelling in the same group first, then by last name, then by whole path."""
+    """Looks for the same thing under another library's name or in another group, then for a like spelling."""
     group, _, last = key.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == group]
-    close = nearest(key, [name for name in siblings if nearest(last, [name.rpartition(".")[2]])])
-    if close:
-        return close
+    last = _ELSEWHERE.get(last, last)
+    exact = [name for name in known if name.rpartition(".")[2] == last]
+    if exact:
+        return f" Did you mean {' or '.join(map(repr, exact))}?"
+    siblings = [name for name in known if name.rpartition(".")[0] == group and nearest(last, [name.rpartition(".")[2]])]
     same_tail = [name for name in known if nearest(last, [name.rpartition(".")[2]])]
-    return f" Did you mean '{same_tail[0]}'?" if len(same_tail) == 1 else nearest(key, same_tail or known)
+    close = nearest(key, siblings) or nearest(key, same_tail)
+    return close or (f" Did you mean '{same_tail[0]}'?" if len(same_tail) == 1 else nearest(key, known))
 
 
 def _expected(key: str) -> str:
@@ -178,7 +210,8 @@ def _expected(key: str) -> str:
         elif get_origin(option) is list:
             words.append("a list like [a,b]")
         else:
-            words.append({"NoneType": "null", "int": "a whole number", "float": "a number"}.get(
+            words.append({"NoneType": "null", "int": "a whole number", "float": "a number",
+                          "bool": "true or false", "str": "text"}.get(
                 option.__name__, option.__name__))
     return " or ".join(words)
 
@@ -190,6 +223,17 @@ def _spell_out_switches(argv: list[str], known: dict[str, Any]) -> list[str]:
         is_bare_switch = isinstance(known.get(word[2:]), bool) and word.startswith("--") and after.startswith("--")
         out.append(f"{word}=true" if is_bare_switch else word)
     return out
+
+
+def _files_first(argv: list[str]) -> list[str]:
+    """Puts --config before the flags: flags win over files wherever they stand on the line."""
+    files, flags, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config":
+            files.append(f"--config={next(words, '')}")
+        else:
+            (files if word.startswith("--config=") else flags).append(word)
+    return files + flags
 
 
 def _first_line(error: Exception) -> str:

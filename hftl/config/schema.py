@@ -15,6 +15,7 @@ from hftl.errors import nearest
 Pooling = Literal["auto", "stock", "cls", "mean"]
 Method = Literal["full", "frozen", "lora"]
 Schedule = Literal["linear", "cosine", "constant"]
+Statistics = Literal["auto", "keep", "update"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ class AdaptConfig:
     method: Method = "full"
     """full: everything. frozen: the new head only. lora: low-rank updates in the backbone, and the head."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    norm_statistics: Statistics = "auto"
+    """Running statistics of batch norms in a full run: keep the checkpoint's, or update them. auto keeps them unless
+    training starts from random weights: they then do not depend on how a batch is cut, and small batches do no harm."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "data.augment.color_jitter": (0, float("inf"), "at least 0"),
     "data.validation_fraction": (0, 0.999999, "[0, 1)"),
     "data.train_per_class": (1, float("inf"), "at least 1"),
+    "data.seed": (0, 2**32 - 1, "0 to 4294967295"),
     "data.max_length": (2, float("inf"), "at least 2 tokens"),
     "data.num_workers": (0, float("inf"), "at least 0"),
     "model.image_size": (8, float("inf"), "at least 8 pixels"),
@@ -198,6 +203,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "train.gradient_accumulation_steps": (1, float("inf"), "at least 1"),
     "train.max_grad_norm": (0, float("inf"), "at least 0"),
     "train.warmup_ratio": (0, 1, "[0, 1]"),
+    "train.seed": (0, 2**32 - 1, "0 to 4294967295"),
     "train.eval_every": (1, float("inf"), "at least 1"),
     "train.log_every": (1, float("inf"), "at least 1"),
     "train.early_stopping_patience": (1, float("inf"), "at least 1"),
@@ -206,6 +212,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.pooling": ("auto", "stock", "cls", "mean"),
     "adapt.method": ("full", "frozen", "lora"),
+    "adapt.norm_statistics": ("auto", "keep", "update"),
     "train.schedule": ("linear", "cosine", "constant"),
 }
 
@@ -220,7 +227,7 @@ def _value_problems(values: dict[str, Any]) -> Iterator[str]:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             yield f"{name}: {value!r} is not a number; allowed: {allowed}."
-        elif not low <= value <= high:
+        elif not low <= value <= high or value == float("inf"):
             yield f"{name}: {value} is out of range; allowed: {allowed}."
     for name, allowed in _CHOICES.items():
         if values[name] not in allowed:

@@ -47,22 +47,28 @@ class Splits(Mapping[str, "Dataset"]):
         return len(self.sets)
 
 
-def load_splits(config: DataConfig) -> Splits:
+def load_splits(config: DataConfig, *, training: bool = True) -> Splits:
     """Returns the rows that `config` names, cut into splits; nothing is copied into memory.
 
     A missing validation split is cut from train: stratified by label where there is one, seeded by
     `config.seed`. Test is only ever what the source calls test.
+
+    Args:
+        config: The data section of a run.
+        training: Whether training rows are needed; a model can be evaluated on a source that has none.
 
     Raises:
         DataError: The source does not exist, holds nothing readable, or has no training rows.
     """
     _bars_on_terminals_only()
     sets = {name: rows for name, rows in _open(config).items() if len(rows)}
-    if "train" not in sets:
-        raise DataError(f"data.source: '{config.source}' has no training rows (splits found: {shorten(list(sets))}).")
+    if not sets or training and "train" not in sets:
+        wanted, found = "training rows" if sets else "rows", shorten(list(sets)) or "none"
+        raise DataError(f"data.source: '{config.source}' has no {wanted} (splits found: {found}).")
     splits = Splits(sets, config, _names_beside(config.source))
-    sets = _cut_validation(splits)
-    sets["train"] = _keep_few(sets["train"], config)
+    if "train" in sets:
+        sets = _cut_validation(splits)
+        sets["train"] = _keep_few(sets["train"], config)
     order = [name for name in SPLIT_NAMES if name in sets]
     say("data: " + ", ".join(f"{name} {len(sets[name])}" for name in order) + f" rows from {config.source}")
     return Splits({name: sets[name] for name in order}, config, splits.class_names)
@@ -102,9 +108,10 @@ def _hub(config: DataConfig) -> Mapping[str, Dataset]:
     try:
         loaded = load_dataset(config.source, config.subset, revision=config.revision)
     except Exception as error:  # every library below raises its own kinds; the reader needs one sentence
+        here = [entry.name for entry in Path(".").iterdir()]
         raise DataError(
             f"data.source: '{config.source}' is not a local folder or file, and as a hub id it failed: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}{nearest(config.source, here)}"
         ) from error
     return _named(loaded)
 
@@ -130,18 +137,23 @@ def _split_of(name: str) -> str | None:
 def _folder(path: Path) -> Mapping[str, Dataset]:
     from datasets import DatasetDict, load_from_disk
 
-    if (path / "dataset_dict.json").is_file():
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         loaded = load_from_disk(str(path))
-        assert isinstance(loaded, DatasetDict)
-        return _named(loaded)
+        return _named(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
     tables: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
         if file.is_file() and file.suffix.lower() in TABLES and file.name not in ("labels.json", "metadata.csv", "metadata.jsonl"):
             tables.setdefault(_split_of(file.stem) or file.stem, []).append(file)
-    if tables:
-        if set(tables).isdisjoint(SPLIT_NAMES) and len(tables) == 1:
-            tables = {"train": next(iter(tables.values()))}
-        return _tables({name: files for name, files in tables.items() if name in SPLIT_NAMES})
+    named = {name: files for name, files in tables.items() if name in SPLIT_NAMES}
+    if named or tables and not _split_folders(path):
+        if not named and len(tables) > 1:
+            names = shorten([file.name for files in tables.values() for file in files])
+            raise DataError(
+                f"data.source: no table in '{path}' is named after a split ({names}); name one train, or give one file."
+            )
+        for file in (file for name, files in tables.items() if named and name not in named for file in files):
+            say(f"data: '{file.name}' is not used")
+        return _tables(named or {"train": next(iter(tables.values()))})
     return _images(path)
 
 
@@ -154,7 +166,9 @@ def _tables(files: Mapping[str, list[Path]]) -> Mapping[str, Dataset]:
         if len(kinds) > 1:
             raise DataError(f"data.source: split {split} mixes {', '.join(sorted(kinds))} files: {shorten([p.name for p in paths])}.")
         kind = kinds.pop()
-        options: dict[str, Any] = {"sep": "\t"} if kind == ".tsv" else {}
+        # only an empty cell is missing: "None", "NA" and "null" are words and class names
+        options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if TABLES[kind] == "csv" else {}
+        options |= {"sep": "\t"} if kind == ".tsv" else {}
         try:
             names = [glob.escape(str(path)) for path in paths]
             out[split] = load_dataset(TABLES[kind], data_files={split: names}, split=split, **options)
@@ -168,15 +182,28 @@ def _tables(files: Mapping[str, list[Path]]) -> Mapping[str, Dataset]:
 def _images(path: Path) -> Mapping[str, Dataset]:
     from datasets import load_dataset
 
-    folders = {_split_of(sub.name): sub for sub in sorted(path.iterdir()) if sub.is_dir() and _split_of(sub.name)}
+    folders = _split_folders(path)
+    for sub in sorted(path.iterdir()):
+        if folders and sub.is_dir() and sub not in folders.values():
+            say(f"data: folder '{sub.name}' is not used")
     folders = folders or {"train": path}
     for folder in folders.values():
         if not any(file.suffix.lower() in IMAGES for file in folder.rglob("*")):
             found = shorten(sorted({file.suffix or file.name for file in folder.rglob("*") if file.is_file()}))
             raise DataError(f"data.source: no images in {folder} (file types found: {found or 'none'}).")
-    patterns = {str(split): f"{glob.escape(str(folder.resolve()))}/**" for split, folder in folders.items()}
+    patterns = {split: f"{glob.escape(str(folder.resolve()))}/**" for split, folder in folders.items()}
     # one call, because classes are numbered over all the splits that are read together
     return load_dataset("imagefolder", data_files=patterns)
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """Returns the folders named after splits; of `train` and `train_old` the first."""
+    out: dict[str, Path] = {}
+    for sub in sorted(path.iterdir()):
+        split = _split_of(sub.name)
+        if split and sub.is_dir():
+            out.setdefault(split, sub)
+    return out
 
 
 def _embedded(name: str) -> Mapping[str, Dataset]:

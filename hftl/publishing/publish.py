@@ -12,6 +12,7 @@ from hftl.adaptation.report import AdaptReport
 from hftl.config.parse import dump
 from hftl.config.schema import RunConfig
 from hftl.console import say
+from hftl.data.loader import Rows
 from hftl.data.source import Splits
 from hftl.models.parts import TaskModel
 from hftl.publishing.artifact import save_artifact
@@ -47,13 +48,16 @@ def publish(
         ArtifactError: What was saved does not open, or computes something else than the trained model.
     """
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    held_out = next(split for split in ("test", "validation", "train") if split in splits)
+    few = splits[held_out].select(range(min(8, len(splits[held_out]))))
+    sample = task.encode(few, model.processor, None, run.data.max_length)  # on all processes: tokenizing takes turns
     if accelerator.is_main_process:
-        _write(accelerator, model, task, splits, run, outcome)
+        _write(accelerator, model, task, splits, run, outcome, sample)
     accelerator.wait_for_everyone()
 
 
 def _write(
-    accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig, outcome: Outcome
+    accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig, outcome: Outcome, sample: Rows
 ) -> None:
     folder = run_folder(run)
     history = outcome.history
@@ -66,8 +70,6 @@ def _write(
         "rows": {split: len(rows) for split, rows in splits.items()},
     }
     _dump(report, folder)  # before the comparison: a mismatch must not lose it
-    held_out = next(split for split in ("test", "validation", "train") if split in splits)
-    sample = task.encode(splits[held_out].select(range(min(8, len(splits[held_out])))), model.processor, None, run.data.max_length)
     report["verified"] = save_artifact(model, task, run, sample, folder)
     _dump(report, folder)
     facts = {

@@ -95,7 +95,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         if held_out is not None and (step % eval_every == 0 or step == total):
             found = evaluate_rows(accelerator, model, task, held_out, run)
             recorder.log(**{f"validation/{name}": value for name, value in found.items()})
-            if best.offer(found[metric]):
+            if best.offer(found[metric], found["loss"]):
                 recorder.history.best = {"step": step, "metric": f"validation/{metric}", "value": found[metric]}
             elif config.early_stopping_patience and best.since >= config.early_stopping_patience:
                 say(f"fit: stopped, no better {metric} in {best.since} evaluations")

@@ -12,7 +12,7 @@ from hftl.config.defaults import default_folder, resolve
 from hftl.config.schema import RunConfig, value_problems
 from hftl.console import say
 from hftl.data.source import Splits, load_splits
-from hftl.errors import ConfigError, HftlError
+from hftl.errors import ConfigError, HftlError, nearest
 from hftl.evaluation.metrics import BUILT_IN, metric_problems
 from hftl.models.build import name_problem, skeleton
 from hftl.models.parts import HeadSpec
@@ -51,7 +51,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
     unknown = name_problem(run.model.name, stock) if stock and run.model.name else None
     if unknown:
         problems.append(unknown)
-    elif stock and run.model.name and not problems:
+    elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
         problems += _target_problems(run, task.head if task else HeadSpec(stock, 2))
     if splits:
         problems += _batch_problems(run, len(splits["train"]))
@@ -135,7 +135,10 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
         computed = {"loss", *(name for metric in task.metrics() for name in metric.compute())}
         if wanted not in computed and not run.train.metrics:
             allowed = ", ".join(sorted(computed or BUILT_IN))
-            problems.append(f"train.best_metric: '{wanted}' is not computed here; allowed: {allowed}, or name it in train.metrics too.")
+            problems.append(
+                f"train.best_metric: '{wanted}' is not computed here; allowed: {allowed}, or name it in "
+                f"train.metrics too.{nearest(wanted, computed)}"
+            )
     return problems
 
 
@@ -148,6 +151,8 @@ def folder_problems(run: RunConfig) -> list[str]:
     if found and not run.overwrite:
         return [f"output_dir: '{folder}' holds a run already ({', '.join(found)}). Choose another, or say --overwrite."]
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        return [f"output_dir: '{folder}' cannot be made: '{existing}' is a file."]
     if not os.access(existing, os.W_OK):
         return [f"output_dir: '{folder}' cannot be written: no write permission in '{existing}'."]
     return []

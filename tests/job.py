@@ -1,0 +1,64 @@
+"""A job for the launcher: `torchrun --nproc_per_node N tests/job.py NAME SPEC OUT`. Each job leaves JSON or tensors in OUT."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def gradient(spec: dict, out: Path) -> None:
+    """Saves the gradient of the first two optimizer steps, by stock name, as the optimizer sees it."""
+    import torch
+    from safetensors.torch import save_file
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    import hftl
+
+    run, splits, task, kind = _open(spec)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    steps: list[dict[str, torch.Tensor]] = []
+
+    def keep(optimizer, *_):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        grads = {names[id(p)]: p.grad.clone(memory_format=torch.contiguous_format) for group in optimizer.param_groups for p in group["params"]}
+        steps.append(grads)
+
+    register_optimizer_step_pre_hook(keep)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    if accelerator.is_main_process:
+        for number, grads in enumerate(steps):
+            save_file(grads, out / f"step{number}.safetensors")
+        (out / "lrs.json").write_text(json.dumps([record.get("lr/head") for record in history.records if "lr/head" in record]))
+
+
+def recipe(spec: dict, out: Path) -> None:
+    """Runs a recipe's main."""
+    from conftest import load_recipe
+
+    run, _, _, _ = _open(spec, prepared=False)
+    load_recipe(spec["recipe"]).main(run)
+
+
+def _open(spec: dict, prepared: bool = True):
+    import hftl
+    from hftl.config.parse import parse
+
+    run = parse(hftl.RunConfig(), spec["flags"])
+    kind = hftl.ImageClassification if spec["recipe"].startswith("image") else hftl.TextClassification
+    return (*hftl.prepare(run, kind), kind) if prepared else (run, None, None, kind)
+
+
+if __name__ == "__main__":
+    job, spec, out = sys.argv[1:]
+    try:
+        {"gradient": gradient, "recipe": recipe}[job](json.loads(spec), Path(out))
+    finally:
+        import torch
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,124 @@
+"""What a run saves opens in timm, transformers and peft with equal logits, where hftl cannot be imported."""
+
+import json
+
+import pytest
+from conftest import load_recipe, run_python
+
+IMAGE = """
+import json, sys, glob, torch, pyarrow.parquet as pq
+from PIL import Image
+run, images, method, base, size = sys.argv[1:]
+import timm, transformers
+from timm.data import create_transform, resolve_data_config
+rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
+files = sorted(glob.glob(images + "/test/*/*.png"))
+assert len(files) == len(rows)
+model = timm.create_model("local-dir:" + run + "/model", pretrained=True).eval()
+transform = create_transform(**resolve_data_config(model.pretrained_cfg, model=model))
+pixels = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+with torch.no_grad():
+    logits = model(pixels)
+    other = transformers.AutoModelForImageClassification.from_pretrained(run + "/model").eval()(pixels).logits
+torch.testing.assert_close(logits, other)
+expected = torch.tensor([row["probabilities"] for row in rows])
+torch.testing.assert_close(logits.softmax(-1), expected, atol=1e-4, rtol=1e-3)
+pipe = transformers.pipeline("image-classification", run + "/model")
+for file, row in zip(files[:3], rows):
+    first = pipe(file)[0]
+    assert first["label"] == row["prediction"] and abs(first["score"] - row["confidence"]) < 1e-3, (first, row)
+if method == "lora":
+    import peft
+    net = timm.create_model(base, pretrained=True, num_classes=3)
+    net = peft.PeftModel.from_pretrained(net, run + "/adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(pixels), logits, atol=1e-4, rtol=1e-4)
+print("equal", len(files))
+"""
+
+TEXT = """
+import sys, csv, torch, pyarrow.parquet as pq
+run, table, method, pooled, base = sys.argv[1:]
+import transformers
+rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
+texts = [row["text"] for row in csv.DictReader(open(table))]
+assert len(texts) == len(rows)
+trust = {"trust_remote_code": True} if pooled == "yes" else {}
+pipe = transformers.pipeline("text-classification", run + "/model", **trust)
+for text, row in zip(texts, rows):
+    first = pipe(text)[0]
+    assert first["label"] == row["prediction"] and abs(first["score"] - row["confidence"]) < 1e-3, (first, row)
+tokenizer = transformers.AutoTokenizer.from_pretrained(run + "/model")
+inputs = tokenizer(texts, padding=True, return_tensors="pt")
+model = transformers.AutoModelForSequenceClassification.from_pretrained(run + "/model", **trust).eval()
+with torch.no_grad():
+    logits = model(**inputs).logits
+expected = torch.tensor([row["probabilities"] for row in rows])
+torch.testing.assert_close(logits.softmax(-1), expected, atol=1e-4, rtol=1e-3)
+if method == "lora":
+    import peft
+    if pooled == "yes":
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+        kind = get_class_from_dynamic_module("modeling_pooled_text.PooledTextForSequenceClassification", run + "/adapter")
+        config = transformers.AutoConfig.from_pretrained(run + "/adapter", trust_remote_code=True)
+        net = kind.from_pretrained(base, config=config)
+    else:
+        net = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    net = peft.PeftModel.from_pretrained(net, run + "/adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
+print("equal", len(texts))
+"""
+
+
+@pytest.mark.parametrize(("net", "method"), [("test_resnet", "full"), ("test_resnet", "lora"), ("test_vit", "lora"), ("test_convnext", "lora"), ("test_vit", "frozen")])
+def test_image_artifacts_open_without_hftl(net, method, image_run, images, tmp_path):
+    run = image_run(net, method)
+    load_recipe("image_classification").main(run)
+    printed = run_python(IMAGE, run.output_dir, str(images), method, run.model.name, "32", hide_hftl=True)
+    assert "equal 10" in printed
+    verified = json.loads((tmp_path / "run" / "report.json").read_text())["verified"]
+    assert set(verified) == {"model/timm", "model/transformers"} | ({"adapter/peft"} if method == "lora" else set())
+
+
+@pytest.mark.parametrize(("method", "pooling"), [("full", "stock"), ("lora", "stock"), ("lora", "mean"), ("frozen", "cls")])
+def test_text_artifacts_open_without_hftl(method, pooling, text_run, texts):
+    run = text_run(method, pooling)
+    load_recipe("text_classification").main(run)
+    pooled = "no" if pooling == "stock" else "yes"
+    printed = run_python(TEXT, run.output_dir, str(texts / "test.csv"), method, pooled, run.model.name, hide_hftl=True)
+    assert "equal 13" in printed
+
+
+def test_a_run_folder_is_complete(text_run, tmp_path):
+    run = text_run("lora", "mean")
+    metrics = load_recipe("text_classification").main(run)
+    folder = tmp_path / "run"
+    for name in ("config.yaml", "history.jsonl", "environment.json", "metrics.json", "predictions.parquet", "report.json",
+                 "model/README.md", "adapter/README.md", "model/hftl_config.yaml", "checkpoints/best/weights.safetensors"):
+        assert (folder / name).is_file(), name
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert {"validation/accuracy", "test/accuracy", "test/macro_f1", "test/loss"} <= set(metrics)
+    from hftl.config.parse import load
+
+    assert load(folder / "config.yaml").train.lr == 1e-3
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")) and not list(folder.rglob("*.pkl"))
+
+
+def test_a_saved_model_that_computes_something_else_is_refused(image_run, tmp_path, monkeypatch):
+    """Decision 4: a reader that disagrees is an error, and the weights stay."""
+    from hftl.errors import ArtifactError
+    from hftl.models.timm_model import TimmModel
+
+    def disturbed(self, folder, save=TimmModel.save):
+        import torch
+
+        with torch.no_grad():
+            next(self.net.get_classifier().parameters()).add_(1.0)
+        save(self, folder)
+
+    monkeypatch.setattr(TimmModel, "save", disturbed)
+    with pytest.raises(ArtifactError, match="not what was trained"):
+        load_recipe("image_classification").main(image_run())
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "metrics.json").is_file()

@@ -1,0 +1,446 @@
+"""Defaults < YAML < flags, one name everywhere, every problem in one message, and quick to answer."""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from hftl.config.defaults import resolve
+from hftl.config.parse import dump, load, parse
+from hftl.config.schema import (
+    AdaptConfig,
+    AugmentConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    leaves,
+    value_problems,
+)
+from hftl.errors import ConfigError
+
+# A new flag is a promise: it is added here on purpose, never by accident.
+FLAGS = [
+    "adapt.lora.alpha",
+    "adapt.lora.dropout",
+    "adapt.lora.r",
+    "adapt.lora.target_modules",
+    "adapt.method",
+    "adapt.norm_statistics",
+    "data.augment.auto_augment",
+    "data.augment.color_jitter",
+    "data.augment.crop_scale",
+    "data.augment.hflip",
+    "data.image_column",
+    "data.label_column",
+    "data.max_length",
+    "data.num_workers",
+    "data.revision",
+    "data.seed",
+    "data.source",
+    "data.subset",
+    "data.text_column",
+    "data.text_pair_column",
+    "data.train_per_class",
+    "data.validation_fraction",
+    "model.dropout",
+    "model.image_size",
+    "model.name",
+    "model.pooling",
+    "model.pretrained",
+    "model.revision",
+    "output_dir",
+    "overwrite",
+    "train.batch_size_per_device",
+    "train.best_metric",
+    "train.early_stopping_patience",
+    "train.eval_every",
+    "train.gradient_accumulation_steps",
+    "train.head_lr",
+    "train.log_every",
+    "train.lr",
+    "train.max_grad_norm",
+    "train.max_steps",
+    "train.metrics",
+    "train.num_epochs",
+    "train.schedule",
+    "train.seed",
+    "train.trackers",
+    "train.warmup_ratio",
+    "train.weight_decay",
+]
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    def write(text: str, name: str = "run.yaml"):
+        (tmp_path / name).write_text(text)
+        return f"--config={tmp_path / name}"
+
+    return write
+
+
+def refused(*argv: str) -> list[str]:
+    """Returns the problems that the arguments are refused with."""
+    with pytest.raises(ConfigError) as caught:
+        parse(RunConfig(), list(argv))
+    for problem in caught.value.problems:
+        assert problem in str(caught.value)
+    return caught.value.problems
+
+
+def valid(**changes) -> RunConfig:
+    return replace(RunConfig(DataConfig(source="images"), ModelConfig(name="resnet18")), **changes)
+
+
+def test_the_flags_are_the_ones_we_promise():
+    assert sorted(leaves(RunConfig())) == FLAGS
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(yaml_file):
+    defaults = replace(RunConfig(), train=TrainConfig(lr=1.0, seed=1, log_every=1))
+    run = parse(defaults, [yaml_file("train: {lr: 2.0, seed: 2}"), "--train.seed", "3"])
+    assert (run.train.log_every, run.train.lr, run.train.seed) == (1, 2.0, 3)
+
+
+def test_flags_win_over_yaml_wherever_they_stand(yaml_file):
+    file = yaml_file("train: {lr: 2.0, seed: 2}")
+    before = parse(RunConfig(), ["--train.seed", "3", file])
+    assert before == parse(RunConfig(), [file, "--train.seed", "3"])
+    assert before == parse(RunConfig(), ["--train.seed=3", "--config", file.partition("=")[2]])
+    assert before.train.seed == 3
+
+
+def test_a_later_file_wins_over_an_earlier_one_key_by_key(yaml_file):
+    run = parse(RunConfig(), [yaml_file("train: {lr: 1, seed: 1}", "a.yaml"), yaml_file("train: {lr: 2}", "b.yaml")])
+    assert (run.train.lr, run.train.seed) == (2.0, 1)
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003", "3E-04"])
+def test_a_learning_rate_in_yaml_is_the_number_a_reader_sees(text, yaml_file):
+    lr = parse(RunConfig(), [yaml_file(f"train:\n  lr: {text}\n")]).train.lr
+    assert isinstance(lr, float) and lr == 3e-4
+    assert parse(RunConfig(), ["--train.lr", text]).train.lr == 3e-4
+
+
+def test_a_path_is_spelled_the_same_in_python_nested_yaml_and_flags(yaml_file):
+    wanted = RunConfig(adapt=AdaptConfig(method="lora", lora=LoraConfig(r=3, target_modules=["qkv", "fc.*"])))
+    nested = "adapt:\n  method: lora\n  lora:\n    r: 3\n    target_modules: [qkv, 'fc.*']\n"
+    flags = ["--adapt.method=lora", "--adapt.lora.r", "3", "--adapt.lora.target_modules", "[qkv,fc.*]"]
+    assert parse(RunConfig(), [yaml_file(nested)]) == parse(RunConfig(), flags) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "# train:\n", "train:\n  # lr: 1\ndata:\n  augment:\n"])
+def test_yaml_with_everything_commented_out_changes_nothing(text, yaml_file):
+    assert parse(RunConfig(), [yaml_file(text)]) == RunConfig()
+
+
+@pytest.mark.parametrize(("given", "text"), [("2024", "2024"), ("1e3", "1e3"), ("1234567", "1234567"), ("en", "en")])
+def test_text_settings_take_what_looks_like_a_number(given, text, yaml_file):
+    """Commit hashes may be all digits, subsets are often years."""
+    run = parse(RunConfig(), [yaml_file(f"data: {{subset: {given}}}\nmodel: {{revision: {given}}}")])
+    assert run.data.subset == run.model.revision == text
+    assert parse(RunConfig(), [f"--data.subset={given}", "--model.revision", given]) == run
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.num_epoch", "train.num_epochs"),
+        ("train.LR", "train.lr"),
+        ("lr", "train.lr"),
+        ("data.max-length", "data.max_length"),
+        ("data.augment.hflp", "data.augment.hflip"),
+        ("adapt.lora.target_module", "adapt.lora.target_modules"),
+        ("adapt.r", "adapt.lora.r"),
+        ("lora.alpha", "adapt.lora.alpha"),
+        ("train.learning_rate", "train.lr"),
+        ("train.batch_size", "train.batch_size_per_device"),
+        ("per_device_train_batch_size", "train.batch_size_per_device"),
+        ("ouput_dir", "output_dir"),
+    ],
+)
+def test_an_unknown_key_names_its_nearest_match_in_yaml_and_on_the_command_line(key, nearest, yaml_file, tmp_path):
+    [from_flag] = refused(f"--{key}", "1")
+    assert from_flag == f"command line: there is no setting '{key}'. Did you mean '{nearest}'? --help lists all."
+    nested = {}
+    *groups, last = key.split(".")
+    inner = nested
+    for group in groups:
+        inner = inner.setdefault(group, {})
+    inner[last] = 1
+    [from_yaml] = refused(yaml_file(yaml.safe_dump(nested)))
+    assert from_yaml == from_flag.replace("command line", str(tmp_path / "run.yaml"))
+
+
+def test_an_unknown_key_like_nothing_gets_no_guess():
+    [problem] = refused("--xyzzy", "1")
+    assert "Did you mean" not in problem and "'xyzzy'" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train.lr", "fast", "a number or null"),
+        ("train.lr", "nan", "a number or null"),
+        ("train.lr", "None", "a number or null"),
+        ("train.seed", "1.5", "a whole number"),
+        ("train.max_steps", "ten", "a whole number or null"),
+        ("adapt.method", "loar", "one of full, frozen, lora"),
+        ("model.pretrained", "maybe", "true or false"),
+        ("train.metrics", "f1", "a list like [a,b]"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_what_is_allowed(key, value, expected, yaml_file, tmp_path):
+    message = f"{key}: {value!r} is not allowed; expected {expected}."
+    assert refused(f"--{key}", value) == [f"command line: {message}"]
+    group, _, last = key.rpartition(".")
+    assert refused(yaml_file(f"{group}: {{{last}: {value}}}")) == [f"{tmp_path / 'run.yaml'}: {message}"]
+
+
+@pytest.mark.parametrize("argv", [["--model", "resnet50"], ["--data", "no/such/folder"], ["--train=5"]])
+def test_a_value_for_a_whole_group_names_the_settings_in_it(argv, yaml_file):
+    group, value = argv[0].lstrip("-").partition("=")[0], argv[-1].rpartition("=")[2]
+    for problems in (refused(*argv), refused(yaml_file(f"{group}: {value}"))):
+        assert len(problems) == 1 and f"'{group}' is a group" in problems[0] and value in problems[0]
+        assert all(flag in problems[0] for flag in FLAGS if flag.startswith(group + "."))
+
+
+def test_every_problem_is_in_one_message_and_what_was_fine_is_not(yaml_file):
+    file = yaml_file("train: {lr: fast, batchsize: 8, log_every: 5}\ndata: {augment: {hflp: 1, hflip: 0}}\nfoo: 3\n")
+    problems = refused("--train.seed", "x", file, "--model.name", "resnet18", "stray", "--train.num_epoch=3")
+    named = ["'fast'", "'train.batchsize'", "'data.augment.hflp'", "'foo'", "'x'", "'stray'", "'train.num_epoch'"]
+    assert len(problems) == len(named)
+    for name in named:
+        assert sum(name in problem for problem in problems) == 1, name
+    assert not any("log_every" in problem or "resnet18" in problem for problem in problems)
+
+
+def test_problems_can_wait_for_those_of_data_and_model(yaml_file):
+    run = parse(RunConfig(), [yaml_file("train: {lr: fast, seed: 7}"), "--data.nope=1", "--data.seed=3"], defer=True)
+    assert len(run.problems) == 2
+    assert (run.train.seed, run.data.seed) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("train: {lr: 1e-3", "line 1"), ("a: 1\nb: [", "line 2"), ("- a\n- b\n", "a list"), ("just words", "a str")],
+)
+def test_a_file_that_is_not_a_configuration_is_refused_with_its_name(text, what, yaml_file, tmp_path):
+    [problem] = refused(yaml_file(text))
+    assert problem.startswith(str(tmp_path / "run.yaml")) and what in problem
+
+
+def test_a_missing_file_is_named_with_its_nearest_sibling(yaml_file, tmp_path):
+    yaml_file("{}", "letters.yaml")
+    [problem] = refused("--config", str(tmp_path / "leters.yaml"))
+    assert str(tmp_path / "leters.yaml") in problem and "Did you mean 'letters.yaml'?" in problem
+    assert "directory" in refused("--config", str(tmp_path))[0]
+    assert "say which file" in refused("--config")[0]
+
+
+def test_a_switch_needs_no_value():
+    for argv in (["--overwrite"], ["--overwrite", "--train.seed", "0"], ["--overwrite", "true"], ["--overwrite=true"]):
+        assert parse(RunConfig(), argv).overwrite is True
+    assert parse(RunConfig(overwrite=True), ["--overwrite", "false"]).overwrite is False
+    assert parse(RunConfig(), ["--model.pretrained=false", "--overwrite"]).model.pretrained is False
+
+
+def test_a_dumped_configuration_loads_equal(tmp_path):
+    run = RunConfig(
+        DataConfig("hub/name", "2024", "1e3", "img", "a: b", "x # y", "  lead", 1e-7, 3, 4, 5,
+                   AugmentConfig(1, 0, 0.5, "rand-m9"), 0),
+        ModelConfig("ünï", False, "mean", "true", 32, 0.1),
+        AdaptConfig("lora", LoraConfig(2, 3.5, 0.25, ["a.*[0-9]", "1", "null"])),
+        TrainConfig(0.5, 7, 1e-30, 3e-4, metrics=["a,b"], trackers=[], schedule="cosine", best_metric="macro_f1"),
+        output_dir="12", overwrite=True,
+    )
+    untouched = [name for name, value in leaves(run).items() if value == leaves(RunConfig())[name]]
+    assert len(untouched) < len(FLAGS) / 3
+    for each in (run, RunConfig(), resolve(valid(), "image")):
+        (tmp_path / "config.yaml").write_text(dump(each))
+        assert load(tmp_path / "config.yaml") == each
+
+
+@pytest.mark.parametrize("text", ["123", "12345e7", "true", "yes", "0x10", "2024-01-01", "[a]", "'q'", "a\nb", ""])
+def test_text_that_looks_like_another_type_survives_the_file(text, tmp_path):
+    run = RunConfig(DataConfig(source=text, subset=text), output_dir=text)
+    (tmp_path / "config.yaml").write_text(dump(run))
+    assert load(tmp_path / "config.yaml") == run
+
+
+def test_what_was_refused_is_not_dumped():
+    assert "problems" not in yaml.safe_load(dump(parse(RunConfig(), ["--nope=1"], defer=True)))
+
+
+def test_every_configuration_that_we_ship_parses():
+    folder = ROOT / "recipes" / "configs"
+    files = sorted(folder.rglob("*.yaml"))
+    on_disk = [name for _, _, names in os.walk(folder) for name in names if name.endswith((".yaml", ".yml"))]
+    assert len(files) == len(on_disk) > 0
+    for file in files:
+        assert not value_problems(load(file)), file
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("data.augment.crop_scale", [1e-3, 1], [0, -0.1, 1.01]),
+        ("data.augment.hflip", [0, 1], [-0.01, 1.01]),
+        ("data.augment.color_jitter", [0, 2], [-0.1]),
+        ("data.validation_fraction", [0, 0.99], [1, -0.1]),
+        ("data.train_per_class", [1, None], [0, -1]),
+        ("data.seed", [0, 2**32 - 1], [-1, 2**32]),
+        ("data.max_length", [2, None], [1, 0]),
+        ("data.num_workers", [0, None], [-1]),
+        ("model.image_size", [8, None], [7, 0, -224]),
+        ("model.dropout", [0, 0.99, None], [1, -0.1]),
+        ("adapt.lora.r", [1], [0, -8]),
+        ("adapt.lora.alpha", [1e-3], [0, -1]),
+        ("adapt.lora.dropout", [0], [1, -0.1]),
+        ("train.num_epochs", [0.1, None], [0, -1]),
+        ("train.max_steps", [1, None], [0]),
+        ("train.lr", [0, 1e-3, None], [-1e-3, math.nan, math.inf]),
+        ("train.head_lr", [0, None], [-1e-3, math.nan, math.inf]),
+        ("train.weight_decay", [0], [-0.1, math.nan, math.inf]),
+        ("train.batch_size_per_device", [1], [0, -8]),
+        ("train.gradient_accumulation_steps", [1], [0]),
+        ("train.max_grad_norm", [0], [-1, math.nan]),
+        ("train.warmup_ratio", [0, 1], [-0.1, 1.1]),
+        ("train.seed", [0, 2**32 - 1], [-1, 2**32]),
+        ("train.eval_every", [1, None], [0]),
+        ("train.log_every", [1], [0]),
+        ("train.early_stopping_patience", [1, None], [0]),
+        ("train.lr", [], ["3e-4", True]),
+        ("model.pooling", ["cls"], ["max"]),
+        ("adapt.method", ["lora"], ["loar"]),
+        ("adapt.norm_statistics", ["keep"], ["freeze"]),
+        ("train.schedule", ["cosine"], ["cosin"]),
+        ("data.source", ["images"], [""]),
+        ("model.name", ["resnet18"], [""]),
+    ],
+)
+def test_a_value_out_of_its_range_is_named_with_the_range(name, good, bad):
+    for value in good:
+        assert value_problems(with_value(valid(), name, value)) == []
+    for value in bad:
+        [problem] = value_problems(with_value(valid(), name, value))
+        assert problem.startswith(name) and str(value) in problem
+
+
+def test_each_value_out_of_range_is_a_problem_of_its_own():
+    run = valid(train=TrainConfig(lr=-1, seed=-1, schedule="cosin"), model=ModelConfig())
+    problems = value_problems(run)
+    assert len(problems) == 4 and any("Did you mean 'cosine'?" in problem for problem in problems)
+
+
+def with_value(config, path, value):
+    name, _, rest = path.partition(".")
+    return replace(config, **{name: with_value(getattr(config, name), rest, value) if rest else value})
+
+
+def test_open_defaults_depend_on_method_and_modality():
+    rates = {}
+    for modality in ("image", "text"):
+        for method, pretrained in (("full", True), ("frozen", True), ("lora", True), ("full", False)):
+            given = valid(adapt=AdaptConfig(method=method), model=ModelConfig("net", pretrained=pretrained))
+            train = resolve(given, modality).train
+            assert None not in (train.lr, train.head_lr, train.num_epochs)
+            assert train.num_epochs > 0 and train.head_lr > 0
+            rates[modality, method, pretrained] = (train.lr, train.head_lr, train.num_epochs)
+    assert rates["image", "frozen", True][0] == 0.0, "a frozen backbone has no rate"
+    for modality in ("image", "text"):
+        lora, full = rates[modality, "lora", True], rates[modality, "full", True]
+        scratch = rates[modality, "full", False]
+        assert lora[0] > full[0], "adapters take larger rates than whole backbones"
+        assert full[1] > full[0], "a new head takes a larger rate than a pretrained backbone"
+        assert scratch[0] == scratch[1], "without a checkpoint there is nothing to protect"
+    assert rates["image", "full", True] != rates["text", "full", True]
+
+
+def test_given_values_are_kept_and_only_open_ones_are_filled_in():
+    given = valid(train=TrainConfig(lr=0.125, head_lr=0.5, num_epochs=2, seed=5), output_dir="here")
+    assert resolve(given, "image") == given
+    half = valid(train=TrainConfig(num_epochs=2))
+    filled = resolve(half, "text")
+    changed = {name for name, value in leaves(filled).items() if value != leaves(half)[name]}
+    assert changed == {"train.lr", "train.head_lr", "output_dir"}
+    assert resolve(filled, "text") == filled
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_backbone_rate_given_alone_keeps_the_proportion_of_the_head(method, modality):
+    def rates(lr):
+        train = resolve(valid(adapt=AdaptConfig(method=method), train=TrainConfig(lr=lr)), modality).train
+        return train.lr, train.head_lr
+
+    lr, head_lr = rates(None)
+    assert rates(lr * 4) == pytest.approx((lr * 4, head_lr * 4))
+    assert rates(lr) == pytest.approx((lr, head_lr))
+
+
+def test_run_folders_of_different_runs_differ():
+    runs = [
+        valid(), valid(adapt=AdaptConfig(method="lora")), valid(train=TrainConfig(seed=1)),
+        valid(data=DataConfig(source="a/other.csv")), valid(model=ModelConfig("resnet18", pretrained=False)),
+        valid(model=ModelConfig("timm/resnet34.a1_in1k")), valid(model=ModelConfig("local-dir:/x/net/")),
+    ]
+    folders = [resolve(run, "image").output_dir for run in runs]
+    assert len(set(folders)) == len(runs)
+    assert all(folder.startswith("runs/") and folder.count("/") == 1 and ":" not in folder for folder in folders)
+
+
+HEAVY = ("torch", "timm", "transformers", "datasets", "accelerate", "peft", "sklearn", "numpy")
+LOADED = f"""
+import atexit, json, sys
+atexit.register(lambda: print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]), file=sys.stderr))
+"""
+
+
+def run_quick(code: str, *arguments: str) -> str:
+    """Returns what a new process prints; it must load nothing heavy and take less than two seconds of a core."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED + code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stderr.splitlines()[-1]) == []
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    return done.stdout
+
+
+RECIPE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def test_importing_hftl_loads_nothing_heavy():
+    assert run_quick("import hftl; print(hftl.__version__, *sorted(hftl.__all__))").startswith("0.")
+
+
+def test_the_help_of_the_command_answers_at_once():
+    out = run_quick("from hftl.cli import main; main(['--help'])")
+    for command in ("quickstart", "recipes", "copy", "run", "evaluate", "predict", "doctor"):
+        assert command in out
+
+
+def test_the_help_of_a_recipe_lists_every_flag_with_its_explanation():
+    out = run_quick(RECIPE, "recipes/image_classification.py", "--help")
+    for flag in FLAGS:
+        assert f"--{flag} " in out, flag
+    assert "Fine-tune" in out and "Peak learning rate of the backbone" in out and "Share of train cut off" in out
+    assert "problems" not in out
+
+
+def test_print_config_prints_the_configuration_that_would_run(tmp_path):
+    out = run_quick(RECIPE, "recipes/text_classification.py", "--print_config", "--train.lr", "3e-4", "--data.source=x")
+    (tmp_path / "printed.yaml").write_text(out)
+    assert load(tmp_path / "printed.yaml") == RunConfig(DataConfig(source="x"), train=TrainConfig(lr=3e-4))

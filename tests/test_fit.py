@@ -1,0 +1,201 @@
+"""Exact training: gradients, schedules, evaluation, repetition; on one process and on two."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, load_recipe
+from safetensors.torch import load_file
+
+import hftl
+from hftl.errors import HftlError
+from hftl.train.optim import lr_factor
+
+
+def launch(processes: int, job: str, spec: dict, out: Path) -> None:
+    """Runs a job of tests/job.py under the real launcher, on gloo."""
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "job.py"), job, json.dumps(spec), str(out)],
+        capture_output=True, text=True, timeout=280, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def flags(source, model, output, method="full", **more) -> list[str]:
+    settings = {
+        "data.source": source, "model.name": model, "output_dir": output, "adapt.method": method, "train.trackers": "[]",
+        "overwrite": "true", **{name.replace("__", "."): value for name, value in more.items()},
+    }
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(kind, texts, images, tiny_bert, tiny_timm, tmp_path):
+    """(batch, accumulation, processes) with product 8, dropout off, pooled and stock heads, uneven text lengths."""
+    source, model = (texts, tiny_bert) if kind == "text" else (images, tiny_timm["test_resnet"])
+    found = {}
+    for batch, accumulation, world in [(8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]:
+        out = tmp_path / f"{batch}-{accumulation}-{world}"
+        options = flags(
+            source, model, out / "run", model__dropout=0.0, train__max_steps=2, train__max_grad_norm=0, train__lr=1e-3,
+            train__head_lr=1e-3, train__batch_size_per_device=batch, train__gradient_accumulation_steps=accumulation,
+            train__log_every=1, data__augment__crop_scale=1.0,
+        )
+        launch(world, "gradient", {"recipe": f"{kind}_classification", "flags": options}, out)
+        found[batch, accumulation, world] = [load_file(out / f"step{step}.safetensors") for step in (0, 1)]
+        lrs = json.loads((out / "lrs.json").read_text())
+        assert len(lrs) == 2 and lrs == pytest.approx([5e-4, 1e-3])  # scheduler steps are optimizer steps on any world
+    reference = found.pop((8, 1, 1))
+    for cut, steps in found.items():
+        for step, grads in enumerate(steps):
+            assert grads.keys() == reference[step].keys()
+            for name, grad in grads.items():
+                wanted = reference[step][name]
+                # summation order differs; a wrong factor (accumulation, processes) would be 2 or 4
+                scale = max(float(wanted.abs().max()), 1e-4)
+                torch.testing.assert_close(grad, wanted, atol=2e-3 * scale, rtol=1e-3, msg=lambda m, n=name: f"{cut} step {step} {n}: {m}")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_processes_evaluate_as_one_over_an_uneven_test_set(method, texts, tiny_bert, tmp_path):
+    """Same weights (zero learning rate), 13 test rows: equal metrics and, row by row in order, equal predictions."""
+    results = {}
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        options = flags(
+            texts, tiny_bert, out / "run", method, train__num_epochs=1, train__lr=0, train__head_lr=0, train__weight_decay=0,
+            train__batch_size_per_device=4 // world, train__seed=0,
+        )
+        # evaluation batches are as large as training ones, and rounding depends on the batch
+        options = [o.replace("batch_size_per_device=2", "batch_size_per_device=4") for o in options]
+        launch(world, "recipe", {"recipe": "text_classification", "flags": options}, out)
+        table = pq.read_table(out / "run" / "predictions.parquet").to_pylist()
+        results[world] = json.loads((out / "run" / "metrics.json").read_text()), table
+    assert results[1][0] == results[2][0]
+    assert results[1][1] == results[2][1]
+    assert [row["row"] for row in results[2][1] if row["split"] == "test"] == list(range(13))
+
+
+def test_training_on_two_processes_equals_one_with_the_same_effective_batch(texts, tiny_bert, tmp_path):
+    weights = {}
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        options = flags(
+            texts, tiny_bert, out / "run", model__dropout=0.0, train__num_epochs=2, train__lr=1e-3, train__head_lr=1e-3,
+            train__batch_size_per_device=8 // world,
+        )
+        launch(world, "recipe", {"recipe": "text_classification", "flags": options}, out)
+        weights[world] = load_file(out / "run" / "model" / "model.safetensors")
+        steps = [json.loads(line) for line in (out / "run" / "history.jsonl").read_text().splitlines()]
+        assert max(record["step"] for record in steps) == 16
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[2][name], value, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_it_overfits_32_examples(method, text_run, texts, tmp_path):
+    lines = (texts / "train.csv").read_text().splitlines()[:33]
+    (tmp_path / "few.csv").write_text("\n".join(lines) + "\n")
+    run = text_run(method, num_epochs=60, lr=1e-2, head_lr=1e-2)
+    run = replace(run, data=replace(run.data, source=str(tmp_path / "few.csv"), validation_fraction=0.0), model=replace(run.model, dropout=0.0))
+    run, splits, task = hftl.prepare(run, hftl.TextClassification)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    losses = [record["train/loss"] for record in history.records]
+    assert losses[-1] < 0.05 < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_two_runs_are_bitwise_equal(kind, image_run, text_run, tmp_path):
+    """Dropout, augmentation and order come from the seed alone, also with workers."""
+    results = []
+    for number, workers in enumerate((0, 0, 2 if kind == "image" else 0)):
+        run = image_run("test_resnet", "full") if kind == "image" else text_run("full")
+        run = replace(run, output_dir=str(tmp_path / str(number)), data=replace(run.data, num_workers=workers))
+        metrics = load_recipe(f"{kind}_classification").main(run)
+        folder = tmp_path / str(number)
+        weights = load_file(folder / "model" / "model.safetensors")
+        results.append((metrics, weights, (folder / "history.jsonl").read_text(), pq.read_table(folder / "predictions.parquet")))
+    for metrics, weights, history, table in results[1:]:
+        assert metrics == results[0][0]
+        assert all(torch.equal(weights[name], value) for name, value in results[0][1].items())
+        assert history == results[0][2]
+        assert table == results[0][3]
+
+
+def test_another_seed_is_another_run(text_run, tmp_path):
+    losses = []
+    for seed in (0, 1):
+        run = replace(text_run("full", seed=seed), output_dir=str(tmp_path / str(seed)))
+        run, splits, task = hftl.prepare(run, hftl.TextClassification)
+        accelerator = hftl.start(run)
+        model = hftl.build_model(run, task.head)
+        hftl.adapt(model, run.adapt)
+        losses.append(hftl.fit(accelerator, model, task, splits, run).records[-1]["validation/loss"])
+    assert losses[0] != losses[1]
+
+
+def test_the_best_weights_are_kept_and_training_stops_early(text_run):
+    run = text_run("full", num_epochs=30, lr=0.5, head_lr=0.5, early_stopping_patience=2, best_metric="loss")  # a rate that diverges
+    run, splits, task = hftl.prepare(run, hftl.TextClassification)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    evaluations = [record for record in history.records if "validation/loss" in record]
+    best = min(evaluations, key=lambda record: record["validation/loss"])
+    assert history.best == {"step": best["step"], "metric": "validation/loss", "value": best["validation/loss"]}
+    assert len(evaluations) < 30
+    assert hftl.evaluate(accelerator, model, task, splits, run)["validation/loss"] == best["validation/loss"]
+
+
+def test_a_loss_that_is_not_finite_is_an_error(text_run):
+    run = text_run("full", num_epochs=20, lr=1e30, head_lr=1e30, log_every=1)
+    run, splits, task = hftl.prepare(run, hftl.TextClassification)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    with pytest.raises(HftlError, match="training loss is (nan|inf) at step"):
+        hftl.fit(accelerator, model, task, splits, run)
+
+
+def test_groups_of_the_optimizer(text_run):
+    """Head and backbone have their own rates; biases and norms do not decay; nothing is left out or twice in."""
+    from hftl.train.optim import make_optimizer
+
+    run, _, task = hftl.prepare(text_run("full", "mean"), hftl.TextClassification)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    optimizer = make_optimizer(model, run.train, torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(seen) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    for group in optimizer.param_groups:
+        assert group["fused"]
+        for parameter in group["params"]:
+            assert group["lr"] == (1e-2 if model.in_head(names[id(parameter)]) else 1e-3)
+            assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0.0)
+
+
+@pytest.mark.parametrize(("kind", "last"), [("linear", 1 / 90), ("cosine", 0.0), ("constant", 1.0)])
+def test_schedules_rise_over_the_warm_up_and_end_where_they_should(kind, last):
+    factors = [lr_factor(step, kind, 100, 10) for step in range(100)]
+    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert max(factors) == factors[10] == 1.0
+    assert factors[-1] == pytest.approx(last, abs=5e-3)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
