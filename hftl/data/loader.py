@@ -120,7 +120,7 @@ def make_loader(
 
     Args:
         rows: The split.
-        batches: Called at the start of each pass for the batches of that pass.
+        batches: Returns the batches of a pass; may be called more often than passes are made.
         collate: Examples -> batch of tensors, from the task.
         device: Device type that batches go to (`cpu`, `cuda`, …).
         num_workers: Processes that prepare batches.

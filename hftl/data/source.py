@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -61,7 +62,10 @@ def load_splits(config: DataConfig, *, training: bool = True) -> Splits:
         DataError: The source does not exist, holds nothing readable, or has no training rows.
     """
     _bars_on_terminals_only()
-    sets = {name: rows for name, rows in _open(config).items() if len(rows)}
+    try:
+        sets = {name: rows for name, rows in _open(config).items() if len(rows)}
+    except OSError as error:
+        raise DataError(f"data.source: '{config.source}' cannot be read: {error.strerror or error}.") from error
     if not sets or training and "train" not in sets:
         wanted, found = "training rows" if sets else "rows", shorten(list(sets)) or "none"
         raise DataError(f"data.source: '{config.source}' has no {wanted} (splits found: {found}).")
@@ -111,7 +115,7 @@ def _hub(config: DataConfig) -> Mapping[str, Dataset]:
         here = [entry.name for entry in Path(".").iterdir()]
         raise DataError(
             f"data.source: '{config.source}' is not a local folder or file, and as a hub id it failed: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}{nearest(config.source, here)}"
+            f"{type(error).__name__}: {_first_line(error)}.{nearest(config.source, here)}"
         ) from error
     return _named(loaded)
 
@@ -173,10 +177,14 @@ def _tables(files: Mapping[str, list[Path]]) -> Mapping[str, Dataset]:
             names = [glob.escape(str(path)) for path in paths]
             out[split] = load_dataset(TABLES[kind], data_files={split: names}, split=split, **options)
         except Exception as error:
-            cause = error.__cause__ or error
-            reason = str(cause).strip().splitlines()[0]
+            reason = _first_line(error.__cause__ or error)
+            reason = "it holds no rows" if "corresponds to no data" in reason else reason
             raise DataError(f"data.source: cannot read {shorten([str(p) for p in paths])}: {reason}") from error
     return out
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _images(path: Path) -> Mapping[str, Dataset]:
@@ -192,8 +200,18 @@ def _images(path: Path) -> Mapping[str, Dataset]:
             found = shorten(sorted({file.suffix or file.name for file in folder.rglob("*") if file.is_file()}))
             raise DataError(f"data.source: no images in {folder} (file types found: {found or 'none'}).")
     patterns = {split: f"{glob.escape(str(folder.resolve()))}/**" for split, folder in folders.items()}
+    # the library leaves labels out of a split until it has seen two classes; folders of classes have them for sure
+    labels = {"drop_labels": False} if all(_has_class_folders(folder) for folder in folders.values()) else {}
     # one call, because classes are numbered over all the splits that are read together
-    return load_dataset("imagefolder", data_files=patterns)
+    return load_dataset("imagefolder", data_files=patterns, **labels)
+
+
+def _has_class_folders(folder: Path) -> bool:
+    """Whether all files are exactly one folder down, and no metadata file says otherwise."""
+    if any(entry.is_file() and not entry.name.startswith(".") for entry in os.scandir(folder)):
+        return False
+    inside = (entry for sub in os.scandir(folder) if sub.is_dir() for entry in os.scandir(sub))
+    return not any(entry.is_dir() or entry.name.startswith("metadata.") for entry in inside)
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
@@ -219,7 +237,10 @@ def _names_beside(source: str) -> list[str] | None:
     file = (path if path.is_dir() else path.parent) / "labels.json"
     if source.startswith("embedded:") or not path.exists() or not file.is_file():
         return None
-    names = json.loads(file.read_text())
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"data.source: {file} is not valid JSON: {error}.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"data.source: {file} must hold a list of class names, in the order of the label numbers.")
     return names

@@ -126,10 +126,24 @@ def create_network(config: ModelConfig, num_outputs: int) -> Any:
             f"{' with its pretrained weights' if config.pretrained else ''}: {type(error).__name__}: {error}. "
             "Without a network, name a folder: local-dir:PATH (config.json and model.safetensors)."
         ) from error
-    if config.pretrained and (net.pretrained_cfg or {}).get("num_classes") == num_outputs:
-        net.reset_classifier(num_outputs)  # equal width would silently keep the old classes' weights
+    if config.pretrained:
+        _fresh_head(net)
     net.hftl_build_args = args
     return net
+
+
+def _fresh_head(net: Any) -> None:
+    """Draws the classifier's weights anew, small.
+
+    A checkpoint with as many classes would silently keep the old ones' weights, and several families draw new ones
+    for 1,000 classes: 1 / sqrt(K) per weight (EfficientNets) starts two classes at logits of ten.
+    """
+    for name in _classifier_names(net):
+        for module in net.get_submodule(name).modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
 
 def timm_name(name: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import RunConfig
 from hftl.console import say
-from hftl.data.loader import Rows, Share, default_workers, make_loader, steps_per_epoch, train_batches
+from hftl.data.loader import Key, Rows, Share, default_workers, make_loader, steps_per_epoch, train_batches
 from hftl.data.source import Splits
 from hftl.errors import HftlError
 from hftl.evaluation.evaluate import evaluate_rows
@@ -67,7 +68,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
 
     model.train()
     summed, since = 0.0, 0
-    for batch in itertools.islice(_micro_batches(accelerator, rows, task, run, share), total * share.accumulation):
+    for batch in _micro_batches(accelerator, rows, task, run, share, total):
         with accelerator.accumulate(net):
             losses = task.loss(net(batch["inputs"]), batch)
             loss = (losses * batch["weight"]).sum()
@@ -109,21 +110,19 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     return history
 
 
-def _micro_batches(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share) -> Any:
-    """Yields this process's micro-batches on its device, epoch after epoch, without end."""
+def _micro_batches(
+    accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, total_steps: int
+) -> Iterator[dict[str, Any]]:
+    """Yields this process's micro-batches on its device, epoch after epoch, for `total_steps` steps."""
     from accelerate.utils import send_to_device
 
     device = accelerator.device
     workers = run.data.num_workers
     workers = default_workers(task.modality, device.type, share.world) if workers is None else workers
-    epochs = itertools.count()
-    loader = make_loader(
-        rows,
-        lambda: train_batches(len(rows), rows.lengths, share, run.train.seed, next(epochs)),
-        task.collate,
-        device=device.type,
-        num_workers=workers,
-    )
-    while True:
-        for batch in loader:
-            yield send_to_device(batch, device, non_blocking=True)
+
+    def stream() -> Iterator[list[Key]]:
+        epochs = (train_batches(len(rows), rows.lengths, share, run.train.seed, epoch) for epoch in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(epochs), total_steps * share.accumulation)
+
+    for batch in make_loader(rows, stream, task.collate, device=device.type, num_workers=workers):
+        yield send_to_device(batch, device, non_blocking=True)

@@ -145,10 +145,17 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
 def folder_problems(run: RunConfig) -> list[str]:
     """Returns a sentence when the run folder cannot be written or holds a run that may not be replaced."""
     folder = run_folder(run)
+    try:
+        return _folder_problems(folder, run.overwrite)
+    except OSError as error:
+        return [f"output_dir: '{folder}' cannot be reached: {error.strerror}."]
+
+
+def _folder_problems(folder: Path, overwrite: bool) -> list[str]:
     if folder.exists() and not folder.is_dir():
         return [f"output_dir: '{folder}' is a file."]
     found = [name for name in RUN_FILES if (folder / name).exists()]
-    if found and not run.overwrite:
+    if found and not overwrite:
         return [f"output_dir: '{folder}' holds a run already ({', '.join(found)}). Choose another, or say --overwrite."]
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not existing.is_dir():

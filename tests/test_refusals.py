@@ -1,0 +1,445 @@
+"""What cannot work is refused before anything is made: what, where, which value, what is allowed, what to do."""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, with_data
+from PIL import Image
+
+import hftl
+from hftl.config.parse import parse
+from hftl.config.schema import AdaptConfig, LoraConfig, ModelConfig
+from hftl.errors import ConfigError
+from hftl.train.start import RUN_FILES
+
+
+def refused(run, task=hftl.ImageClassification) -> list[str]:
+    """Returns the problems that a run is refused with; nothing may have been made on the way."""
+    folder = Path(run.output_dir)
+    before = folder.exists()
+    with pytest.raises(ConfigError) as caught:
+        hftl.prepare(run, task)
+    assert folder.exists() == before, "refused, but the run folder was made"
+    problems = caught.value.problems
+    assert len(problems) == len(set(problems))
+    for problem in problems:
+        assert problem in str(caught.value) and "\n" not in problem
+    return problems
+
+
+def refused_text(run) -> list[str]:
+    return refused(run, hftl.TextClassification)
+
+
+def the_only(problems: list[str]) -> str:
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def named(run, name: str):
+    return replace(run, model=replace(run.model, name=name))
+
+
+@pytest.fixture
+def image_copy(images, tmp_path) -> Path:
+    """A copy of the images that a test may spoil."""
+    return Path(shutil.copytree(images, tmp_path / "images"))
+
+
+@pytest.fixture
+def table(text_run, tmp_path):
+    """Returns a function that makes a text run on a table with the given lines."""
+
+    def make(*lines: str, name: str = "train.csv", **options):
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        (tmp_path / "tables" / name).write_text("\n".join(lines) + "\n")
+        return with_data(text_run(batch_size_per_device=2), source=str(tmp_path / "tables"), **options)
+
+    return make
+
+
+GOOD = ("text,label", *(f"words {number},{'xy'[number % 2]}" for number in range(8)))
+
+
+def test_good_runs_are_not_refused(image_run, text_run, table):
+    for run, task in (
+        (image_run(), hftl.ImageClassification),
+        (text_run(), hftl.TextClassification),
+        (table(*GOOD), hftl.TextClassification),
+    ):
+        resolved, splits, bound = hftl.prepare(run, task)
+        assert resolved.train == run.train and "validation" in splits and bound.head.num_outputs >= 2
+        assert not Path(run.output_dir).exists()
+
+
+# The model
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet5O", ["timm has no model 'resnet5O'", "Did you mean", "'resnet50'"]),
+        ("vit_base_patch16_24", ["'vit_base_patch16_24'", "'vit_base_patch16_224'"]),
+        ("resnet18.a1_in1kk", ["'resnet18.a1_in1kk' has no weights 'a1_in1kk'", "a2_in1k", "Did you mean 'a1_in1k'?"]),
+        ("local-dir:no/such/folder", ["'no/such/folder'", "config.json"]),
+        ("embedded:leters", ["'leters'", "Did you mean 'letters'?"]),
+        ("hub:timm/resnet18", ["'hub:' is not a source", "hf-hub:, local-dir:, embedded:"]),
+    ],
+)
+def test_an_unknown_image_model_names_the_nearest(name, said, image_run):
+    problem = the_only(refused(named(image_run(), name)))
+    assert problem.startswith("model.name: ")
+    for words in said:
+        assert words in problem
+
+
+def test_a_model_folder_without_its_prefix_says_the_prefix(image_run, tmp_path):
+    assert f"say local-dir:{tmp_path}" in the_only(refused(named(image_run(), str(tmp_path))))
+
+
+def test_a_missing_text_model_folder_names_the_nearest(text_run, tiny_bert, tmp_path):
+    problem = the_only(refused_text(named(text_run(), tiny_bert[:-1] + "x")))
+    assert f"the folder '{tiny_bert[:-1]}x' does not exist" in problem
+    assert f"Did you mean '{Path(tiny_bert).name}'?" in problem
+    assert "without config.json" in the_only(refused_text(named(text_run(), str(tmp_path))))
+    assert "'not a name!' is neither a folder nor a hub id" in the_only(refused_text(named(text_run(), "not a name!")))
+
+
+def test_lora_patterns_without_a_match_name_the_nearest_layers(image_run, text_run):
+    def with_patterns(run, *patterns):
+        return replace(run, adapt=AdaptConfig("lora", LoraConfig(target_modules=list(patterns))))
+
+    first, second = refused(with_patterns(image_run("test_vit"), "qkw", "fc1", "nonsense.*["))
+    assert "adapt.lora.target_modules: 'qkw' matches no" in first and "Did you mean 'qkv'?" in first
+    assert "found: fc1, fc2, proj, qkv" in first
+    assert "'nonsense.*['" in second and "Did you mean" not in second
+    assert "head" not in first, "the head is not a place for adapters"
+    assert "Did you mean 'query'?" in the_only(refused_text(with_patterns(text_run(), "key", "querry")))
+    hftl.prepare(with_patterns(image_run("test_vit"), "qkv", r"blocks\.\d+\.mlp\.fc1"), hftl.ImageClassification)
+
+
+# The data
+
+
+def test_a_missing_data_folder_names_its_nearest_sibling(image_run, text_run, image_copy, monkeypatch):
+    wrong = str(image_copy.parent / "imagse")
+    problem = the_only(refused(with_data(image_run(), source=wrong)))
+    assert problem == f"data.source: '{wrong}' does not exist. Did you mean 'images'?"
+    monkeypatch.chdir(image_copy.parent)
+    for source in ("./imagse", "imagse"):
+        problem = the_only(refused(with_data(image_run(), source=source)))
+        assert f"'{source}'" in problem and "Did you mean 'images'?" in problem
+    assert "Did you mean 'digits'?" in the_only(refused(with_data(image_run(), source="embedded:digit")))
+    assert "allowed: .csv" in the_only(refused_text(with_data(text_run(), source=__file__)))
+
+
+def test_a_folder_without_images_says_what_it_holds(image_run, tmp_path):
+    for name in ("a/notes.txt", "a/clip.mp4"):
+        (tmp_path / "things" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "things" / name).write_text("x")
+    problem = the_only(refused(with_data(image_run(), source=str(tmp_path / "things"))))
+    assert f"no images in {tmp_path / 'things'} (file types found: .mp4, .txt)" in problem
+    (tmp_path / "empty").mkdir()
+    assert "file types found: none" in the_only(refused(with_data(image_run(), source=str(tmp_path / "empty"))))
+
+
+def test_unreadable_images_are_named_with_their_paths_in_every_split(image_run, image_copy):
+    spoiled = [image_copy / "train/red/03.png", image_copy / "train/blue/00.png", image_copy / "test/green/01.png"]
+    spoiled[0].write_bytes(b"")
+    spoiled[1].write_text("this is not an image")
+    spoiled[2].write_bytes(np.arange(99, dtype=np.uint8).tobytes())
+    in_train, in_test = refused(with_data(image_run(), source=str(image_copy)))
+    assert "train has 2 unreadable image(s)" in in_train and "test has 1 unreadable image(s)" in in_test
+    for path, problem in zip(spoiled, (in_train, in_train, in_test), strict=True):
+        assert str(path) in problem
+
+
+def test_many_unreadable_images_are_counted_not_listed(image_run, image_copy):
+    for file in (image_copy / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    problem = the_only(refused(with_data(image_run(), source=str(image_copy))))
+    assert "36 unreadable image(s)" in problem and len(problem) < 1500
+
+
+def test_missing_image_files_of_a_table_are_named(image_run, images, tmp_path):
+    there, gone = images / "train/red/00.png", tmp_path / "gone.png"
+    lines = ["image,label", *(f"{file},{label}" for file in (there, gone) for label in "xyxy")]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    run = with_data(image_run(batch_size_per_device=2), source=str(tmp_path / "table.csv"), validation_fraction=0.0)
+    problem = the_only(refused(run))
+    assert "4 unreadable image(s)" in problem and str(gone) in problem and str(there) not in problem
+
+
+def test_a_named_column_that_is_missing_names_the_nearest(image_run, text_run):
+    problem = the_only(refused(with_data(image_run(), image_column="imgae")))
+    assert "data.image_column: there is no column 'imgae'. Did you mean 'image'?" in problem
+    problems = refused_text(with_data(text_run(), text_column="texts", label_column="lable"))
+    assert "data.text_column: there is no column 'texts'. Did you mean 'text'?" in problems[0]
+    assert "data.label_column: there is no column 'lable'. Did you mean 'label'?" in problems[1]
+    problem = the_only(refused_text(with_data(text_run(), text_pair_column="txet")))
+    assert "data.text_pair_column: there is no column 'txet'. Did you mean 'text'?" in problem
+
+
+def test_pictures_without_classes_are_refused(image_run, images, tmp_path):
+    shutil.copytree(images / "train" / "red", tmp_path / "flat")
+    problem = the_only(refused(with_data(image_run(), source=str(tmp_path / "flat"), validation_fraction=0.0)))
+    assert "data.label_column: no label column found. Columns: image (Image)" in problem
+
+
+def test_columns_that_could_each_be_the_text_are_listed(table):
+    problem = the_only(refused_text(table("title,body,label", *(f"a,b,{number % 2}" for number in range(8)))))
+    assert "title and body could each be the text" in problem and "--data.text_column NAME" in problem
+
+
+def test_missing_labels_are_counted_by_split(table):
+    table(*GOOD[:5], "no label,", "none either,", name="dev.csv")
+    problem = the_only(refused_text(table(*GOOD, "no label,")))
+    assert problem.startswith("data.source: validation has 2 row(s) without a label in column 'label'") or "train has 1" in problem
+
+
+def test_missing_labels_of_every_split_are_said(table):
+    table(*GOOD[:5], "no label,", "none either,", name="dev.csv")
+    problems = refused_text(table(*GOOD, "no label,"))
+    assert any("train has 1 row(s) without a label in column 'label'" in problem for problem in problems)
+    assert any("validation has 2 row(s) without a label in column 'label'" in problem for problem in problems)
+
+
+def test_one_class_is_not_enough(table, image_run, image_copy):
+    problem = the_only(refused_text(table("text,label", *(f"words {number},same" for number in range(8)))))
+    assert "train has only one class ('same') in column 'label'; two are needed" in problem
+    for split in ("train", "val", "test"):
+        for label in ("red", "blue"):
+            shutil.rmtree(image_copy / split / label)
+    problem = the_only(refused(with_data(image_run(), source=str(image_copy))))
+    assert "train has only one class ('green')" in problem
+
+
+def test_a_class_that_train_lacks_is_named(table, image_run, image_copy):
+    table(*GOOD[:5], "new words,z", "other words,w", name="test.csv")
+    problem = the_only(refused_text(table(*GOOD)))
+    assert "test has 2 row(s) of class w, z, which train lacks" in problem
+    shutil.rmtree(image_copy / "train" / "red")
+    problems = refused(with_data(image_run(), source=str(image_copy)))
+    assert [problem.partition(",")[0] for problem in problems] == [
+        "data.source: validation has 3 row(s) of class red", "data.source: test has 4 row(s) of class red",
+    ]
+
+
+def test_real_numbers_are_not_classes(table):
+    problem = the_only(refused_text(table("text,label", *(f"words,{number}.5" for number in range(8)))))
+    assert "'label' holds real numbers" in problem
+
+
+def test_empty_texts_are_named_by_row(table):
+    lines = list(GOOD)
+    lines[1], lines[4] = ",x", "   ,y"
+    problem = the_only(refused_text(table(*lines, validation_fraction=0.0)))
+    assert "train column 'text' has 2 empty text(s), at row 0, 3." in problem
+
+
+def test_rows_that_are_too_few_for_a_validation_split_are_refused(table):
+    problem = the_only(refused_text(table("text,label", "a,x")))
+    assert problem.startswith("data.validation_fraction") and "--data.validation_fraction 0" in problem
+
+
+def test_an_effective_batch_larger_than_the_data_is_refused(image_run, monkeypatch):
+    for batch, accumulation, world in ((37, 1, 1), (8, 5, 1), (10, 2, 2)):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        run = image_run(batch_size_per_device=batch, gradient_accumulation_steps=accumulation)
+        problem = the_only(refused(run))
+        assert f"effective batch of {batch * accumulation * world}" in problem and "36 training rows" in problem
+        fits = image_run(batch_size_per_device=36 // accumulation // world, gradient_accumulation_steps=accumulation)
+        hftl.prepare(fits, hftl.ImageClassification)
+
+
+# Settings
+
+
+def test_a_text_that_can_name_no_augmentation_policy_is_refused(image_run):
+    run = image_run()
+    for policy in ("rnd-m9-mstd0.5", "nonsense"):
+        spoiled = with_data(run, augment=replace(run.data.augment, auto_augment=policy))
+        problem = the_only(refused(spoiled))
+        assert "data.augment.auto_augment" in problem and repr(policy) in problem
+    hftl.prepare(with_data(run, augment=replace(run.data.augment, auto_augment="rand-m9-mstd0.5-inc1")), hftl.ImageClassification)
+
+
+def test_an_unknown_best_metric_names_the_nearest(image_run):
+    problem = the_only(refused(image_run(best_metric="macrof1")))
+    assert "train.best_metric: 'macrof1'" in problem and "accuracy" in problem and "Did you mean 'macro_f1'?" in problem
+    for name in ("macro_f1", "loss"):
+        hftl.prepare(image_run(best_metric=name), hftl.ImageClassification)
+
+
+def test_an_extra_metric_that_cannot_be_loaded_is_named(image_run):
+    problem = the_only(refused(image_run(metrics=["no_such_metric_anywhere"])))
+    assert "train.metrics: 'no_such_metric_anywhere'" in problem and "macro_f1" in problem
+
+
+def test_values_out_of_range_are_refused_before_data_are_opened(image_run, capsys):
+    first, second = refused(with_data(image_run(lr=-1.0, schedule="cosin"), source=""))[1:]
+    assert "train.lr: -1.0 is out of range; allowed: at least 0." == first
+    assert "Did you mean 'cosine'?" in second
+    assert "rows from" not in capsys.readouterr().out
+
+
+# The run folder
+
+
+def test_an_existing_run_is_kept_unless_told_otherwise(image_run, tmp_path):
+    run = image_run()
+    folder = tmp_path / "run"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights").write_text("precious")
+    problem = the_only(refused(run))
+    assert f"'{folder}' holds a run already (model)" in problem and "--overwrite" in problem
+    assert (folder / "model" / "weights").read_text() == "precious"
+
+
+def test_overwriting_removes_the_run_and_nothing_else(image_run, tmp_path):
+    run = replace(image_run(), overwrite=True)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in RUN_FILES:
+        (folder / name).write_text("old") if "." in name else (folder / name / "deep").mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "figures").mkdir()
+    resolved, _, _ = hftl.prepare(run, hftl.ImageClassification)
+    assert (folder / "model" / "deep").is_dir(), "prepare only looks"
+    hftl.start(resolved)
+    assert sorted(path.name for path in folder.iterdir()) == ["figures", "notes.txt"]
+
+
+def test_a_folder_with_other_things_in_it_is_not_a_run(image_run, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    resolved, _, _ = hftl.prepare(image_run(), hftl.ImageClassification)
+    hftl.start(resolved)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_folder_that_is_a_file_or_below_one_is_refused(image_run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/run", "file/deep/run"):
+        problem = the_only(refused(replace(image_run(), output_dir=str(tmp_path / place))))
+        assert problem.startswith(f"output_dir: '{tmp_path / place}'") and "is a file" in problem
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@contextmanager
+def nobody():
+    """Root may do everything, so be another user for a while."""
+    if os.geteuid() == 0:
+        os.setresuid(65534, 65534, 0)
+        try:
+            yield
+        finally:
+            os.setresuid(0, 0, 0)
+    else:
+        yield
+
+
+def test_a_run_folder_that_may_not_be_written_is_refused(image_run, tmp_path):
+    from hftl.train.start import folder_problems
+
+    open_folder = Path(os.path.realpath("/")) / "usr"
+    with nobody():
+        problem = the_only(folder_problems(replace(image_run(), output_dir=str(open_folder / "runs" / "one"))))
+        assert f"no write permission in '{open_folder}'" in problem
+    closed = tmp_path / "closed"
+    (closed / "inside").mkdir(parents=True)
+    closed.chmod(0)
+    with nobody():
+        problem = the_only(folder_problems(replace(image_run(), output_dir=str(closed / "inside" / "run"))))
+    closed.chmod(0o700)
+    assert "cannot be reached: Permission denied" in problem
+
+
+# All at once
+
+
+def test_everything_wrong_is_in_one_message(image_run, tmp_path):
+    """Each round of repair costs a user minutes; one message must do."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text("train: {lr: fast, epochs: 3, warmup_ratio: 1.5}\n")
+    flags = ["--config", str(yaml), "--model.name", "resnet5O", "--data.source", str(tmp_path / "imagse"),
+             "--train.seed", "x", "--train.metrics", "[no_such_metric]", "--output_dir", str(tmp_path / "run")]
+    (tmp_path / "images").mkdir()
+    problems = refused(parse(hftl.RunConfig(), flags, defer=True))
+    expected = [
+        ("run.yaml: train.lr: 'fast'", "a number"),
+        ("run.yaml: there is no setting 'train.epochs'", "'train.num_epochs'"),
+        ("command line: train.seed: 'x'", "a whole number"),
+        ("train.warmup_ratio: 1.5", "[0, 1]"),
+        ("imagse' does not exist", "Did you mean 'images'?"),
+        ("timm has no model 'resnet5O'", "'resnet50'"),
+        ("train.metrics: 'no_such_metric'", "macro_f1"),
+        ("holds a run already", "--overwrite"),
+    ]
+    assert len(problems) == len(expected), problems
+    for words in expected:
+        assert sum(all(word in problem for word in words) for problem in problems) == 1, words
+
+
+def test_problems_of_data_model_and_settings_come_together(image_run, image_copy, tmp_path):
+    (image_copy / "train" / "red" / "00.png").write_bytes(b"")
+    shutil.rmtree(image_copy / "train" / "blue")
+    run = with_data(image_run("test_vit", lr=-1.0, batch_size_per_device=25), source=str(image_copy))
+    run = replace(run, adapt=AdaptConfig("lora", LoraConfig(target_modules=["qkw"])), output_dir=str(image_copy / "train/red/01.png"))
+    problems = refused(run)
+    for words in ("train.lr: -1.0", "unreadable image", "validation has 3 row(s) of class blue", "test has 3 row(s) of class blue",
+                  "effective batch of 25", "'qkw' matches no", "is a file"):
+        assert sum(words in problem for problem in problems) == 1, (words, problems)
+    assert len(problems) == 7
+
+
+def test_problems_of_texts_and_labels_come_together(table):
+    lines = list(GOOD)
+    lines[2] = ",y"
+    table(*GOOD[:5], "words,z", name="test.csv")
+    problems = refused_text(named(table(*lines, "words,", validation_fraction=0.0), "no/such/model"))
+    for words in ("'no/such/model' does not exist", "1 empty text(s), at row 1", "1 row(s) without a label", "class z"):
+        assert sum(words in problem for problem in problems) == 1, (words, problems)
+    assert len(problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "said"),
+    [
+        ("image_classification", ["--train.lr", "fast", "--model.name=resnet5O", "--data.source=no/such/folder"],
+         ["train.lr: 'fast'", "'resnet50'", "'no/such/folder' does not exist"]),
+        ("text_classification", ["--train.batch_size=8", "--model.name=no/such/model", "--data.source=TABLE"],
+         ["Did you mean 'train.batch_size_per_device'?", "'no/such/model'", "'label' holds real numbers", "2 empty text(s)"]),
+    ],
+)
+def test_a_recipe_ends_with_a_message_and_status_2(recipe, flags, said, tmp_path):
+    (tmp_path / "table.csv").write_text("text,label\n" + "words,1.5\nwords,2.5\n,1.5\n" * 4)
+    flags = [flag.replace("TABLE", str(tmp_path / "table.csv")) for flag in flags]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--output_dir", str(tmp_path / "run"), *flags],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    message = done.stderr[done.stderr.index("ConfigError: ") :]
+    for words in said:
+        assert message.count(words) == 1, (words, message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_of_another_kind_is_read_by_its_content_not_its_name(image_run, image_copy):
+    Image.new("RGB", (20, 20)).save(image_copy / "train/red/00.png", format="JPEG")
+    hftl.prepare(with_data(image_run(), source=str(image_copy)), hftl.ImageClassification)
+
+
+def test_an_empty_name_says_the_flag(text_run):
+    problems = refused_text(replace(with_data(text_run(), source=""), model=ModelConfig()))
+    assert problems == ["data.source is empty: say --data.source …", "model.name is empty: say --model.name …"]
