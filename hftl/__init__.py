@@ -36,7 +36,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "hftl.config.schema": (
-        "AdaptConfig", "AugmentConfig", "DataConfig", "LoraConfig", "ModelConfig", "RunConfig", "TrainConfig",
+        "AdaptConfig",
+        "AugmentConfig",
+        "DataConfig",
+        "LoraConfig",
+        "ModelConfig",
+        "RunConfig",
+        "TrainConfig",
     ),
     "hftl.config.parse": ("parse",),
     "hftl.errors": ("HftlError",),

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hftl", description="Fine-tune pretrained vision and text models: full, frozen or LoRA; open them anywhere."
+        prog="hftl",
+        description="Fine-tune pretrained vision and text models: full, frozen or LoRA; open them anywhere.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -49,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_copy)
 
     command = commands.add_parser(
-        "run", help="train: `accelerate launch` of a recipe",
+        "run",
+        help="train: `accelerate launch` of a recipe",
         usage="hftl run [launcher options] RECIPE [recipe options]",
         description="Runs `accelerate launch [launcher options] RECIPE [recipe options]`. RECIPE is a name from "
         "`hftl recipes` or a file. Without --config_file, ./accelerate_config.yaml is used where it exists. "

@@ -71,7 +71,9 @@ def _check_metrics(task: Task, outputs: dict[str, torch.Tensor], whole: Batch) -
     for one, other, expected in zip(first, second, together, strict=True):
         one.merge(other)
         found, wanted = one.compute(), expected.compute()
-        assert found.keys() == wanted.keys(), f"metric names depend on the batches: {sorted(found)} and {sorted(wanted)}"
+        assert found.keys() == wanted.keys(), (
+            f"metric names depend on the batches: {sorted(found)} and {sorted(wanted)}"
+        )
         for name, value in wanted.items():
             same = math.isclose(found[name], value, rel_tol=1e-9) or (math.isnan(value) and math.isnan(found[name]))
             assert same, f"metric {name} is {found[name]} over two batches and {value} over one"

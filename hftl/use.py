@@ -42,9 +42,7 @@ def evaluate_folder(
     config = _data_config(Path(path), source)
     splits = load_splits(config, training=False)
     if split not in splits:
-        raise DataError(
-            f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}."
-        )
+        raise DataError(f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}.")
     rows = _like_training(splits[split], task)
     _check_labels(rows, task)
     run = RunConfig(data=config, train=TrainConfig(batch_size_per_device=batch_size))
@@ -130,7 +128,9 @@ def _like_training(rows: Dataset, task: Task) -> Dataset:
     names, known = kind.names, dict(zip(target["names"], target["values"], strict=True))
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise DataError(f"--data: the model does not know the class(es) {', '.join(unknown)}; it knows {', '.join(known)}.")
+        raise DataError(
+            f"--data: the model does not know the class(es) {', '.join(unknown)}; it knows {', '.join(known)}."
+        )
     features = rows.features.copy()
     features[column] = Value("int64")
     return rows.map(lambda row: {column: known[names[row[column]]]}, features=features)
@@ -147,7 +147,9 @@ def _check_labels(rows: Dataset, task: Task) -> None:
     for start in range(0, len(rows), 10_000):
         unknown |= set(rows.select_columns([column])[start : start + 10_000][column]) - known
     if unknown:
-        raise DataError(f"--data: column '{column}' holds labels the model does not know: {sorted(map(str, unknown))[:8]}.")
+        raise DataError(
+            f"--data: column '{column}' holds labels the model does not know: {sorted(map(str, unknown))[:8]}."
+        )
 
 
 def _rows_to_predict(task: Task, given: str, pair: str | None) -> tuple[Dataset, Sequence[str] | None]:
@@ -168,7 +170,9 @@ def _rows_to_predict(task: Task, given: str, pair: str | None) -> tuple[Dataset,
         needed = inputs.get("columns") or [inputs["column"]]
         missing = [name for name in needed if name not in rows.features]
         if missing:
-            raise DataError(f"INPUT: '{given}' lacks column(s) {', '.join(missing)}. Columns: {', '.join(rows.features)}.")
+            raise DataError(
+                f"INPUT: '{given}' lacks column(s) {', '.join(missing)}. Columns: {', '.join(rows.features)}."
+            )
         if task.modality == "image":
             rows = rows.cast_column(inputs["column"], Image())
         return rows.select_columns(needed), None
@@ -226,5 +230,3 @@ class _Terminal:
 
     def close(self) -> None:
         """Nothing to finish."""
-
-

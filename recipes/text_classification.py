@@ -1,6 +1,6 @@
 """Fine-tune any BERT-family checkpoint on texts or pairs of texts: one class for each row.
 
-    accelerate launch --config_file accelerate_config.yaml recipes/text_classification.py \
+accelerate launch --config_file accelerate_config.yaml recipes/text_classification.py \
         --data.source path/to/table.csv --model.name bert-base-uncased --adapt.method lora
 """
 

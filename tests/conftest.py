@@ -81,7 +81,11 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-WORDS = {"animal": "cat dog horse cow sheep".split(), "food": "bread rice soup cheese apple".split(), "tool": "saw hammer drill nail rope".split()}
+WORDS = {
+    "animal": "cat dog horse cow sheep".split(),
+    "food": "bread rice soup cheese apple".split(),
+    "tool": "saw hammer drill nail rope".split(),
+}
 
 
 @pytest.fixture(scope="session")
@@ -108,15 +112,32 @@ def tiny_bert(tmp_path_factory) -> str:
 
     folder = tmp_path_factory.mktemp("tiny_bert")
     words = [word for of_class in WORDS.values() for word in of_class]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "my", *words, *string.ascii_lowercase,
-                  *(f"##{letter}" for letter in string.ascii_lowercase)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "a",
+        "my",
+        *words,
+        *string.ascii_lowercase,
+        *(f"##{letter}" for letter in string.ascii_lowercase),
+    ]
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(vocabulary)))
     tokenizer = BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
     )
     BertModel(config).save_pretrained(folder)
     return str(folder)
@@ -149,8 +170,11 @@ def image_run(images, tiny_timm, tmp_path):
     def make(net: str = "test_resnet", method: str = "full", **train) -> RunConfig:
         options = {"num_epochs": 1, "lr": 1e-3, "head_lr": 1e-2, "batch_size_per_device": 8, "trackers": []} | train
         return RunConfig(
-            DataConfig(source=str(images)), ModelConfig(name=tiny_timm[net]), AdaptConfig(method=method),
-            TrainConfig(**options), output_dir=str(tmp_path / "run"),
+            DataConfig(source=str(images)),
+            ModelConfig(name=tiny_timm[net]),
+            AdaptConfig(method=method),
+            TrainConfig(**options),
+            output_dir=str(tmp_path / "run"),
         )
 
     return make
@@ -164,8 +188,11 @@ def text_run(texts, tiny_bert, tmp_path):
     def make(method: str = "full", pooling: str = "auto", **train) -> RunConfig:
         options = {"num_epochs": 1, "lr": 1e-3, "head_lr": 1e-2, "batch_size_per_device": 8, "trackers": []} | train
         return RunConfig(
-            DataConfig(source=str(texts)), ModelConfig(name=tiny_bert, pooling=pooling), AdaptConfig(method=method),
-            TrainConfig(**options), output_dir=str(tmp_path / "run"),
+            DataConfig(source=str(texts)),
+            ModelConfig(name=tiny_bert, pooling=pooling),
+            AdaptConfig(method=method),
+            TrainConfig(**options),
+            output_dir=str(tmp_path / "run"),
         )
 
     return make
@@ -186,7 +213,11 @@ def run_python(code: str, *arguments: str, hide_hftl: bool = False, **environmen
     hide = "import sys; sys.modules['hftl'] = None\n" if hide_hftl else ""
     done = subprocess.run(
         [sys.executable, "-c", hide + code, *arguments],
-        capture_output=True, text=True, timeout=280, env={**os.environ, **environment}, cwd=str(ROOT),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, **environment},
+        cwd=str(ROOT),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -25,7 +25,11 @@ def gradient(spec: dict, out: Path) -> None:
 
     def keep(optimizer, *_):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        grads = {names[id(p)]: p.grad.clone(memory_format=torch.contiguous_format) for group in optimizer.param_groups for p in group["params"]}
+        grads = {
+            names[id(p)]: p.grad.clone(memory_format=torch.contiguous_format)
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
         steps.append(grads)
 
     register_optimizer_step_pre_hook(keep)
@@ -33,7 +37,9 @@ def gradient(spec: dict, out: Path) -> None:
     if accelerator.is_main_process:
         for number, grads in enumerate(steps):
             save_file(grads, out / f"step{number}.safetensors")
-        (out / "lrs.json").write_text(json.dumps([record.get("lr/head") for record in history.records if "lr/head" in record]))
+        (out / "lrs.json").write_text(
+            json.dumps([record.get("lr/head") for record in history.records if "lr/head" in record])
+        )
 
 
 def recipe(spec: dict, out: Path) -> None:

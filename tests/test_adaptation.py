@@ -83,7 +83,9 @@ def test_lora_is_identity_at_the_start_keeps_the_base_and_merges_to_the_same_log
     model.eval()
     with torch.no_grad():
         adapted = model(inputs)["logits"]
-        merged = model.peft.merge_and_unload()(**inputs) if text else model.peft.merge_and_unload()(inputs["pixel_values"])
+        merged = (
+            model.peft.merge_and_unload()(**inputs) if text else model.peft.merge_and_unload()(inputs["pixel_values"])
+        )
     merged = merged["logits"] if text else merged
     assert not torch.allclose(adapted, plain, atol=1e-3)
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-4)
@@ -105,7 +107,10 @@ def test_patterns_select_layers_and_one_without_match_is_an_error_with_the_neare
         hftl.adapt(model, AdaptConfig("lora", LoraConfig(target_modules=["qkv", "projj"])))
 
 
-@pytest.mark.parametrize(("setting", "pretrained", "moves"), [("auto", True, False), ("update", True, True), ("auto", False, True), ("keep", False, False)])
+@pytest.mark.parametrize(
+    ("setting", "pretrained", "moves"),
+    [("auto", True, False), ("update", True, True), ("auto", False, True), ("keep", False, False)],
+)
 def test_a_full_run_keeps_or_updates_running_statistics_as_told(setting, pretrained, moves, image_run):
     run = image_run("test_resnet", "full", max_steps=2)
     run = replace(run, model=replace(run.model, pretrained=pretrained))

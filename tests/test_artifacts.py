@@ -71,7 +71,16 @@ print("equal", len(texts))
 """
 
 
-@pytest.mark.parametrize(("net", "method"), [("test_resnet", "full"), ("test_resnet", "lora"), ("test_vit", "lora"), ("test_convnext", "lora"), ("test_vit", "frozen")])
+@pytest.mark.parametrize(
+    ("net", "method"),
+    [
+        ("test_resnet", "full"),
+        ("test_resnet", "lora"),
+        ("test_vit", "lora"),
+        ("test_convnext", "lora"),
+        ("test_vit", "frozen"),
+    ],
+)
 def test_image_artifacts_open_without_hftl(net, method, image_run, images, tmp_path):
     run = image_run(net, method)
     load_recipe("image_classification").main(run)
@@ -81,7 +90,9 @@ def test_image_artifacts_open_without_hftl(net, method, image_run, images, tmp_p
     assert set(verified) == {"model/timm", "model/transformers"} | ({"adapter/peft"} if method == "lora" else set())
 
 
-@pytest.mark.parametrize(("method", "pooling"), [("full", "stock"), ("lora", "stock"), ("lora", "mean"), ("frozen", "cls")])
+@pytest.mark.parametrize(
+    ("method", "pooling"), [("full", "stock"), ("lora", "stock"), ("lora", "mean"), ("frozen", "cls")]
+)
 def test_text_artifacts_open_without_hftl(method, pooling, text_run, texts):
     run = text_run(method, pooling)
     load_recipe("text_classification").main(run)
@@ -94,8 +105,18 @@ def test_a_run_folder_is_complete(text_run, tmp_path):
     run = text_run("lora", "mean")
     metrics = load_recipe("text_classification").main(run)
     folder = tmp_path / "run"
-    for name in ("config.yaml", "history.jsonl", "environment.json", "metrics.json", "predictions.parquet", "report.json",
-                 "model/README.md", "adapter/README.md", "model/hftl_config.yaml", "checkpoints/best/weights.safetensors"):
+    for name in (
+        "config.yaml",
+        "history.jsonl",
+        "environment.json",
+        "metrics.json",
+        "predictions.parquet",
+        "report.json",
+        "model/README.md",
+        "adapter/README.md",
+        "model/hftl_config.yaml",
+        "checkpoints/best/weights.safetensors",
+    ):
         assert (folder / name).is_file(), name
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert {"validation/accuracy", "test/accuracy", "test/macro_f1", "test/loss"} <= set(metrics)

@@ -256,12 +256,26 @@ def test_a_switch_needs_no_value():
 
 def test_a_dumped_configuration_loads_equal(tmp_path):
     run = RunConfig(
-        DataConfig("hub/name", "2024", "1e3", "img", "a: b", "x # y", "  lead", 1e-7, 3, 4, 5,
-                   AugmentConfig(1, 0, 0.5, "rand-m9"), 0),
+        DataConfig(
+            "hub/name",
+            "2024",
+            "1e3",
+            "img",
+            "a: b",
+            "x # y",
+            "  lead",
+            1e-7,
+            3,
+            4,
+            5,
+            AugmentConfig(1, 0, 0.5, "rand-m9"),
+            0,
+        ),
         ModelConfig("ünï", False, "mean", "true", 32, 0.1),
         AdaptConfig("lora", LoraConfig(2, 3.5, 0.25, ["a.*[0-9]", "1", "null"])),
         TrainConfig(0.5, 7, 1e-30, 3e-4, metrics=["a,b"], trackers=[], schedule="cosine", best_metric="macro_f1"),
-        output_dir="12", overwrite=True,
+        output_dir="12",
+        overwrite=True,
     )
     untouched = [name for name, value in leaves(run).items() if value == leaves(RunConfig())[name]]
     assert len(untouched) < len(FLAGS) / 3
@@ -390,9 +404,13 @@ def test_a_backbone_rate_given_alone_keeps_the_proportion_of_the_head(method, mo
 
 def test_run_folders_of_different_runs_differ():
     runs = [
-        valid(), valid(adapt=AdaptConfig(method="lora")), valid(train=TrainConfig(seed=1)),
-        valid(data=DataConfig(source="a/other.csv")), valid(model=ModelConfig("resnet18", pretrained=False)),
-        valid(model=ModelConfig("timm/resnet34.a1_in1k")), valid(model=ModelConfig("local-dir:/x/net/")),
+        valid(),
+        valid(adapt=AdaptConfig(method="lora")),
+        valid(train=TrainConfig(seed=1)),
+        valid(data=DataConfig(source="a/other.csv")),
+        valid(model=ModelConfig("resnet18", pretrained=False)),
+        valid(model=ModelConfig("timm/resnet34.a1_in1k")),
+        valid(model=ModelConfig("local-dir:/x/net/")),
     ]
     folders = [resolve(run, "image").output_dir for run in runs]
     assert len(set(folders)) == len(runs)

@@ -280,8 +280,14 @@ def test_a_named_column_is_taken_and_a_missing_one_names_its_nearest(role):
 
 @pytest.mark.parametrize(
     "pair",
-    [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
-     ("text_a", "text_b"), ("query", "passage")],
+    [
+        ("sentence1", "sentence2"),
+        ("premise", "hypothesis"),
+        ("question1", "question2"),
+        ("question", "sentence"),
+        ("text_a", "text_b"),
+        ("query", "passage"),
+    ],
 )
 def test_the_usual_pairs_are_found_in_their_order(pair):
     features = Features({"id": INTEGER, pair[1]: STRING, pair[0]: STRING, "label": INTEGER})

@@ -28,7 +28,10 @@ def launch(processes: int, job: str, spec: dict, out: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "job.py"), job, json.dumps(spec), str(out)],
-        capture_output=True, text=True, timeout=280, cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -36,23 +39,39 @@ def launch(processes: int, job: str, spec: dict, out: Path) -> None:
 
 def flags(source, model, output, method="full", **more) -> list[str]:
     settings = {
-        "data.source": source, "model.name": model, "output_dir": output, "adapt.method": method, "train.trackers": "[]",
-        "overwrite": "true", **{name.replace("__", "."): value for name, value in more.items()},
+        "data.source": source,
+        "model.name": model,
+        "output_dir": output,
+        "adapt.method": method,
+        "train.trackers": "[]",
+        "overwrite": "true",
+        **{name.replace("__", "."): value for name, value in more.items()},
     }
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(kind, texts, images, tiny_bert, tiny_timm, tmp_path):
+def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(
+    kind, texts, images, tiny_bert, tiny_timm, tmp_path
+):
     """(batch, accumulation, processes) with product 8, dropout off, pooled and stock heads, uneven text lengths."""
     source, model = (texts, tiny_bert) if kind == "text" else (images, tiny_timm["test_resnet"])
     found = {}
     for batch, accumulation, world in [(8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]:
         out = tmp_path / f"{batch}-{accumulation}-{world}"
         options = flags(
-            source, model, out / "run", model__dropout=0.0, train__max_steps=2, train__max_grad_norm=0, train__lr=1e-3,
-            train__head_lr=1e-3, train__batch_size_per_device=batch, train__gradient_accumulation_steps=accumulation,
-            train__log_every=1, data__augment__crop_scale=1.0,
+            source,
+            model,
+            out / "run",
+            model__dropout=0.0,
+            train__max_steps=2,
+            train__max_grad_norm=0,
+            train__lr=1e-3,
+            train__head_lr=1e-3,
+            train__batch_size_per_device=batch,
+            train__gradient_accumulation_steps=accumulation,
+            train__log_every=1,
+            data__augment__crop_scale=1.0,
         )
         launch(world, "gradient", {"recipe": f"{kind}_classification", "flags": options}, out)
         found[batch, accumulation, world] = [load_file(out / f"step{step}.safetensors") for step in (0, 1)]
@@ -66,7 +85,9 @@ def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(kind, text
                 wanted = reference[step][name]
                 # summation order differs; a wrong factor (accumulation, processes) would be 2 or 4
                 scale = max(float(wanted.abs().max()), 1e-4)
-                torch.testing.assert_close(grad, wanted, atol=2e-3 * scale, rtol=1e-3, msg=lambda m, n=name: f"{cut} step {step} {n}: {m}")
+                torch.testing.assert_close(
+                    grad, wanted, atol=2e-3 * scale, rtol=1e-3, msg=lambda m, n=name: f"{cut} step {step} {n}: {m}"
+                )
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -76,8 +97,16 @@ def test_two_processes_evaluate_as_one_over_an_uneven_test_set(method, texts, ti
     for world in (1, 2):
         out = tmp_path / str(world)
         options = flags(
-            texts, tiny_bert, out / "run", method, train__num_epochs=1, train__lr=0, train__head_lr=0, train__weight_decay=0,
-            train__batch_size_per_device=4 // world, train__seed=0,
+            texts,
+            tiny_bert,
+            out / "run",
+            method,
+            train__num_epochs=1,
+            train__lr=0,
+            train__head_lr=0,
+            train__weight_decay=0,
+            train__batch_size_per_device=4 // world,
+            train__seed=0,
         )
         # evaluation batches are as large as training ones, and rounding depends on the batch
         options = [o.replace("batch_size_per_device=2", "batch_size_per_device=4") for o in options]
@@ -94,7 +123,13 @@ def test_training_on_two_processes_equals_one_with_the_same_effective_batch(text
     for world in (1, 2):
         out = tmp_path / str(world)
         options = flags(
-            texts, tiny_bert, out / "run", model__dropout=0.0, train__num_epochs=2, train__lr=1e-3, train__head_lr=1e-3,
+            texts,
+            tiny_bert,
+            out / "run",
+            model__dropout=0.0,
+            train__num_epochs=2,
+            train__lr=1e-3,
+            train__head_lr=1e-3,
             train__batch_size_per_device=8 // world,
         )
         launch(world, "recipe", {"recipe": "text_classification", "flags": options}, out)
@@ -110,7 +145,11 @@ def test_it_overfits_32_examples(method, text_run, texts, tmp_path):
     lines = (texts / "train.csv").read_text().splitlines()[:33]
     (tmp_path / "few.csv").write_text("\n".join(lines) + "\n")
     run = text_run(method, num_epochs=60, lr=1e-2, head_lr=1e-2)
-    run = replace(run, data=replace(run.data, source=str(tmp_path / "few.csv"), validation_fraction=0.0), model=replace(run.model, dropout=0.0))
+    run = replace(
+        run,
+        data=replace(run.data, source=str(tmp_path / "few.csv"), validation_fraction=0.0),
+        model=replace(run.model, dropout=0.0),
+    )
     run, splits, task = hftl.prepare(run, hftl.TextClassification)
     accelerator = hftl.start(run)
     model = hftl.build_model(run, task.head)
@@ -130,7 +169,9 @@ def test_two_runs_are_bitwise_equal(kind, image_run, text_run, tmp_path):
         metrics = load_recipe(f"{kind}_classification").main(run)
         folder = tmp_path / str(number)
         weights = load_file(folder / "model" / "model.safetensors")
-        results.append((metrics, weights, (folder / "history.jsonl").read_text(), pq.read_table(folder / "predictions.parquet")))
+        results.append(
+            (metrics, weights, (folder / "history.jsonl").read_text(), pq.read_table(folder / "predictions.parquet"))
+        )
     for metrics, weights, history, table in results[1:]:
         assert metrics == results[0][0]
         assert all(torch.equal(weights[name], value) for name, value in results[0][1].items())
@@ -151,7 +192,9 @@ def test_another_seed_is_another_run(text_run, tmp_path):
 
 
 def test_the_best_weights_are_kept_and_training_stops_early(text_run):
-    run = text_run("full", num_epochs=30, lr=0.5, head_lr=0.5, early_stopping_patience=2, best_metric="loss")  # a rate that diverges
+    run = text_run(
+        "full", num_epochs=30, lr=0.5, head_lr=0.5, early_stopping_patience=2, best_metric="loss"
+    )  # a rate that diverges
     run, splits, task = hftl.prepare(run, hftl.TextClassification)
     accelerator = hftl.start(run)
     model = hftl.build_model(run, task.head)

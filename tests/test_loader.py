@@ -14,14 +14,19 @@ def steps(rows, lengths, batch, accumulation, world, epoch=0):
     """Returns the set of rows of every step, over all processes, and all keys."""
     shares = [Share(rank, world, batch, accumulation) for rank in range(world)]
     streams = [list(train_batches(rows, lengths, share, 3, epoch)) for share in shares]
-    keys = [[k for stream in streams for b in stream[i : i + accumulation] for k in b] for i in range(0, len(streams[0]), accumulation)]
+    keys = [
+        [k for stream in streams for b in stream[i : i + accumulation] for k in b]
+        for i in range(0, len(streams[0]), accumulation)
+    ]
     assert {len(stream) for stream in streams} == {steps_per_epoch(rows, shares[0]) * accumulation}
     return keys
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("rows", [16, 100, 101])
-@pytest.mark.parametrize(("batch", "accumulation", "world"), [(8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 8, 1), (1, 2, 4)])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "world"), [(8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2), (1, 8, 1), (1, 2, 4)]
+)
 def test_equal_products_make_equal_steps_and_every_row_counts_once(rows, lengths, batch, accumulation, world):
     lengths = None if lengths is None else lengths[:rows]
     found = steps(rows, lengths, batch, accumulation, world)

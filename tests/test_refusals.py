@@ -112,7 +112,7 @@ def test_a_missing_text_model_folder_names_the_nearest(text_run, tiny_bert, tmp_
     assert "'not a name!' is neither a folder nor a hub id" in the_only(refused_text(named(text_run(), "not a name!")))
 
 
-def test_lora_patterns_without_a_match_name_the_nearest_layers(image_run, text_run):
+def test_lora_patterns_without_a_match_name_the_nearest_layers(image_run, text_run, capsys):
     def with_patterns(run, *patterns):
         return replace(run, adapt=AdaptConfig("lora", LoraConfig(target_modules=list(patterns))))
 
@@ -123,6 +123,7 @@ def test_lora_patterns_without_a_match_name_the_nearest_layers(image_run, text_r
     assert "head" not in first, "the head is not a place for adapters"
     assert "Did you mean 'query'?" in the_only(refused_text(with_patterns(text_run(), "key", "querry")))
     hftl.prepare(with_patterns(image_run("test_vit"), "qkv", r"blocks\.\d+\.mlp\.fc1"), hftl.ImageClassification)
+    assert "random weights" not in capsys.readouterr().out, "the check's own model is nobody's business"
 
 
 # The data
@@ -200,15 +201,9 @@ def test_columns_that_could_each_be_the_text_are_listed(table):
 
 def test_missing_labels_are_counted_by_split(table):
     table(*GOOD[:5], "no label,", "none either,", name="dev.csv")
-    problem = the_only(refused_text(table(*GOOD, "no label,")))
-    assert problem.startswith("data.source: validation has 2 row(s) without a label in column 'label'") or "train has 1" in problem
-
-
-def test_missing_labels_of_every_split_are_said(table):
-    table(*GOOD[:5], "no label,", "none either,", name="dev.csv")
-    problems = refused_text(table(*GOOD, "no label,"))
-    assert any("train has 1 row(s) without a label in column 'label'" in problem for problem in problems)
-    assert any("validation has 2 row(s) without a label in column 'label'" in problem for problem in problems)
+    in_train, in_validation = refused_text(table(*GOOD, "no label,"))
+    assert "train has 1 row(s) without a label in column 'label'" in in_train
+    assert "validation has 2 row(s) without a label in column 'label'" in in_validation
 
 
 def test_one_class_is_not_enough(table, image_run, image_copy):
@@ -228,7 +223,8 @@ def test_a_class_that_train_lacks_is_named(table, image_run, image_copy):
     shutil.rmtree(image_copy / "train" / "red")
     problems = refused(with_data(image_run(), source=str(image_copy)))
     assert [problem.partition(",")[0] for problem in problems] == [
-        "data.source: validation has 3 row(s) of class red", "data.source: test has 4 row(s) of class red",
+        "data.source: validation has 3 row(s) of class red",
+        "data.source: test has 4 row(s) of class red",
     ]
 
 
@@ -264,11 +260,12 @@ def test_an_effective_batch_larger_than_the_data_is_refused(image_run, monkeypat
 
 def test_a_text_that_can_name_no_augmentation_policy_is_refused(image_run):
     run = image_run()
-    for policy in ("rnd-m9-mstd0.5", "nonsense"):
+    for policy in ("rnd-m9-mstd0.5", "rand-x9", "nonsense"):
         spoiled = with_data(run, augment=replace(run.data.augment, auto_augment=policy))
         problem = the_only(refused(spoiled))
         assert "data.augment.auto_augment" in problem and repr(policy) in problem
-    hftl.prepare(with_data(run, augment=replace(run.data.augment, auto_augment="rand-m9-mstd0.5-inc1")), hftl.ImageClassification)
+    for policy in ("rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"):
+        hftl.prepare(with_data(run, augment=replace(run.data.augment, auto_augment=policy)), hftl.ImageClassification)
 
 
 def test_an_unknown_best_metric_names_the_nearest(image_run):
@@ -281,13 +278,6 @@ def test_an_unknown_best_metric_names_the_nearest(image_run):
 def test_an_extra_metric_that_cannot_be_loaded_is_named(image_run):
     problem = the_only(refused(image_run(metrics=["no_such_metric_anywhere"])))
     assert "train.metrics: 'no_such_metric_anywhere'" in problem and "macro_f1" in problem
-
-
-def test_values_out_of_range_are_refused_before_data_are_opened(image_run, capsys):
-    first, second = refused(with_data(image_run(lr=-1.0, schedule="cosin"), source=""))[1:]
-    assert "train.lr: -1.0 is out of range; allowed: at least 0." == first
-    assert "Did you mean 'cosine'?" in second
-    assert "rows from" not in capsys.readouterr().out
 
 
 # The run folder
@@ -370,8 +360,20 @@ def test_everything_wrong_is_in_one_message(image_run, tmp_path):
     (tmp_path / "run" / "model").mkdir(parents=True)
     yaml = tmp_path / "run.yaml"
     yaml.write_text("train: {lr: fast, epochs: 3, warmup_ratio: 1.5}\n")
-    flags = ["--config", str(yaml), "--model.name", "resnet5O", "--data.source", str(tmp_path / "imagse"),
-             "--train.seed", "x", "--train.metrics", "[no_such_metric]", "--output_dir", str(tmp_path / "run")]
+    flags = [
+        "--config",
+        str(yaml),
+        "--model.name",
+        "resnet5O",
+        "--data.source",
+        str(tmp_path / "imagse"),
+        "--train.seed",
+        "x",
+        "--train.metrics",
+        "[no_such_metric]",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     (tmp_path / "images").mkdir()
     problems = refused(parse(hftl.RunConfig(), flags, defer=True))
     expected = [
@@ -393,10 +395,17 @@ def test_problems_of_data_model_and_settings_come_together(image_run, image_copy
     (image_copy / "train" / "red" / "00.png").write_bytes(b"")
     shutil.rmtree(image_copy / "train" / "blue")
     run = with_data(image_run("test_vit", lr=-1.0, batch_size_per_device=25), source=str(image_copy))
-    run = replace(run, adapt=AdaptConfig("lora", LoraConfig(target_modules=["qkw"])), output_dir=str(image_copy / "train/red/01.png"))
-    problems = refused(run)
-    for words in ("train.lr: -1.0", "unreadable image", "validation has 3 row(s) of class blue", "test has 3 row(s) of class blue",
-                  "effective batch of 25", "'qkw' matches no", "is a file"):
+    run = replace(run, adapt=AdaptConfig("lora", LoraConfig(target_modules=["qkw"])))
+    problems = refused(replace(run, output_dir=str(image_copy / "train/red/01.png")))
+    for words in (
+        "train.lr: -1.0",
+        "unreadable image",
+        "validation has 3 row(s) of class blue",
+        "test has 3 row(s) of class blue",
+        "effective batch of 25",
+        "'qkw' matches no",
+        "is a file",
+    ):
         assert sum(words in problem for problem in problems) == 1, (words, problems)
     assert len(problems) == 7
 
@@ -414,10 +423,21 @@ def test_problems_of_texts_and_labels_come_together(table):
 @pytest.mark.parametrize(
     ("recipe", "flags", "said"),
     [
-        ("image_classification", ["--train.lr", "fast", "--model.name=resnet5O", "--data.source=no/such/folder"],
-         ["train.lr: 'fast'", "'resnet50'", "'no/such/folder' does not exist"]),
-        ("text_classification", ["--train.batch_size=8", "--model.name=no/such/model", "--data.source=TABLE"],
-         ["Did you mean 'train.batch_size_per_device'?", "'no/such/model'", "'label' holds real numbers", "2 empty text(s)"]),
+        (
+            "image_classification",
+            ["--train.lr", "fast", "--model.name=resnet5O", "--data.source=no/such/folder"],
+            ["train.lr: 'fast'", "'resnet50'", "'no/such/folder' does not exist"],
+        ),
+        (
+            "text_classification",
+            [
+                "--train.batch_size=8",
+                "--model.name=no/such/model",
+                "--data.source=TABLE",
+                "--data.validation_fraction=0",
+            ],
+            ["'train.batch_size_per_device'?", "'no/such/model'", "'label' holds real numbers", "4 empty text(s)"],
+        ),
     ],
 )
 def test_a_recipe_ends_with_a_message_and_status_2(recipe, flags, said, tmp_path):
@@ -425,7 +445,10 @@ def test_a_recipe_ends_with_a_message_and_status_2(recipe, flags, said, tmp_path
     flags = [flag.replace("TABLE", str(tmp_path / "table.csv")) for flag in flags]
     done = subprocess.run(
         [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--output_dir", str(tmp_path / "run"), *flags],
-        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stdout + done.stderr

@@ -94,9 +94,13 @@ def _first_layers(model: TaskModel) -> tuple[str, ...]:
 
 
 def _verify(model: TaskModel, targets: tuple[str, ...]) -> None:
-    """peft matches names by their ends and ignores what matches nothing: hold it to the exact layers and head."""
-    adapted = {model.stock_name(name).partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
-    learning = {model.stock_name(name) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    """Peft matches names by their ends and ignores what matches nothing: hold it to the exact layers and head."""
+    adapted = {
+        model.stock_name(name).partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name
+    }
+    learning = {
+        model.stock_name(name) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name
+    }
     stray = {name for name in learning if not model.in_head(name)}
     if adapted != set(targets) or stray or not learning:
         wrong = sorted((adapted ^ set(targets)) | stray)

@@ -34,7 +34,9 @@ class AdaptReport:
         return (
             f"adapt: {self.method}; {self.trained:,} of {self.total:,} parameters train "
             f"({100 * self.trained / self.total:.2f} %): backbone {self.backbone_trained:,} of {self.backbone:,}, "
-            f"adapters {self.adapters:,}" + (f" in {len(self.targets)} layers" if self.targets else "") + f", head {self.head:,}"
+            f"adapters {self.adapters:,}"
+            + (f" in {len(self.targets)} layers" if self.targets else "")
+            + f", head {self.head:,}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -210,9 +210,15 @@ def _expected(key: str) -> str:
         elif get_origin(option) is list:
             words.append("a list like [a,b]")
         else:
-            words.append({"NoneType": "null", "int": "a whole number", "float": "a number",
-                          "bool": "true or false", "str": "text"}.get(
-                option.__name__, option.__name__))
+            words.append(
+                {
+                    "NoneType": "null",
+                    "int": "a whole number",
+                    "float": "a number",
+                    "bool": "true or false",
+                    "str": "text",
+                }.get(option.__name__, option.__name__)
+            )
     return " or ".join(words)
 
 

@@ -83,7 +83,9 @@ def find_text_columns(features: Features, text: str | None, pair: str | None) ->
     if pair is None:
         return column, None
     if pair not in features:
-        raise DataError(f"data.text_pair_column: there is no column '{pair}'.{nearest(pair, features)} Columns: {', '.join(features)}.")
+        raise DataError(
+            f"data.text_pair_column: there is no column '{pair}'.{nearest(pair, features)} Columns: {', '.join(features)}."
+        )
     return column, Column(pair, "named by data.text_pair_column")
 
 

@@ -1,5 +1,6 @@
 """The embedded data: 1,797 handwritten digits that scikit-learn carries (UCI Optical Recognition of Handwritten
-Digits, Alpaydin and Kaynak 1998, CC BY 4.0)."""
+Digits, Alpaydin and Kaynak 1998, CC BY 4.0).
+"""
 
 from __future__ import annotations
 

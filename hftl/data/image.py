@@ -138,7 +138,9 @@ def unreadable_images(dataset: Dataset, column: str, split: str) -> list[str]:
             values = rows[start : start + 1000][column]
             for offset, reason in enumerate(pool.map(_header_problem, values)):
                 if reason:
-                    bad.append(f"row {start + offset} ({(values[offset] or {}).get('path') or 'in the table'}): {reason}")
+                    bad.append(
+                        f"row {start + offset} ({(values[offset] or {}).get('path') or 'in the table'}): {reason}"
+                    )
     if not bad:
         return []
     return [f"data.source: {split} has {len(bad)} unreadable image(s): {shorten(bad, 5)}. Repair or remove them."]

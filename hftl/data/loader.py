@@ -51,9 +51,7 @@ def steps_per_epoch(rows: int, share: Share) -> int:
     return -(-rows // share.effective_batch)
 
 
-def train_batches(
-    rows: int, lengths: np.ndarray | None, share: Share, seed: int, epoch: int
-) -> Iterator[list[Key]]:
+def train_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int, epoch: int) -> Iterator[list[Key]]:
     """Yields this process's micro-batches of one epoch, `share.accumulation` for every step.
 
     Which rows form a step depends on (seed, epoch, effective batch) alone: any split of an equal product

@@ -95,7 +95,9 @@ def _open(config: DataConfig) -> Mapping[str, Dataset]:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() not in TABLES:
-            raise DataError(f"data.source: '{source}' is a {path.suffix or 'nameless'} file; allowed: {', '.join(TABLES)}.")
+            raise DataError(
+                f"data.source: '{source}' is a {path.suffix or 'nameless'} file; allowed: {', '.join(TABLES)}."
+            )
         return _tables({"train": [path]})
     if path.is_dir():
         return _folder(path)
@@ -146,7 +148,11 @@ def _folder(path: Path) -> Mapping[str, Dataset]:
         return _named(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
     tables: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
-        if file.is_file() and file.suffix.lower() in TABLES and file.name not in ("labels.json", "metadata.csv", "metadata.jsonl"):
+        if (
+            file.is_file()
+            and file.suffix.lower() in TABLES
+            and file.name not in ("labels.json", "metadata.csv", "metadata.jsonl")
+        ):
             tables.setdefault(_split_of(file.stem) or file.stem, []).append(file)
     named = {name: files for name, files in tables.items() if name in SPLIT_NAMES}
     if named or tables and not _split_folders(path):
@@ -168,7 +174,9 @@ def _tables(files: Mapping[str, list[Path]]) -> Mapping[str, Dataset]:
     for split, paths in files.items():
         kinds = {path.suffix.lower() for path in paths}
         if len(kinds) > 1:
-            raise DataError(f"data.source: split {split} mixes {', '.join(sorted(kinds))} files: {shorten([p.name for p in paths])}.")
+            raise DataError(
+                f"data.source: split {split} mixes {', '.join(sorted(kinds))} files: {shorten([p.name for p in paths])}."
+            )
         kind = kinds.pop()
         # only an empty cell is missing: "None", "NA" and "null" are words and class names
         options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if TABLES[kind] == "csv" else {}
@@ -257,7 +265,11 @@ def _cut_validation(splits: Splits) -> dict[str, Dataset]:
     rows = sets["train"]
     codes = _codes(rows, config)
     # a class with a single row cannot stand on both sides
-    stratify = codes if codes is not None and np.bincount(codes).min(initial=len(rows), where=np.bincount(codes) > 0) > 1 else None
+    stratify = (
+        codes
+        if codes is not None and np.bincount(codes).min(initial=len(rows), where=np.bincount(codes) > 0) > 1
+        else None
+    )
     size = max(round(len(rows) * config.validation_fraction), len(set(codes.tolist())) if stratify is not None else 1)
     try:
         kept, cut = train_test_split(np.arange(len(rows)), test_size=size, random_state=config.seed, stratify=stratify)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +56,9 @@ class Trial:
     outcome: Outcome
     seconds: float
 
-    @property
-    def accuracy(self) -> float:
-        """Accuracy on test, in [0, 1]."""
-        return self.outcome.metrics["test/accuracy"]
+    def accuracy(self, split: str = "test") -> float:
+        """Returns the accuracy on a split, in [0, 1]."""
+        return self.outcome.metrics[f"{split}/accuracy"]
 
     @property
     def report(self) -> AdaptReport:
@@ -82,23 +81,25 @@ def quickstart(output_dir: str | Path = "runs/quickstart", seeds: int = 3, overw
     problems = folder_problems(first)
     if problems:
         raise ConfigError(*(problem.replace("output_dir:", "--output_dir:") for problem in problems))
-    say(f"Handwritten digits, {LABELS_PER_CLASS} labels per class; a small network (test_resnet) that has learnt to read letters.\n")
+    say(
+        f"Handwritten digits, {LABELS_PER_CLASS} labels per class; a small network (test_resnet) that has learnt to read letters.\n"
+    )
     trials: dict[str, list[Trial]] = {method: [] for method in METHODS}
     for method in METHODS:
         for seed in range(seeds):
             trials[method].append(run_trial(trial_config(method, "embedded:letters", seed, output_dir, overwrite=True)))
             done = trials[method][-1]
-            say(f"  {method:<8} seed {seed}: test accuracy {done.accuracy:.3f} ({done.seconds:.1f} s)")
+            say(f"  {method:<8} seed {seed}: test accuracy {done.accuracy():.3f} ({done.seconds:.1f} s)")
     say("\n" + table(trials))
     best = max((trial for trials_ in trials.values() for trial in trials_), key=_on_validation)
     publish(best.accelerator, best.model, best.task, best.splits, best.run, best.outcome)
     say(
         f"\nKept: {best.method}, seed {best.run.train.seed} (best on validation), in {output_dir}\n"
-        "It opens with timm, with transformers' pipeline(\"image-classification\", …) and with hftl. Next:\n\n"
+        'It opens with timm, with transformers\' pipeline("image-classification", …) and with hftl. Next:\n\n'
         f"  hftl evaluate {output_dir}\n"
         "  hftl run image_classification --data.source path/to/images --model.name resnet18.a1_in1k --adapt.method lora\n"
     )
-    return {method: float(np.mean([trial.accuracy for trial in trials_])) for method, trials_ in trials.items()}
+    return {method: float(np.mean([trial.accuracy() for trial in trials_])) for method, trials_ in trials.items()}
 
 
 def trial_config(method: str, model: str, seed: int, output_dir: str | Path, overwrite: bool) -> RunConfig:
@@ -143,12 +144,12 @@ def run_trial(config: RunConfig) -> Trial:
     return Trial(method, run, accelerator, model, task, splits, Outcome(report, history, metrics), seconds)
 
 
-def table(trials: dict[str, list[Trial]]) -> str:
-    """Returns mean and 95 % interval (Student's t over seeds) of test accuracy, gain over scratch, cost."""
-    scratch = [trial.accuracy for trial in trials["scratch"]]
-    lines = ["method    test accuracy    gain over scratch   trained parameters   seconds a run"]
+def table(trials: dict[str, list[Trial]], split: str = "test") -> str:
+    """Returns mean and 95 % interval (Student's t over seeds) of the accuracy, the gain over scratch, and the cost."""
+    scratch = [trial.accuracy(split) for trial in trials["scratch"]]
+    lines = [f"method    {split + ' accuracy':<15}  gain over scratch   trained parameters   seconds a run"]
     for method, of_method in trials.items():
-        accuracies = [trial.accuracy for trial in of_method]
+        accuracies = [trial.accuracy(split) for trial in of_method]
         gains = [a - b for a, b in zip(accuracies, scratch, strict=True)]
         gain = "" if method == "scratch" else interval(gains, sign=True)
         lines.append(

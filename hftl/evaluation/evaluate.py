@@ -47,9 +47,13 @@ def evaluate(
         if split not in splits:
             continue
         rows = task.encode(splits[split], model.processor, None, run.data.max_length)
-        found = evaluate_rows(accelerator, model, task, rows, run, writer and _Labelled(writer, split), bool(predictions))
+        found = evaluate_rows(
+            accelerator, model, task, rows, run, writer and _Labelled(writer, split), bool(predictions)
+        )
         metrics |= {f"{split}/{name}": value for name, value in found.items()}
-        say(f"{split}: " + " ".join(f"{name} {value:.4f}" for name, value in found.items() if _worth_a_line(name, task)))
+        say(
+            f"{split}: " + " ".join(f"{name} {value:.4f}" for name, value in found.items() if _worth_a_line(name, task))
+        )
     if writer:
         writer.close()
     accelerator.wait_for_everyone()

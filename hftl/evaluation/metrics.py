@@ -15,9 +15,15 @@ from torch import Tensor
 
 BUILT_IN = (
     "accuracy",
-    "macro_f1", "micro_f1", "weighted_f1",
-    "macro_precision", "micro_precision", "weighted_precision",
-    "macro_recall", "micro_recall", "weighted_recall",
+    "macro_f1",
+    "micro_f1",
+    "weighted_f1",
+    "macro_precision",
+    "micro_precision",
+    "weighted_precision",
+    "macro_recall",
+    "micro_recall",
+    "weighted_recall",
 )
 
 

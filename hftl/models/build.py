@@ -35,7 +35,9 @@ def build_model(run: RunConfig, spec: HeadSpec) -> TaskModel:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     new = sum(parameter.numel() for parameter in model.head_parameters())
     start = "pretrained" if run.model.pretrained else "random weights"
-    say(f"model: {run.model.name} ({start}), {parameters:,} parameters; new head: {', '.join(model.head_modules)} ({new:,})")
+    say(
+        f"model: {run.model.name} ({start}), {parameters:,} parameters; new head: {', '.join(model.head_modules)} ({new:,})"
+    )
     return model
 
 

@@ -15,8 +15,16 @@ from hftl.errors import ModelError, nearest
 from hftl.models.parts import HeadSpec, Source, TaskModel
 from hftl.models.quiet import quiet
 
-_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "classifier_dropout",
-             "seq_classif_dropout", "embedding_dropout", "mlp_dropout")
+_DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "classifier_dropout",
+    "seq_classif_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+)
 
 
 class TextModel(TaskModel):
@@ -74,7 +82,9 @@ def build_text(config: ModelConfig, spec: HeadSpec) -> TextModel:
             return _build(config, spec)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ModelError(f"model.name: '{config.name}' cannot be built as {spec.stock}: {type(error).__name__}: {first}") from error
+        raise ModelError(
+            f"model.name: '{config.name}' cannot be built as {spec.stock}: {type(error).__name__}: {first}"
+        ) from error
 
 
 def open_text(folder: Path, spec: HeadSpec) -> TextModel:
@@ -126,10 +136,14 @@ def _class_and_config(config: ModelConfig, spec: HeadSpec, pooling: str) -> tupl
     import transformers
     from transformers import AutoConfig
 
-    names = {
-        "id2label": dict(enumerate(spec.labels)),
-        "label2id": {label: i for i, label in enumerate(spec.labels)},
-    } if spec.labels else {"num_labels": spec.num_outputs}
+    names = (
+        {
+            "id2label": dict(enumerate(spec.labels)),
+            "label2id": {label: i for i, label in enumerate(spec.labels)},
+        }
+        if spec.labels
+        else {"num_labels": spec.num_outputs}
+    )
     base = AutoConfig.from_pretrained(config.name, revision=config.revision)
     if config.dropout is not None:
         for name in _DROPOUTS:
@@ -143,15 +157,23 @@ def _class_and_config(config: ModelConfig, spec: HeadSpec, pooling: str) -> tupl
         try:
             return auto._model_mapping[type(base)], base
         except KeyError:
-            raise ModelError(f"model.name: transformers has no {spec.stock} for '{base.model_type}' ({config.name}).") from None
+            raise ModelError(
+                f"model.name: transformers has no {spec.stock} for '{base.model_type}' ({config.name})."
+            ) from None
     from hftl.models.modeling_pooled_text import PooledTextConfig, PooledTextForSequenceClassification
 
     register_pooled()
-    options = {key: value for key, value in base.to_dict().items() if key not in ("id2label", "label2id", "architectures")}
+    options = {
+        key: value for key, value in base.to_dict().items() if key not in ("id2label", "label2id", "architectures")
+    }
     dropout = config.dropout if config.dropout is not None else 0.0
     pooled = PooledTextConfig(
-        backbone=options, pooling=pooling, classifier_dropout=dropout, problem_type=spec.problem_type,
-        tokenizer_class=None, **names,
+        backbone=options,
+        pooling=pooling,
+        classifier_dropout=dropout,
+        problem_type=spec.problem_type,
+        tokenizer_class=None,
+        **names,
     )
     return PooledTextForSequenceClassification, pooled
 

@@ -40,6 +40,9 @@ class TimmModel(TaskModel):
         if not config["model_args"]:
             del config["model_args"]
         config["pretrained_cfg"] |= self._preprocessing()
+        if not self.source.pretrained:
+            for claim in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
+                config["pretrained_cfg"].pop(claim, None)  # these describe weights that were not used
         path.write_text(json.dumps(config, indent=2))
 
     def processor_arguments(self) -> dict[str, Any]:
@@ -100,7 +103,9 @@ def open_timm(folder: Path, spec: HeadSpec) -> TimmModel:
     net = _create(name, pretrained=True)
     net.hftl_build_args = _recorded_args(name)
     source = Source(name, None, True, "timm")
-    return TimmModel(net, ImageProcessor(_data_config(net, None), AugmentConfig()), source, spec, _classifier_names(net))
+    return TimmModel(
+        net, ImageProcessor(_data_config(net, None), AugmentConfig()), source, spec, _classifier_names(net)
+    )
 
 
 def create_network(config: ModelConfig, num_outputs: int) -> Any:

@@ -82,7 +82,9 @@ def load_artifact(path: str | Path) -> tuple[TaskModel, Task]:
     folder = Path(path)
     folder = folder / "model" if (folder / "model" / DESCRIPTION).is_file() else folder
     if not (folder / DESCRIPTION).is_file():
-        raise ArtifactError(f"'{path}' is neither a run folder nor a model folder of hftl: no {DESCRIPTION} there or in model/.")
+        raise ArtifactError(
+            f"'{path}' is neither a run folder nor a model folder of hftl: no {DESCRIPTION} there or in model/."
+        )
     described = json.loads((folder / DESCRIPTION).read_text())
     task = restore(described["task"], described["state"])
     spec = HeadSpec(**described["head"] | {"labels": tuple(described["head"]["labels"])})
@@ -110,8 +112,12 @@ def _adapter_readers(model: TaskModel, fresh: Any, folder: Path) -> dict[str, Ca
 
 def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> None:
     """Writes what hftl needs to open the folder again, and the configuration that made it."""
-    head = {"stock": model.spec.stock, "num_outputs": model.spec.num_outputs, "labels": list(model.spec.labels),
-            "problem_type": model.spec.problem_type}
+    head = {
+        "stock": model.spec.stock,
+        "num_outputs": model.spec.num_outputs,
+        "labels": list(model.spec.labels),
+        "problem_type": model.spec.problem_type,
+    }
     base = {"name": model.source.name, "revision": model.source.revision, "pretrained": model.source.pretrained}
     described = {"task": task.name, "state": task.state(), "head": head, "base_model": base, "method": run.adapt.method}
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2, ensure_ascii=False))

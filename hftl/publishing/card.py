@@ -85,7 +85,7 @@ def write_card(
     body = f"""
 # {run.data.source.rsplit("/", 1)[-1]}: {task.name.replace("_", " ")} with {Path(base).name}
 
-{base} ({'pretrained' if model.source.pretrained else 'trained from random weights'}), adapted by
+{base} ({"pretrained" if model.source.pretrained else "trained from random weights"}), adapted by
 `{run.adapt.method}` on `{run.data.source}`.
 
 ## Use
@@ -94,7 +94,7 @@ def write_card(
 
 ## Labels
 
-{shorten(list(model.spec.labels), 100) or 'none'}
+{shorten(list(model.spec.labels), 100) or "none"}
 
 ## Results
 

@@ -24,8 +24,21 @@ from hftl.train.start import run_folder
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PACKAGES = ("hftl", "torch", "torchvision", "timm", "transformers", "datasets", "accelerate", "peft", "evaluate",
-            "huggingface_hub", "safetensors", "numpy", "scikit-learn")
+PACKAGES = (
+    "hftl",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "peft",
+    "evaluate",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,13 @@ def publish(
 
 
 def _write(
-    accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig, outcome: Outcome, sample: Rows
+    accelerator: Accelerator,
+    model: TaskModel,
+    task: Task,
+    splits: Splits,
+    run: RunConfig,
+    outcome: Outcome,
+    sample: Rows,
 ) -> None:
     folder = run_folder(run)
     history = outcome.history
@@ -76,9 +95,11 @@ def _write(
         "rows": ", ".join(f"{split} {count}" for split, count in report["rows"].items()),
         "parameters": str(outcome.report).removeprefix("adapt: "),
         "steps": f"{history.steps} in {history.seconds:.0f} s on {accelerator.num_processes} x {_device(accelerator)}, "
-                 f"precision {accelerator.mixed_precision}, seed {run.train.seed}",
+        f"precision {accelerator.mixed_precision}, seed {run.train.seed}",
         "kept": "{metric} {value:.4f} at step {step}".format(**history.best) if history.best else "the last weights",
-        "largest logit difference after saving": ", ".join(f"{name} {value:.2g}" for name, value in report["verified"].items()),
+        "largest logit difference after saving": ", ".join(
+            f"{name} {value:.2g}" for name, value in report["verified"].items()
+        ),
         "versions": ", ".join(f"{name} {number}" for name, number in environment(accelerator)["packages"].items()),
     }
     for part in ("model", "adapter"):
@@ -109,7 +130,9 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 def _device(accelerator: Accelerator) -> str:
     import torch
 
-    return torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
+    return (
+        torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else accelerator.device.type
+    )
 
 
 def _dump(report: dict[str, Any], folder: Any) -> None:

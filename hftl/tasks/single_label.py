@@ -124,13 +124,14 @@ def _classes(splits: Splits, column: str, seen: dict[Any, int]) -> tuple[list[An
 def _problems(splits: Splits, column: str, seen: dict[str, dict[Any, int]], target: SingleLabel) -> list[str]:
     out = []
     present = {value for value in seen["train"] if value is not None}
-    if any(isinstance(value, float) and not value.is_integer() for value in present):
+    real = any(isinstance(value, float) and not value.is_integer() for value in present)
+    if real:
         out.append(f"data.label_column: '{column}' holds real numbers, not classes; is this a regression?")
     for split, counts in seen.items():
         if None in counts:
             out.append(f"data.source: {split} has {counts[None]} row(s) without a label in column '{column}'.")
         unseen = [value for value in counts if value is not None and value not in present]
-        if split != "train" and unseen:
+        if split != "train" and unseen and not real:
             names = [target.names[target.ids[value]] if value in target.ids else str(value) for value in unseen]
             rows = sum(counts[value] for value in unseen)
             out.append(

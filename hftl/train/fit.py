@@ -48,7 +48,12 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     held_out = task.encode(splits["validation"], model.processor, None, max_length) if "validation" in splits else None
 
     # plan: everything is counted in steps
-    share = Share(accelerator.process_index, accelerator.num_processes, config.batch_size_per_device, config.gradient_accumulation_steps)
+    share = Share(
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.batch_size_per_device,
+        config.gradient_accumulation_steps,
+    )
     epoch_steps = steps_per_epoch(len(rows), share)
     total = config.max_steps or math.ceil(epoch_steps * (config.num_epochs or 1))
     eval_every = config.eval_every or epoch_steps
@@ -74,7 +79,11 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
             loss = (losses * batch["weight"]).sum()
             # weights sum to 1 over the step; undo the divisions by DDP (processes) and Accelerate (accumulation)
             accelerator.backward(loss * share.world * share.accumulation)
-            norm = accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf) if accelerator.sync_gradients else None
+            norm = (
+                accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf)
+                if accelerator.sync_gradients
+                else None
+            )
             stepper.step()
             stepper.zero_grad()
         summed = summed + loss.detach()
@@ -89,7 +98,9 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         if step % config.log_every == 0 or step == total:
             mean = float(accelerator.reduce(summed, "sum")) / since
             if not math.isfinite(mean):
-                raise HftlError(f"the training loss is {mean} at step {step} (lr {lr}); lower train.lr or look at the data.")
+                raise HftlError(
+                    f"the training loss is {mean} at step {step} (lr {lr}); lower train.lr or look at the data."
+                )
             rates = {f"lr/{name}": rate for name, rate in lr.items()}
             recorder.log(**{"epoch": step / epoch_steps, "train/loss": mean, "grad_norm": float(norm or 0.0)}, **rates)
             summed, since = 0.0, 0

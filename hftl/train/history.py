@@ -15,9 +15,9 @@ from hftl.console import say
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_ON_FILE_ONLY = {f"{mean}_{score}" for mean in ("micro", "weighted", "macro") for score in ("f1", "precision", "recall")} - {
-    "macro_f1"
-}
+_ON_FILE_ONLY = {
+    f"{mean}_{score}" for mean in ("micro", "weighted", "macro") for score in ("f1", "precision", "recall")
+} - {"macro_f1"}
 
 
 @dataclass
@@ -43,7 +43,9 @@ class Recorder:
         self.file = (folder / "history.jsonl").open("w", encoding="utf-8") if accelerator.is_main_process else None
         if run.train.trackers:
             values = leaves(run).items()
-            config = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values}
+            config = {
+                name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values
+            }
             accelerator.init_trackers("tensorboard", config=config)
         self.bar: Any = None
         if accelerator.is_main_process and sys.stderr.isatty():
@@ -66,7 +68,9 @@ class Recorder:
         if self.file is not None:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-        line = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name.rpartition("/")[2] not in _ON_FILE_ONLY)
+        line = " ".join(
+            f"{name} {value:.4g}" for name, value in values.items() if name.rpartition("/")[2] not in _ON_FILE_ONLY
+        )
         if self.bar is not None:
             self.bar.write(f"step {self.history.steps}/{self.total} {line}")
         else:

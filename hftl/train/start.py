@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hftl.adaptation.lora import find_targets
 from hftl.config.defaults import default_folder, resolve
-from hftl.config.schema import RunConfig, value_problems
-from hftl.console import say
+from hftl.config.schema import AugmentConfig, RunConfig, value_problems
+from hftl.console import muted, say
 from hftl.data.source import Splits, load_splits
 from hftl.errors import ConfigError, HftlError, nearest
 from hftl.evaluation.metrics import BUILT_IN, metric_problems
@@ -55,6 +55,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
         problems += _target_problems(run, task.head if task else HeadSpec(stock, 2))
     if splits:
         problems += _batch_problems(run, len(splits["train"]))
+    problems += _augment_problems(run, task)
     problems += _metric_problems(run, task)
     problems += folder_problems(run)
     if problems or splits is None or task is None:
@@ -100,7 +101,8 @@ def _target_problems(run: RunConfig, head: HeadSpec) -> list[str]:
     if run.adapt.method != "lora" or run.adapt.lora.target_modules is None:
         return []
     try:
-        find_targets(skeleton(run, head), run.adapt.lora.target_modules)
+        with muted():  # it is not the model that will be trained
+            find_targets(skeleton(run, head), run.adapt.lora.target_modules)
     except HftlError as error:
         return error.problems
     return []
@@ -126,6 +128,23 @@ def _batch_problems(run: RunConfig, rows: int) -> list[str]:
             f"process(es)) is larger than the {rows} training rows; lower it to at most {rows}."
         )
     return problems
+
+
+def _augment_problems(run: RunConfig, task: Task | None) -> list[str]:
+    policy = run.data.augment.auto_augment
+    if policy is None or task is None or task.modality != "image":
+        return []
+    from hftl.data.image import ImageProcessor
+
+    any_model = {"input_size": (3, 8, 8), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    try:
+        ImageProcessor(any_model, AugmentConfig(auto_augment=policy)).transform(True)
+    except Exception:
+        return [
+            f"data.augment.auto_augment: '{policy}' is not a policy of timm's; try rand-m9-mstd0.5-inc1 "
+            "(RandAugment of strength 9), augmix-m3-w3 or original (AutoAugment)."
+        ]
+    return []
 
 
 def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:

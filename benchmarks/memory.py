@@ -1,0 +1,122 @@
+"""Peak memory with ten times the rows: training, evaluation and prediction, each in a process of its own.
+
+`python -m benchmarks memory [--rows 3000] [--modality text|image]` prints peak resident memory and the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_JOB = """
+import json, resource, sys
+job, source, run, modality, small = sys.argv[1:]
+import hftl
+from hftl.console import muted
+kind = hftl.TextClassification if modality == "text" else hftl.ImageClassification
+from hftl.use import evaluate_folder, predict_to_table
+with muted():
+    if job == "train":
+        config = hftl.RunConfig(
+            hftl.DataConfig(source=source), hftl.ModelConfig(name=small),
+            train=hftl.TrainConfig(num_epochs=1, trackers=[], log_every=1000), output_dir=run, overwrite=True,
+        )
+        config, splits, task = hftl.prepare(config, kind)
+        accelerator = hftl.start(config)
+        model = hftl.build_model(config, task.head)
+        report = hftl.adapt(model, config.adapt)
+        history = hftl.fit(accelerator, model, task, splits, config)
+        hftl.publish(accelerator, model, task, splits, config, hftl.Outcome(report, history, {}))
+    elif job == "evaluate":
+        evaluate_folder(run, source, "train", output=run + "/evaluated.parquet")
+    else:
+        predict_to_table(run, source if modality == "image" else source + "/train.csv", output=run + "/predicted.parquet")
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Prints the peaks in MiB and the ratio ten times the rows / rows for each job."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--modality", choices=("text", "image"), default="text")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make = _texts if args.modality == "text" else _images
+        sources = {rows: make(folder / str(rows), rows) for rows in (args.rows, 10 * args.rows)}
+        model = _tiny_bert(folder / "bert") if args.modality == "text" else "embedded:letters"
+        peaks = {
+            job: [
+                _peak(folder, job, source, folder / f"run-{rows}", args.modality, model)
+                for rows, source in sources.items()
+            ]
+            for job in ("train", "evaluate", "predict")
+        }
+    print(f"\n{'job':<10} {args.rows:>8} rows {10 * args.rows:>8} rows   ratio   (peak resident MiB, {args.modality})")
+    for job, (few, many) in peaks.items():
+        print(f"{job:<10} {few:>13.0f} {many:>13.0f}   {many / few:.3f}")
+    print(
+        json.dumps(
+            {
+                "benchmark": "memory",
+                "modality": args.modality,
+                "rows": args.rows,
+                "ratios": {job: round(many / few, 4) for job, (few, many) in peaks.items()},
+            }
+        )
+    )
+
+
+def _peak(folder: Path, job: str, source: Path, run: Path, modality: str, model: str) -> float:
+    """Returns the peak resident memory of a job in MiB; the caches of data sets are new."""
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _JOB, job, str(source), str(run), modality, model]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(done.stdout.splitlines()[-1])
+
+
+def _texts(folder: Path, rows: int) -> Path:
+    folder.mkdir(parents=True)
+    with (folder / "train.csv").open("w") as file:
+        file.write("text,label\n")
+        for row in range(rows):
+            file.write(
+                f"row {row} says {'left right up down'.split()[row % 4]} {'again and ' * (row % 15)}again,{row % 4}\n"
+            )
+    return folder
+
+
+def _images(folder: Path, rows: int) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for row in range(rows):
+        place = folder / "train" / f"class_{row % 4}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(place / f"{row}.png")
+    return folder
+
+
+def _tiny_bert(folder: Path) -> str:
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir()
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=128).save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        )
+    ).save_pretrained(folder)
+    return str(folder)
