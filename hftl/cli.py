@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "`hftl recipes` or a file. Without --config_file, ./accelerate_config.yaml is used where it exists. "
         "`hftl run RECIPE --help` lists the recipe's options.",
     )
-    command.set_defaults(act=lambda options: command.print_help())
+    command.set_defaults(act=lambda options, launch=command: launch.print_help())
 
     command = commands.add_parser("evaluate", help="measure a trained model on a labelled split")
     command.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or model/ folder of one")

@@ -80,8 +80,8 @@ def read(file: Path) -> list[dict]:
         return [json.loads(line) for line in file.read_text().splitlines()]
     with file.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
-    numbers = [{"confidence": float(row["confidence"]), "probabilities": json.loads(row["probabilities"])} for row in rows]
-    return [row | {"row": int(row["row"])} | number for row, number in zip(rows, numbers, strict=True)]
+    kinds = {"row": int, "confidence": float, "probabilities": json.loads}
+    return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in rows]
 
 
 def lines(printed: str) -> list[dict[str, str]]:
@@ -91,7 +91,9 @@ def lines(printed: str) -> list[dict[str, str]]:
 
 def agree(found: list[dict], wanted: list[dict], tolerance: float = 1e-5) -> None:
     assert [row["prediction"] for row in found] == [row["prediction"] for row in wanted]
-    assert [float(row["confidence"]) for row in found] == pytest.approx([row["confidence"] for row in wanted], abs=tolerance)
+    assert [float(row["confidence"]) for row in found] == pytest.approx(
+        [row["confidence"] for row in wanted], abs=tolerance
+    )
 
 
 # Recipes
@@ -106,8 +108,11 @@ def test_recipes_lists_every_recipe_with_what_it_does(hftl):
 def test_copy_gives_the_recipe_and_never_overwrites(hftl, refused, tmp_path):
     original = (ROOT / "recipes" / "image_classification.py").read_text()
     (tmp_path / "there").mkdir()
-    places = {"there": "there/image_classification.py", "new/mine.py": "new/mine.py",
-              "other": "other/image_classification.py"}
+    places = {
+        "there": "there/image_classification.py",
+        "new/mine.py": "new/mine.py",
+        "other": "other/image_classification.py",
+    }
     for given, file in places.items():
         assert str(tmp_path / file) in hftl("copy", "image_classification", tmp_path / given)
         assert (tmp_path / file).read_text() == original
@@ -116,7 +121,9 @@ def test_copy_gives_the_recipe_and_never_overwrites(hftl, refused, tmp_path):
         assert (tmp_path / file).read_text() == "changed"
 
 
-@pytest.mark.parametrize("command", [["copy"], ["run"], ["run", "--num_processes", "2"], ["run", "--config_file", "a.yaml"]])
+@pytest.mark.parametrize(
+    "command", [["copy"], ["run"], ["run", "--num_processes", "2"], ["run", "--config_file", "a.yaml"]]
+)
 def test_a_wrong_recipe_names_the_nearest(command, refused):
     message = refused(*command, "image_clasification")
     assert "'image_clasification'" in message and "Did you mean 'image_classification'?" in message
@@ -133,7 +140,12 @@ def test_a_recipe_is_found_by_name_or_file(tmp_path, monkeypatch, refused):
 
 
 def test_help_ends_well(capsys):
-    for arguments, said in ((["--help"], "doctor"), ([], "doctor"), (["predict", "--help"], "--output"), (["run"], "RECIPE")):
+    for arguments, said in (
+        (["--help"], "doctor"),
+        ([], "doctor"),
+        (["predict", "--help"], "--output"),
+        (["run"], "RECIPE"),
+    ):
         try:
             main(arguments)
         except SystemExit as ended:
@@ -144,7 +156,11 @@ def test_help_ends_well(capsys):
 def start(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     code = "from hftl.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120,
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
@@ -156,10 +172,10 @@ def test_the_help_of_a_recipe_passes_through():
 
 def test_run_hands_over_to_the_launcher_with_its_configuration_and_the_recipes_options(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "import os, sys\nprint('got', sys.argv[1:], os.environ['ACCELERATE_MIXED_PRECISION'], flush=True)\nsys.exit(3)\n"
+        "import os, sys\nprint('got', sys.argv[1:], os.environ['ACCELERATE_MIXED_PRECISION'])\nsys.exit(3)\n"
     )
-    config = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nmixed_precision: bf16\n"
-    (tmp_path / "accelerate_config.yaml").write_text(config)
+    config = ["compute_environment: LOCAL_MACHINE", "distributed_type: 'NO'", "use_cpu: true", "mixed_precision: bf16"]
+    (tmp_path / "accelerate_config.yaml").write_text("\n".join([*config, "num_processes: 1"]))
     done = start("run", "--num_machines", "1", "mine.py", "--train.lr", "3e-4", "--overwrite", cwd=tmp_path)
     assert "got ['--train.lr', '3e-4', '--overwrite'] bf16" in done.stdout
     assert done.returncode != 0, "the status of the recipe is the status of the command"
@@ -186,7 +202,8 @@ def test_doctor_prints_what_is_installed_and_is_content(capsys):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_evaluate_measures_what_the_run_measured(which, split, request, hftl, tmp_path):
     folder = request.getfixturevalue(which)
-    stored = {key: value for key, value in json.loads((folder / "metrics.json").read_text()).items() if key.startswith(split)}
+    stored = json.loads((folder / "metrics.json").read_text())
+    stored = {name: value for name, value in stored.items() if name.startswith(split)}
     output = tmp_path / "rows.parquet"
     printed = hftl("evaluate", folder, "--split", split, "--batch_size", 4, "--output", output)
     found = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines() if line.startswith(f"{split}/")}
@@ -215,7 +232,9 @@ def test_new_data_need_no_training_rows_and_no_validation_is_cut_from_them(text_
     shutil.copy(texts / "test.csv", tmp_path / "test.csv")
     printed = hftl("evaluate", text_model, "--data", tmp_path)
     assert printed.splitlines()[-1] == hftl("evaluate", text_model).splitlines()[-1]
-    hftl("evaluate", text_model, "--data", texts / "test.csv", "--split", "train", "--output", tmp_path / "rows.parquet")
+    hftl(
+        "evaluate", text_model, "--data", texts / "test.csv", "--split", "train", "--output", tmp_path / "rows.parquet"
+    )
     assert len(read(tmp_path / "rows.parquet")) == 13
 
 
@@ -229,7 +248,8 @@ def test_a_class_that_the_model_does_not_know_is_refused(image_model, text_model
     message = refused("evaluate", text_model, "--data", tmp_path / "table")
     assert "drink" in message and "column 'label'" in message
     (tmp_path / "table" / "test.csv").write_text("text,kind\ncat,animal\n")
-    assert "there is no label column 'label'. Columns: text, kind" in refused("evaluate", text_model, "--data", tmp_path / "table")
+    message = refused("evaluate", text_model, "--data", tmp_path / "table")
+    assert "there is no label column 'label'. Columns: text, kind" in message
 
 
 def test_a_split_that_is_not_there_names_those_that_are(text_model, texts, refused):
@@ -269,7 +289,8 @@ def test_a_folder_of_images_goes_into_a_table(ending, image_model, images, hftl,
 
 def test_a_table_of_image_files_is_predicted(image_model, images, hftl, tmp_path):
     files = sorted(str(file) for file in (images / "test").rglob("*.png"))
-    (tmp_path / "files.csv").write_text("\n".join(["number,image", *(f"{n},{file}" for n, file in enumerate(files))]))
+    rows = [f"{number},{file}" for number, file in enumerate(files)]
+    (tmp_path / "files.csv").write_text("\n".join(["number,image", *rows]))
     agree(lines(hftl("predict", image_model, tmp_path / "files.csv")), measured(image_model), tolerance=1e-4)
 
 
@@ -286,7 +307,8 @@ def test_a_table_of_texts_is_predicted_on_the_terminal_and_into_files(text_model
     assert len(printed.splitlines()) == 14
     agree(lines(printed), measured(text_model), tolerance=1e-4)
     unlabelled = tmp_path / "new.csv"
-    unlabelled.write_text("\n".join(["id,text", *(f"{n},{row['text']}" for n, row in enumerate(read_csv(texts / "test.csv")))]))
+    rows = [f"{number},{row['text']}" for number, row in enumerate(read_csv(texts / "test.csv"))]
+    unlabelled.write_text("\n".join(["id,text", *rows]))
     hftl("predict", text_model, unlabelled, "--output", tmp_path / "rows.jsonl")
     agree(read(tmp_path / "rows.jsonl"), measured(text_model))
 
@@ -312,7 +334,9 @@ def test_any_text_is_a_text_however_long_or_odd(text_model, hftl):
         ("text_model", "test", "is not a table"),
     ],
 )
-def test_an_input_that_cannot_be_predicted_is_refused(which, given, said, request, refused, images, tmp_path, monkeypatch):
+def test_an_input_that_cannot_be_predicted_is_refused(
+    which, given, said, request, refused, images, tmp_path, monkeypatch
+):
     folder = request.getfixturevalue(which)
     shutil.copytree(images / "test", tmp_path / "test")
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,78 @@
+"""Metrics equal scikit-learn's, whatever the batches and however many accumulators."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+from hftl.evaluation.metrics import BUILT_IN, ClassificationMetrics, EvaluateMetric, MeanLoss, metric_problems
+
+
+def random_case(seed, rows, classes, present):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, present, rows)
+    logits = rng.normal(size=(rows, classes)).astype(np.float32)
+    logits[np.arange(rows), labels] += rng.random(rows) * 2
+    return torch.tensor(logits), torch.tensor(labels)
+
+
+@pytest.mark.parametrize(("rows", "classes", "present"), [(50, 3, 3), (200, 7, 4), (1, 2, 2), (17, 10, 10)])
+def test_classification_metrics_equal_scikit_learn_over_any_batches(rows, classes, present):
+    logits, labels = random_case(rows, rows, classes, present)
+    parts = [ClassificationMetrics(classes) for _ in range(3)]
+    for number, chunk in enumerate(torch.arange(rows).split(5)):
+        parts[number % 3].update({"logits": logits[chunk]}, {"labels": labels[chunk]})
+    whole, *others = parts
+    for other in others:
+        whole.merge(other)
+    found, predicted = whole.compute(), logits.argmax(-1)
+    assert set(found) == set(BUILT_IN)
+    assert found["accuracy"] == accuracy_score(labels, predicted)
+    for name, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+        for average in ("macro", "micro", "weighted"):
+            wanted = score(labels, predicted, average=average, zero_division=0)
+            assert found[f"{average}_{name}"] == pytest.approx(wanted, abs=1e-12), (average, name)
+
+
+def test_the_mean_loss_is_exact_in_any_order():
+    values = torch.tensor(np.random.default_rng(0).lognormal(sigma=8, size=1000).astype(np.float32))
+    exact = float(sum(map(Fraction, values.tolist())) / 1000)
+    for order in (torch.arange(1000), torch.randperm(1000)):
+        parts = [MeanLoss(), MeanLoss()]
+        for number, chunk in enumerate(values[order].split(7)):
+            parts[number % 2].update_losses(chunk)
+        parts[0].merge(parts[1])
+        assert parts[0].compute()["loss"] == exact
+
+
+def test_a_loss_that_is_not_finite_is_not_hidden():
+    mean = MeanLoss()
+    mean.update_losses(torch.tensor([1.0, float("nan")]))
+    assert math.isnan(mean.compute()["loss"])
+    assert math.isnan(MeanLoss().compute()["loss"])
+
+
+def test_other_names_go_to_evaluate_by_local_script(tmp_path):
+    script = tmp_path / "disagreement" / "disagreement.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import datasets, evaluate\n"
+        "class Disagreement(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        features = datasets.Features({'predictions': datasets.Value('int64'), 'references': datasets.Value('int64')})\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='', features=features)\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'disagreement': sum(p != r for p, r in zip(predictions, references)) / len(references)}\n"
+    )
+    metric, other = EvaluateMetric(str(script)), EvaluateMetric(str(script))
+    logits, labels = random_case(0, 40, 3, 3)
+    metric.update({"logits": logits[:30]}, {"labels": labels[:30]})
+    other.update({"logits": logits[30:]}, {"labels": labels[30:]})
+    metric.merge(other)
+    assert metric.compute()["disagreement"] == pytest.approx(float((logits.argmax(-1) != labels).float().mean()))
+    assert metric_problems([str(script)]) == []
+    problem = metric_problems(["no_such_metric"])[0]
+    assert "no_such_metric" in problem and "accuracy" in problem

@@ -1,0 +1,71 @@
+"""Every task passes the contract, ours and the tutorial's; and the contract notices a task that breaks it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import load_recipe
+
+import hftl
+from hftl.testing import check_task
+
+
+def test_image_classification_passes_the_contract(image_run):
+    for net in ("test_resnet", "test_vit"):
+        run, splits, task = hftl.prepare(image_run(net), hftl.ImageClassification)
+        check_task(task, splits, run)
+
+
+@pytest.mark.parametrize("pooling", ["stock", "mean"])
+def test_text_classification_passes_the_contract(pooling, text_run):
+    run, splits, task = hftl.prepare(text_run("full", pooling), hftl.TextClassification)
+    check_task(task, splits, run)
+
+
+def test_the_tutorial_trains_and_passes_the_contract(tmp_path):
+    recipe = load_recipe("custom_task")
+    few = replace(recipe.DEFAULTS.data, train_per_class=3)
+    run = replace(recipe.DEFAULTS, data=few, output_dir=str(tmp_path / "run"))
+    run = replace(run, train=replace(run.train, num_epochs=2, batch_size_per_device=10, trackers=[]))
+    metrics = recipe.main(run)
+    assert {"test/even", "test/large", "test/loop", "test/mean_accuracy", "test/loss"} <= set(metrics)
+    assert metrics["test/mean_accuracy"] > 0.5
+
+
+class Broken:
+    """A task with one member replaced."""
+
+    def __init__(self, task, **members):
+        self.__dict__.update({name: getattr(task, name) for name in dir(task) if not name.startswith("_")})
+        self.__dict__.update(members)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (lambda task: {"loss": lambda outputs, batch: task.loss(outputs, batch).mean()}, "one number per example"),
+        (lambda task: {"loss": lambda outputs, batch: task.loss(outputs, batch) * float("nan")}, "must be finite"),
+        (lambda task: {"decode": lambda outputs: task.decode(outputs)[1:]}, "a row per example"),
+        (lambda task: {"loss": lambda outputs, batch: torch.zeros(8, requires_grad=True) * 1}, "did not move"),
+        (lambda task: {"metrics": lambda: [LastBatch()]}, "over two batches"),
+    ],
+)
+def test_the_contract_notices(members, message, image_run):
+    run, splits, task = hftl.prepare(image_run("test_vit"), hftl.ImageClassification)
+    with pytest.raises(AssertionError, match=message):
+        check_task(Broken(task, **members(task)), splits, run)
+
+
+class LastBatch:
+    """A metric that remembers the last batch only: a mean of means gone wrong."""
+
+    value = 0.0
+
+    def update(self, outputs, batch):
+        self.value = float(outputs["logits"].mean())
+
+    def merge(self, other):
+        self.value = other.value
+
+    def compute(self):
+        return {"last": self.value}
