@@ -59,7 +59,8 @@ def test_other_names_go_to_evaluate_by_local_script(tmp_path):
     script = tmp_path / "disagreement" / "disagreement.py"
     script.parent.mkdir()
     script.write_text(
-        "import datasets, evaluate\n"
+        "import datasets\n"
+        "import evaluate\n"
         "class Disagreement(evaluate.Metric):\n"
         "    def _info(self):\n"
         "        features = datasets.Features({'predictions': datasets.Value('int64'), 'references': datasets.Value('int64')})\n"

@@ -1,0 +1,79 @@
+"""The README tells the truth: its commands and its Python run, in order, as printed.
+
+Only hub names are replaced, by local folders of the same kind (there is no hub here), and `uv run` is left out, because the
+tests run inside what it would set up.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+NOT_RUN = {"pip install uv", "uv run pytest"}  # what these tests stand in
+QUICKSTART = "uv run hftl quickstart"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
+
+
+def test_every_command_is_known_to_this_test():
+    programs = {shlex.split(command)[0] for command in commands()}
+    assert programs == {"pip", "uv", "accelerate", "python", "hftl"}
+    assert {*NOT_RUN, QUICKSTART} <= set(commands())
+
+
+def run(command: list[str], folder: Path) -> str:
+    beside = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=280)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_quickstart_runs_as_printed(tmp_path):
+    printed = run(QUICKSTART.removeprefix("uv run ").split(), tmp_path)
+    assert "Kept:" in printed and (tmp_path / "runs/quickstart/model/model.safetensors").is_file()
+    accuracy = {m: float(a) for m, a in re.findall(r"^(scratch|frozen|lora|full) +([\d.]+) ±", printed, flags=re.MULTILINE)}
+    assert max(accuracy["frozen"], accuracy["lora"], accuracy["full"]) > accuracy["scratch"]
+
+
+@pytest.fixture
+def place(tmp_path, images, texts):
+    """A folder that looks like a checkout with a user's data beside it."""
+    for name in ("recipes", "accelerate_config.yaml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("images", "other/images"):
+        shutil.copytree(images, tmp_path / "path/to" / name)
+    shutil.copytree(texts, tmp_path / "path/to/tables")
+    shutil.copy(next(images.rglob("*.png")), tmp_path / "photo.jpg")
+    shutil.copy(texts / "test.csv", tmp_path / "table.csv")
+    return tmp_path
+
+
+def test_the_other_commands_and_the_python_run_as_printed(place, tiny_timm, tiny_bert):
+    stand_ins = {"resnet50.a1_in1k": tiny_timm["test_resnet"], "bert-base-uncased": tiny_bert}
+    small = ["--train.batch_size_per_device=8", "--train.num_epochs=1"]  # the stand-in data have 36 rows
+    done = 0
+    for command in commands():
+        if command in NOT_RUN or command == QUICKSTART:
+            continue
+        words = [stand_ins.get(word, word) for word in shlex.split(command)]
+        run(words + (small if any(word.startswith("recipes/") for word in words) else []), place)
+        done += 1
+    assert done == len(commands()) - len(NOT_RUN) - 1
+    assert (place / "predictions.parquet").is_file()
+    for code in blocks("python"):
+        run([sys.executable, "-c", code], place)
