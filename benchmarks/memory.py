@@ -35,7 +35,8 @@ with muted():
     elif job == "evaluate":
         evaluate_folder(run, source, "train", output=run + "/evaluated.parquet")
     else:
-        predict_to_table(run, source if modality == "image" else source + "/train.csv", output=run + "/predicted.parquet")
+        given = source if modality == "image" else source + "/train.csv"
+        predict_to_table(run, given, output=run + "/predicted.parquet")
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 """
 

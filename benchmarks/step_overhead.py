@@ -88,7 +88,8 @@ def _image(folder: Path) -> tuple[Any, Any]:
 def _round(run: Any, kind: Any) -> tuple[float, float]:
     """Returns seconds per step of hftl's loop and of the plain one, measured in turn."""
     times = {loop: {steps: loop(run, kind, steps) for steps in (SHORT, LONG)} for loop in (_ours, _plain)}
-    return tuple((of[LONG] - of[SHORT]) / (LONG - SHORT) for of in times.values())  # type: ignore[return-value]
+    ours, plain = ((of[LONG] - of[SHORT]) / (LONG - SHORT) for of in times.values())
+    return ours, plain
 
 
 def _ours(run: Any, kind: Any, steps: int) -> float:

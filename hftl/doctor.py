@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, requires, version
+from types import ModuleType
 
 
 def examine() -> bool:
@@ -44,15 +44,13 @@ def _packages() -> bool:
     return fine
 
 
-def _devices(torch: object) -> None:
-    assert "torch" in sys.modules
-    torch = sys.modules["torch"]
-    if torch.cuda.is_available():  # type: ignore[attr-defined]
-        for number in range(torch.cuda.device_count()):  # type: ignore[attr-defined]
-            card = torch.cuda.get_device_properties(number)  # type: ignore[attr-defined]
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "fp16"  # type: ignore[attr-defined]
+def _devices(torch: ModuleType) -> None:
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(number)
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
             print(f"cuda:{number} {card.name}, {card.total_memory / 2**30:.0f} GiB; mixed_precision: {bf16} pays off")
-    elif torch.backends.mps.is_available():  # type: ignore[attr-defined]
+    elif torch.backends.mps.is_available():
         print("mps (Apple)")
     else:
         print("no GPU: training runs on the CPU")

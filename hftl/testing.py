@@ -11,6 +11,7 @@ import torch
 
 from hftl.adaptation.apply import adapt
 from hftl.config.schema import RunConfig
+from hftl.data.loader import Rows
 from hftl.data.source import Splits
 from hftl.models.build import build_model
 from hftl.models.parts import TaskModel
@@ -101,9 +102,9 @@ def _check_step(task: Task, model: TaskModel, batch: Batch, run: RunConfig, meth
     assert method == "full" or not buffers, f"{method}: buffers of the backbone have moved: {sorted(buffers)[:5]}"
 
 
-def _check_saved(task: Task, model: TaskModel, encoded: object, run: RunConfig) -> None:
+def _check_saved(task: Task, model: TaskModel, encoded: Rows, run: RunConfig) -> None:
     """Saving verifies itself: it raises when a reader computes something else."""
     from hftl.publishing.artifact import save_artifact
 
     with tempfile.TemporaryDirectory() as folder:
-        save_artifact(model, task, run, encoded, Path(folder))  # type: ignore[arg-type]
+        save_artifact(model, task, run, encoded, Path(folder))

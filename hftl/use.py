@@ -118,13 +118,13 @@ def _data_config(path: Path, source: str | None) -> DataConfig:
 
 def _like_training(rows: Dataset, task: Task) -> Dataset:
     """Returns rows whose labels are numbered as in training: another source may number its classes otherwise."""
+    from datasets import ClassLabel, Value
+
     target = task.state()["target"]
     column = target.get("column")
     kind = rows.features.get(column)
-    if type(kind).__name__ != "ClassLabel" or list(kind.names) == target["names"]:
+    if not isinstance(kind, ClassLabel) or list(kind.names) == target["names"]:
         return rows
-    from datasets import Value
-
     names, known = kind.names, dict(zip(target["names"], target["values"], strict=True))
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -90,7 +90,7 @@ WORDS = {
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
-    """Folder of CSV tables with columns text and label (three classes); train 60, dev 12, test 13 rows of uneven length."""
+    """Folder of CSV tables with columns text and label (3 classes); train 60, dev 12, test 13 rows of uneven length."""
     folder = tmp_path_factory.mktemp("texts")
     rng = random.Random(0)
     for split, count in {"train": 60, "dev": 12, "test": 13}.items():

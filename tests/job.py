@@ -1,4 +1,7 @@
-"""A job for the launcher: `torchrun --nproc_per_node N tests/job.py NAME SPEC OUT`. Each job leaves JSON or tensors in OUT."""
+"""A job for the launcher: `torchrun --nproc_per_node N tests/job.py NAME SPEC OUT`.
+
+Each job leaves JSON or tensors in OUT.
+"""
 
 from __future__ import annotations
 

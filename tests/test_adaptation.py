@@ -17,7 +17,7 @@ def built(run, kind):
 
 
 def trained(run, kind, **adapt_options):
-    """Returns a model after a real run of `fit`, with the state before it (by stock name) and the stock names that learn."""
+    """Returns a model after a real run of `fit`, and the state of its network before, by stock name."""
     run = replace(run, adapt=replace(run.adapt, **adapt_options))
     run, splits, task, model = built(run, kind)
     before = {name: value.clone() for name, value in model.net.state_dict().items()}

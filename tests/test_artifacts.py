@@ -59,7 +59,8 @@ if method == "lora":
     import peft
     if pooled == "yes":
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
-        kind = get_class_from_dynamic_module("modeling_pooled_text.PooledTextForSequenceClassification", run + "/adapter")
+        name = "modeling_pooled_text.PooledTextForSequenceClassification"
+        kind = get_class_from_dynamic_module(name, run + "/adapter")
         config = transformers.AutoConfig.from_pretrained(run + "/adapter", trust_remote_code=True)
         net = kind.from_pretrained(base, config=config)
     else:

@@ -85,8 +85,9 @@ def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(
                 wanted = reference[step][name]
                 # summation order differs; a wrong factor (accumulation, processes) would be 2 or 4
                 scale = max(float(wanted.abs().max()), 1e-4)
+                where = f"{cut} step {step} {name}"
                 torch.testing.assert_close(
-                    grad, wanted, atol=2e-3 * scale, rtol=1e-3, msg=lambda m, n=name: f"{cut} step {step} {n}: {m}"
+                    grad, wanted, atol=2e-3 * scale, rtol=1e-3, msg=lambda m, where=where: f"{where}: {m}"
                 )
 
 

@@ -1,7 +1,7 @@
 """The README tells the truth: its commands and its Python run, in order, as printed.
 
-Only hub names are replaced, by local folders of the same kind (there is no hub here), and `uv run` is left out, because the
-tests run inside what it would set up.
+Only hub names are replaced, by local folders of the same kind (there is no hub here), and `uv run` is left out,
+because the tests run inside what it would set up.
 """
 
 import os
@@ -46,7 +46,8 @@ def run(command: list[str], folder: Path) -> str:
 def test_quickstart_runs_as_printed(tmp_path):
     printed = run(QUICKSTART.removeprefix("uv run ").split(), tmp_path)
     assert "Kept:" in printed and (tmp_path / "runs/quickstart/model/model.safetensors").is_file()
-    accuracy = {m: float(a) for m, a in re.findall(r"^(scratch|frozen|lora|full) +([\d.]+) ±", printed, flags=re.MULTILINE)}
+    lines = re.findall(r"^(scratch|frozen|lora|full) +([\d.]+) ±", printed, flags=re.MULTILINE)
+    accuracy = {method: float(mean) for method, mean in lines}
     assert max(accuracy["frozen"], accuracy["lora"], accuracy["full"]) > accuracy["scratch"]
 
 

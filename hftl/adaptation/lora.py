@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by peft: into the backbone only, the head trains beside it."""
+"""LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) by peft: in the backbone only, the head trains beside it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def add_lora(model: TaskModel, config: LoraConfig) -> tuple[str, ...]:
     targets = find_targets(model, config.target_modules)
     settings = peft.LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
         lora_dropout=config.dropout,
         target_modules=list(targets),
         modules_to_save=list(model.head_modules),
         bias="none",
     )
     with quiet():
-        model.peft = model.net = peft.get_peft_model(model.net, settings)  # type: ignore[arg-type]
+        model.peft = model.net = peft.get_peft_model(model.net, settings)
     model.peft.peft_config["default"].base_model_name_or_path = model.source.name
     model.peft.peft_config["default"].revision = model.source.revision
     model.frozen = "statistics"

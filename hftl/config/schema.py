@@ -1,5 +1,7 @@
-"""The configuration of a run. The path of a field is its name everywhere: `run.adapt.lora.r` is
-`adapt: {lora: {r: 8}}` in YAML and `--adapt.lora.r 8` on the command line.
+"""The configuration of a run.
+
+The path of a field is its name everywhere: `run.adapt.lora.r` is `adapt: {lora: {r: 8}}` in YAML and
+`--adapt.lora.r 8` on the command line.
 
 Processes, devices and precision are not here: they belong to `accelerate_config.yaml` and the launcher.
 """

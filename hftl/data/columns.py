@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hftl.errors import DataError, nearest
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset, Features
 
 # In the order in which they win over each other.
@@ -84,9 +85,16 @@ def find_text_columns(features: Features, text: str | None, pair: str | None) ->
         return column, None
     if pair not in features:
         raise DataError(
-            f"data.text_pair_column: there is no column '{pair}'.{nearest(pair, features)} Columns: {', '.join(features)}."
+            f"data.text_pair_column: there is no column '{pair}'.{nearest(pair, features)} "
+            f"Columns: {', '.join(features)}."
         )
     return column, Column(pair, "named by data.text_pair_column")
+
+
+def arrow_column(rows: Dataset, column: str) -> pa.ChunkedArray:
+    """Returns the values of a column as Arrow holds them."""
+    table = cast("pa.Table", rows.select_columns([column]).with_format("arrow")[:])
+    return table.column(column)
 
 
 def label_codes(rows: Dataset, column: str) -> Any:
@@ -98,10 +106,10 @@ def label_codes(rows: Dataset, column: str) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
+    values = arrow_column(rows, column)
     if pa.types.is_floating(values.type) or pa.types.is_nested(values.type):
         return None
-    encoded = pc.dictionary_encode(values).combine_chunks()
+    encoded = values.dictionary_encode().combine_chunks()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.chunk(0)
     return pc.fill_null(encoded.indices, len(encoded.dictionary)).to_numpy(zero_copy_only=False).astype(np.int64)

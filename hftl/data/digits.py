@@ -1,13 +1,15 @@
-"""The embedded data: 1,797 handwritten digits that scikit-learn carries (UCI Optical Recognition of Handwritten
-Digits, Alpaydin and Kaynak 1998, CC BY 4.0).
+"""The embedded data: 1,797 handwritten digits that scikit-learn carries.
+
+They are the UCI Optical Recognition of Handwritten Digits (Alpaydin and Kaynak 1998, CC BY 4.0).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from sklearn.utils import Bunch
 
 # Fixed once, so that a digit is a test digit for everyone and for every seed.
 _SPLIT_SEED, _TEST_ROWS, _VALIDATION_ROWS = 0, 600, 200
@@ -21,7 +23,7 @@ def load_digits() -> dict[str, Dataset]:
     from sklearn.datasets import load_digits as load
     from sklearn.model_selection import train_test_split
 
-    digits = load()
+    digits = cast("Bunch", load())  # a tuple only where one is asked for
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     rest, test = train_test_split(
         np.arange(len(pixels)), test_size=_TEST_ROWS, random_state=_SPLIT_SEED, stratify=digits.target

@@ -49,24 +49,25 @@ class ImageProcessor:
             **config,
             is_training=True,
             hflip=augment.hflip,
-            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
+            color_jitter=augment.color_jitter or None,  # pyright: ignore[reportArgumentType]  None: off
             auto_augment=augment.auto_augment,
             **shape_options,
         )
 
 
 class ImageRows:
-    """Rows of a data set with an image column; images are decoded when fetched."""
+    """Rows of a data set with an image column; images are decoded when fetched.
 
-    lengths = None
-
-    def __init__(self, dataset: Dataset, column: str, processor: ImageProcessor, training_seed: int | None) -> None:
-        """Args:
+    Args:
         dataset: Rows; all other columns pass through unchanged.
         column: The image column.
         processor: The backbone's expectations.
         training_seed: Seed of the augmentation, or None for the deterministic evaluation transform.
-        """
+    """
+
+    lengths = None
+
+    def __init__(self, dataset: Dataset, column: str, processor: ImageProcessor, training_seed: int | None) -> None:
         from datasets import Image
 
         self.dataset = dataset.cast_column(column, Image(decode=False))
@@ -92,9 +93,10 @@ class ImageRows:
                 examples.append({"pixel_values": pixels} | {name: table[name][position] for name in columns})
         return examples
 
-    def _decode(self, value: dict[str, Any] | None, row: int) -> Any:
+    def _decode(self, value: Any, row: int) -> Any:
+        """Returns the PIL image of `value`, the library's dict of path and bytes, or None where there is no image."""
         try:
-            return self.decoder.decode_example(value)  # type: ignore[arg-type]
+            return self.decoder.decode_example(value)
         except Exception as error:
             where = (value or {}).get("path") or "stored in the table"
             raise DataError(f"row {row}: the image ({where}) cannot be decoded: {error}") from error

@@ -21,8 +21,10 @@ _SORT_WINDOW = 50
 class Rows(Protocol):
     """Rows of one split, ready to be turned into examples."""
 
-    lengths: np.ndarray | None
-    """Size of each row [N] when rows of like size should share a batch, else None."""
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """Size of each row [N] when rows of like size should share a batch, else None."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -133,8 +135,8 @@ def make_loader(
         return batch
 
     return DataLoader(
-        _Fetching(rows),  # type: ignore[arg-type]
-        batch_sampler=_Passes(batches),  # type: ignore[arg-type]
+        _Fetching(rows),  # pyright: ignore[reportArgumentType]  torch needs no base class
+        batch_sampler=_Passes(batches),
         collate_fn=add_keys,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

@@ -148,11 +148,8 @@ def _folder(path: Path) -> Mapping[str, Dataset]:
         return _named(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
     tables: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
-        if (
-            file.is_file()
-            and file.suffix.lower() in TABLES
-            and file.name not in ("labels.json", "metadata.csv", "metadata.jsonl")
-        ):
+        beside = file.name in ("labels.json", "metadata.csv", "metadata.jsonl")
+        if file.is_file() and file.suffix.lower() in TABLES and not beside:
             tables.setdefault(_split_of(file.stem) or file.stem, []).append(file)
     named = {name: files for name, files in tables.items() if name in SPLIT_NAMES}
     if named or tables and not _split_folders(path):
@@ -175,7 +172,8 @@ def _tables(files: Mapping[str, list[Path]]) -> Mapping[str, Dataset]:
         kinds = {path.suffix.lower() for path in paths}
         if len(kinds) > 1:
             raise DataError(
-                f"data.source: split {split} mixes {', '.join(sorted(kinds))} files: {shorten([p.name for p in paths])}."
+                f"data.source: split {split} mixes {', '.join(sorted(kinds))} files: "
+                f"{shorten([path.name for path in paths])}."
             )
         kind = kinds.pop()
         # only an empty cell is missing: "None", "NA" and "null" are words and class names
@@ -209,7 +207,8 @@ def _images(path: Path) -> Mapping[str, Dataset]:
             raise DataError(f"data.source: no images in {folder} (file types found: {found or 'none'}).")
     patterns = {split: f"{glob.escape(str(folder.resolve()))}/**" for split, folder in folders.items()}
     # the library leaves labels out of a split until it has seen two classes; folders of classes have them for sure
-    labels = {"drop_labels": False} if all(_has_class_folders(folder) for folder in folders.values()) else {}
+    class_folders = all(_has_class_folders(folder) for folder in folders.values())
+    labels: dict[str, Any] = {"drop_labels": False} if class_folders else {}
     # one call, because classes are numbered over all the splits that are read together
     return load_dataset("imagefolder", data_files=patterns, **labels)
 
@@ -265,12 +264,8 @@ def _cut_validation(splits: Splits) -> dict[str, Dataset]:
     rows = sets["train"]
     codes = _codes(rows, config)
     # a class with a single row cannot stand on both sides
-    stratify = (
-        codes
-        if codes is not None and np.bincount(codes).min(initial=len(rows), where=np.bincount(codes) > 0) > 1
-        else None
-    )
-    size = max(round(len(rows) * config.validation_fraction), len(set(codes.tolist())) if stratify is not None else 1)
+    stratify = codes if codes is not None and np.unique(codes, return_counts=True)[1].min() > 1 else None
+    size = max(round(len(rows) * config.validation_fraction), 1 if stratify is None else len(np.unique(stratify)))
     try:
         kept, cut = train_test_split(np.arange(len(rows)), test_size=size, random_state=config.seed, stratify=stratify)
     except ValueError as error:

@@ -20,7 +20,7 @@ class TextRows:
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset.remove_columns("length")
-        self.lengths = dataset.with_format("numpy", columns=["length"])["length"][:].astype(np.int32)
+        self.lengths = np.asarray(dataset.with_format("numpy", columns=["length"])["length"][:], dtype=np.int32)
         self.columns = [name for name in self.dataset.column_names]
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,8 @@ from hftl.train.start import prepare, start
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-METHODS = ("scratch", "frozen", "lora", "full")
+Compared = Literal["scratch", "frozen", "lora", "full"]
+METHODS: tuple[Compared, ...] = ("scratch", "frozen", "lora", "full")
 LABELS_PER_CLASS = 10
 _EPOCHS = 20
 # The same number of epochs for all; each method at the best of {5e-4, 2e-3, 5e-3, 2e-2} on the validation split
@@ -82,7 +83,8 @@ def quickstart(output_dir: str | Path = "runs/quickstart", seeds: int = 3, overw
     if problems:
         raise ConfigError(*(problem.replace("output_dir:", "--output_dir:") for problem in problems))
     say(
-        f"Handwritten digits, {LABELS_PER_CLASS} labels per class; a small network (test_resnet) that has learnt to read letters.\n"
+        f"Handwritten digits, {LABELS_PER_CLASS} labels per class; "
+        "a small network (test_resnet) that has learnt to read letters.\n"
     )
     trials: dict[str, list[Trial]] = {method: [] for method in METHODS}
     for method in METHODS:
@@ -97,12 +99,13 @@ def quickstart(output_dir: str | Path = "runs/quickstart", seeds: int = 3, overw
         f"\nKept: {best.method}, seed {best.run.train.seed} (best on validation), in {output_dir}\n"
         'It opens with timm, with transformers\' pipeline("image-classification", …) and with hftl. Next:\n\n'
         f"  hftl evaluate {output_dir}\n"
-        "  hftl run image_classification --data.source path/to/images --model.name resnet18.a1_in1k --adapt.method lora\n"
+        "  hftl run image_classification --data.source path/to/images "
+        "--model.name resnet18.a1_in1k --adapt.method lora\n"
     )
     return {method: float(np.mean([trial.accuracy() for trial in trials_])) for method, trials_ in trials.items()}
 
 
-def trial_config(method: str, model: str, seed: int, output_dir: str | Path, overwrite: bool) -> RunConfig:
+def trial_config(method: Compared, model: str, seed: int, output_dir: str | Path, overwrite: bool) -> RunConfig:
     """Returns the configuration of one training: the one that `config.yaml` in the run folder shows."""
     scratch = method == "scratch"
     return RunConfig(
@@ -113,7 +116,7 @@ def trial_config(method: str, model: str, seed: int, output_dir: str | Path, ove
             augment=AugmentConfig(crop_scale=1.0, hflip=0.0, color_jitter=0.0),
         ),
         model=ModelConfig(name=model, pretrained=not scratch),
-        adapt=AdaptConfig(method="full" if scratch else method, lora=LoraConfig(r=8, alpha=16.0)),  # type: ignore[arg-type]
+        adapt=AdaptConfig(method="full" if scratch else method, lora=LoraConfig(r=8, alpha=16.0)),
         train=TrainConfig(
             num_epochs=_EPOCHS,
             lr=_RATES[method],

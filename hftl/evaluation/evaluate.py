@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -72,6 +72,11 @@ def evaluate_rows(
     """Returns the metrics of one encoded split, the same on all processes.
 
     Args:
+        accelerator: From `start`.
+        model: In eval mode for the duration, put back after.
+        task: Says loss, metrics and how outputs read.
+        rows: From `task.encode`, without anything random.
+        run: Uses batch size, workers and extra metrics.
         writer: Takes predictions on the main process: `write(list of rows)`.
         collect: Whether predictions are gathered at all (the same on all processes).
     """
@@ -120,7 +125,7 @@ def predict(
     model.to(accelerator.device).eval()
     try:
         for batch in loader:
-            batch = send_to_device(batch, accelerator.device)
+            batch = cast(Batch, send_to_device(batch, accelerator.device))
             with torch.no_grad(), accelerator.autocast():
                 outputs = convert_to_fp32(dict(model(batch["inputs"])))
             if not bool(batch["weight"].all()):

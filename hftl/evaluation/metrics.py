@@ -137,8 +137,8 @@ class EvaluateMetric:
 
     def compute(self) -> dict[str, float]:
         """Returns what the library computes, numbers only."""
-        result = load_evaluate(self.name).compute(predictions=self.predictions, references=self.references)
-        return {key: float(value) for key, value in (result or {}).items() if np.isscalar(value)}
+        result = load_evaluate(self.name).compute(predictions=self.predictions, references=self.references) or {}
+        return {key: float(result[key]) for key in result if np.isscalar(result[key])}
 
 
 def load_evaluate(name: str) -> Any:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import RunConfig
 from hftl.console import say
 from hftl.errors import ArtifactError
 from hftl.models.parts import HeadSpec, TaskModel
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def build_model(run: RunConfig, spec: HeadSpec) -> TaskModel:
@@ -36,7 +32,8 @@ def build_model(run: RunConfig, spec: HeadSpec) -> TaskModel:
     new = sum(parameter.numel() for parameter in model.head_parameters())
     start = "pretrained" if run.model.pretrained else "random weights"
     say(
-        f"model: {run.model.name} ({start}), {parameters:,} parameters; new head: {', '.join(model.head_modules)} ({new:,})"
+        f"model: {run.model.name} ({start}), {parameters:,} parameters; "
+        f"new head: {', '.join(model.head_modules)} ({new:,})"
     )
     return model
 
@@ -52,7 +49,7 @@ def name_problem(name: str, stock: str) -> str | None:
     return text_name_problem(name)
 
 
-def skeleton(run: RunConfig, spec: HeadSpec) -> nn.Module | Any:
+def skeleton(run: RunConfig, spec: HeadSpec) -> TaskModel:
     """Returns the network without weights (on torch's meta device), for checks that need only its module names."""
     from dataclasses import replace
 
@@ -80,4 +77,4 @@ def open_model(folder: Path, spec: HeadSpec) -> TaskModel:
             model = open_text(folder, spec)
     except Exception as error:
         raise ArtifactError(f"{folder} does not open: {type(error).__name__}: {error}") from error
-    return model.eval()  # type: ignore[return-value]
+    return model.eval()

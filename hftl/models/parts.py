@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 Frozen = Literal["nothing", "statistics", "all"]
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class HeadSpec:
     """What a task wants on top of a backbone.
 
     Attributes:
-        stock: The stock class to build: `timm`, or a transformers auto class such as `AutoModelForSequenceClassification`.
+        stock: The stock class to build: `timm`, or a transformers auto class (`AutoModelForSequenceClassification`, …).
         num_outputs: Width K of the output.
         labels: Names of the outputs, or empty.
         problem_type: transformers' name for what the outputs mean.
@@ -39,7 +40,7 @@ class HeadSpec:
     stock: str
     num_outputs: int
     labels: tuple[str, ...] = ()
-    problem_type: str = "single_label_classification"
+    problem_type: ProblemType = "single_label_classification"
 
 
 class TaskModel(nn.Module, ABC):
@@ -68,7 +69,7 @@ class TaskModel(nn.Module, ABC):
         backbone_root: str = "",
     ) -> None:
         super().__init__()
-        self.net = net
+        self.net: Any = net  # with the methods of its stock class, which nn.Module does not declare
         self.processor = processor
         self.source = source
         self.spec = spec

@@ -57,7 +57,7 @@ class TimmModel(TaskModel):
     @property
     def build_args(self) -> dict[str, Any]:
         """Arguments beside the name that rebuild the same architecture."""
-        return self.net.hftl_build_args  # type: ignore[return-value]
+        return self.net.hftl_build_args
 
     def readers(self, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
         """Opens with timm's `local-dir:` and transformers' `AutoModelForImageClassification`."""

@@ -26,7 +26,8 @@ def restore(name: str, state: dict[str, Any]) -> Task:
     """
     if name not in _TASKS:
         raise ArtifactError(
-            f"task '{name}' is not built in ({', '.join(_TASKS)}); use the recipe that defined it.{nearest(name, _TASKS)}"
+            f"task '{name}' is not built in ({', '.join(_TASKS)}); "
+            f"use the recipe that defined it.{nearest(name, _TASKS)}"
         )
     kind, inputs, target = _TASKS[name]
     task = kind.__new__(kind)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hftl.console import say
-from hftl.data.columns import find_column
+from hftl.data.columns import arrow_column, find_column
 from hftl.data.loader import Example
 from hftl.data.source import Splits
 from hftl.errors import DataError, shorten
@@ -92,12 +92,9 @@ class SingleLabel:
 
 def _counts(rows: Dataset, column: str) -> dict[Any, int]:
     """Returns how often each label occurs in a split; missing labels count under None."""
-    import pyarrow.compute as pc
-
     if column not in rows.features:
         return {None: len(rows)}
-    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
-    counted = pc.value_counts(values).to_pylist()
+    counted = arrow_column(rows, column).value_counts().to_pylist()
     counts: dict[Any, int] = {}
     for entry in counted:
         value = entry["values"]

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, C channels, H W height and width, D feature size, K o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -30,13 +30,25 @@ Outputs = Mapping[str, Tensor]
 class Task(Protocol):
     """What one problem says about itself."""
 
-    name: str
-    modality: str
-    """`image` or `text`: which defaults apply."""
-    head: HeadSpec
-    """The stock class and the head that the model needs."""
-    best_metric: str
-    """Metric on validation that chooses the weights to keep; larger is better unless it is `loss`."""
+    @property
+    def name(self) -> str:
+        """What a saved model calls this task."""
+        ...
+
+    @property
+    def modality(self) -> str:
+        """`image` or `text`: which defaults apply."""
+        ...
+
+    @property
+    def head(self) -> HeadSpec:
+        """The stock class and the head that the model needs."""
+        ...
+
+    @property
+    def best_metric(self) -> str:
+        """Metric on validation that chooses the weights to keep; larger is better unless it is `loss`."""
+        ...
 
     def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> Rows:
         """Returns the rows of one split as examples. `seed` None means evaluation: nothing random."""
@@ -50,7 +62,7 @@ class Task(Protocol):
         """Returns the loss of each example [B], so that weighting and uneven batches come out right."""
         ...
 
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> Sequence[Metric]:
         """Returns fresh accumulators."""
         ...
 
@@ -66,8 +78,15 @@ class Task(Protocol):
 class Inputs(Protocol):
     """How rows become model inputs."""
 
-    modality: str
-    problems: list[str]
+    @property
+    def modality(self) -> str:
+        """As `Task.modality`."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """What was found wrong with the data, a sentence each."""
+        ...
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
@@ -87,9 +106,20 @@ class Inputs(Protocol):
 class Target(Protocol):
     """What is learnt: labels, head, loss and metrics."""
 
-    columns: Sequence[str]
-    problems: list[str]
-    best_metric: str
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that `labels` reads."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """What was found wrong with the data, a sentence each."""
+        ...
+
+    @property
+    def best_metric(self) -> str:
+        """As `Task.best_metric`."""
+        ...
 
     def head(self, stock: str) -> HeadSpec:
         """Returns the head for a stock class."""
@@ -103,7 +133,7 @@ class Target(Protocol):
         """Returns the loss of each example [B]."""
         ...
 
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> Sequence[Metric]:
         """Returns fresh accumulators."""
         ...
 
@@ -123,8 +153,8 @@ class SupervisedTask:
         DataError: Everything that inputs and target found wrong with the data.
     """
 
-    name: ClassVar[str]
-    stock: ClassVar[str]
+    name: str
+    stock: str
 
     def __init__(self, inputs: Inputs, target: Target) -> None:
         if inputs.problems or target.problems:
@@ -149,7 +179,7 @@ class SupervisedTask:
         """See `Task.loss`."""
         return self.target.loss(outputs, batch["labels"])
 
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> Sequence[Metric]:
         """See `Task.metrics`."""
         return self.target.metrics()
 

@@ -1,11 +1,13 @@
-"""The loop. A *step* is one optimizer update; a step has `gradient_accumulation_steps` micro-batches on each process."""
+"""The loop. A *step* is one optimizer update; it has `gradient_accumulation_steps` micro-batches on each process."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor
 
 from hftl.config.schema import RunConfig
 from hftl.console import say
@@ -14,7 +16,7 @@ from hftl.data.source import Splits
 from hftl.errors import HftlError
 from hftl.evaluation.evaluate import evaluate_rows
 from hftl.models.parts import TaskModel
-from hftl.tasks.task import Task
+from hftl.tasks.task import Batch, Task
 from hftl.train.checkpoint import BestWeights
 from hftl.train.history import History, Recorder
 from hftl.train.optim import make_optimizer, make_schedule
@@ -96,12 +98,12 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         recorder.advance()
         step, since = recorder.history.steps, since + 1
         if step % config.log_every == 0 or step == total:
-            mean = float(accelerator.reduce(summed, "sum")) / since
+            mean = float(cast(Tensor, accelerator.reduce(summed, "sum"))) / since
             if not math.isfinite(mean):
                 raise HftlError(
                     f"the training loss is {mean} at step {step} (lr {lr}); lower train.lr or look at the data."
                 )
-            rates = {f"lr/{name}": rate for name, rate in lr.items()}
+            rates = {f"lr/{name}": float(rate) for name, rate in lr.items()}
             recorder.log(**{"epoch": step / epoch_steps, "train/loss": mean, "grad_norm": float(norm or 0.0)}, **rates)
             summed, since = 0.0, 0
         if held_out is not None and (step % eval_every == 0 or step == total):
@@ -123,7 +125,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
 
 def _micro_batches(
     accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, total_steps: int
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Batch]:
     """Yields this process's micro-batches on its device, epoch after epoch, for `total_steps` steps."""
     from accelerate.utils import send_to_device
 
@@ -136,4 +138,4 @@ def _micro_batches(
         return itertools.islice(itertools.chain.from_iterable(epochs), total_steps * share.accumulation)
 
     for batch in make_loader(rows, stream, task.collate, device=device.type, num_workers=workers):
-        yield send_to_device(batch, device, non_blocking=True)
+        yield cast(Batch, send_to_device(batch, device, non_blocking=True))

@@ -47,7 +47,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
             task = make_task(splits)
         except HftlError as error:
             problems += error.problems
-    stock = getattr(make_task, "stock", None) or (task and task.head.stock)
+    stock = getattr(make_task, "stock", None) or (task.head.stock if task else None)
     unknown = name_problem(run.model.name, stock) if stock and run.model.name else None
     if unknown:
         problems.append(unknown)
