@@ -53,3 +53,9 @@ def shorten(names: Sequence[str], limit: int = 12) -> str:
     """Returns `names` joined by commas, cut after `limit` entries."""
     more = f", … ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error says, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hftl.config.schema import RunConfig, leaves
-from hftl.errors import ConfigError, nearest
+from hftl.errors import ConfigError, first_line, nearest
 
 # What `transformers.TrainingArguments` and others call them.
 _ELSEWHERE = {
@@ -55,7 +55,7 @@ def parse(
             # without problems: values that only the YAML reader minds, such as `revision: 1234567` for text
             return replace(_build(parser, parser.parse_args(rest)), problems=tuple(problems))
         except _parse_errors():
-            raise ConfigError(*problems, _first_line(error)) from None
+            raise ConfigError(*problems, first_line(error)) from None
 
 
 def dump(run: RunConfig) -> str:
@@ -167,7 +167,7 @@ def _yaml_settings(path: str, problems: list[str]) -> Iterator[tuple[str, str, s
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
-        problems.append(f"{where}: not valid YAML ({getattr(error, 'problem', None) or _first_line(error)}).")
+        problems.append(f"{where}: not valid YAML ({getattr(error, 'problem', None) or first_line(error)}).")
         return
     if not isinstance(content, dict):
         problems.append(f"{path}: expected settings by name, found a {type(content).__name__}.")
@@ -240,7 +240,3 @@ def _files_first(argv: list[str]) -> list[str]:
         else:
             (files if word.startswith("--config=") else flags).append(word)
     return files + flags
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

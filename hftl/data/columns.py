@@ -55,6 +55,8 @@ def find_column(role: str, features: Features, given: str | None) -> Column:
             return Column(given, f"named by {flag}")
         raise DataError(f"{flag}: there is no column '{given}'.{nearest(given, features)} Columns: {listing}.")
     fitting = [name for name, kind in features.items() if _fits(role, kind)]
+    if role == "text":  # a column of class names holds text too, but is spoken for
+        fitting = [name for name in fitting if name.lower() not in _NAMES["label"]] or fitting
     typed = [name for name in fitting if _type_name(features[name]) in ("Image", "ClassLabel")]
     known = [name for name in _NAMES[role] if name in {f.lower() for f in fitting}]
     by_name = [name for name in fitting if known and name.lower() == known[0]]

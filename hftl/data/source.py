@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hftl.config.schema import DataConfig
 from hftl.console import say
 from hftl.data.columns import find_column, label_codes
-from hftl.errors import DataError, nearest, shorten
+from hftl.errors import DataError, first_line, nearest, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -117,7 +117,7 @@ def _hub(config: DataConfig) -> Mapping[str, Dataset]:
         here = [entry.name for entry in Path(".").iterdir()]
         raise DataError(
             f"data.source: '{config.source}' is not a local folder or file, and as a hub id it failed: "
-            f"{type(error).__name__}: {_first_line(error)}.{nearest(config.source, here)}"
+            f"{type(error).__name__}: {first_line(error)}.{nearest(config.source, here)}"
         ) from error
     return _named(loaded)
 
@@ -183,14 +183,10 @@ def _tables(files: Mapping[str, list[Path]]) -> Mapping[str, Dataset]:
             names = [glob.escape(str(path)) for path in paths]
             out[split] = load_dataset(TABLES[kind], data_files={split: names}, split=split, **options)
         except Exception as error:
-            reason = _first_line(error.__cause__ or error)
+            reason = first_line(error.__cause__ or error)
             reason = "it holds no rows" if "corresponds to no data" in reason else reason
             raise DataError(f"data.source: cannot read {shorten([str(p) for p in paths])}: {reason}") from error
     return out
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _images(path: Path) -> Mapping[str, Dataset]:

@@ -12,7 +12,7 @@ from hftl.config.schema import RunConfig
 from hftl.console import say
 from hftl.data.loader import Rows, Share, default_workers, eval_batches, make_loader
 from hftl.data.source import Splits
-from hftl.evaluation.metrics import EvaluateMetric, MeanLoss, Metric
+from hftl.evaluation.metrics import BUILT_IN, EvaluateMetric, MeanLoss, Metric
 from hftl.models.parts import TaskModel
 from hftl.tasks.task import Batch, Outputs, Task
 
@@ -81,7 +81,8 @@ def evaluate_rows(
         collect: Whether predictions are gathered at all (the same on all processes).
     """
     loss = MeanLoss()
-    metrics: list[Metric] = [*task.metrics(), *(EvaluateMetric(name) for name in run.train.metrics)]
+    others = [EvaluateMetric(name) for name in run.train.metrics if name not in BUILT_IN]
+    metrics: list[Metric] = [*task.metrics(), *others]
     in_order = _InOrder(writer)
     pending: list[tuple[int, dict[str, Any]]] = []
     for number, (outputs, batch) in enumerate(predict(accelerator, model, task, rows, run), start=1):
@@ -99,9 +100,9 @@ def evaluate_rows(
         in_order.add(_gather(accelerator, pending))
     found: dict[str, float] = {}
     for mine in [loss, *metrics]:
-        whole, *others = _gather(accelerator, [mine])
-        for other in others:
-            whole.merge(other)
+        whole, *parts = _gather(accelerator, [mine])
+        for part in parts:
+            whole.merge(part)
         found |= whole.compute()
     return found
 

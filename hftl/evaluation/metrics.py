@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from hftl.errors import first_line
+
 BUILT_IN = (
     "accuracy",
     "macro_f1",
@@ -156,10 +158,12 @@ def metric_problems(names: Sequence[str]) -> list[str]:
     """Returns a sentence for each metric that neither hftl nor `evaluate` has."""
     problems = []
     for name in names:
+        if name in BUILT_IN:
+            continue  # computed anyway
         try:
             load_evaluate(name)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             problems.append(
                 f"train.metrics: '{name}' is not built in ({', '.join(BUILT_IN)}) and evaluate.load fails: {reason}"
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hftl.config.schema import ModelConfig
 from hftl.console import say
-from hftl.errors import ModelError, nearest
+from hftl.errors import ModelError, first_line, nearest
 from hftl.models.parts import HeadSpec, Source, TaskModel
 from hftl.models.quiet import quiet
 
@@ -81,7 +81,7 @@ def build_text(config: ModelConfig, spec: HeadSpec) -> TextModel:
         with quiet():
             return _build(config, spec)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         raise ModelError(
             f"model.name: '{config.name}' cannot be built as {spec.stock}: {type(error).__name__}: {first}"
         ) from error
