@@ -1,6 +1,8 @@
 """What a run saves opens in timm, transformers and peft with equal logits, where hftl cannot be imported."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import load_recipe, run_python
@@ -8,98 +10,103 @@ from conftest import load_recipe, run_python
 IMAGE = """
 import json, sys, glob, torch, pyarrow.parquet as pq
 from PIL import Image
-run, images, method, base, size = sys.argv[1:]
 import timm, transformers
 from timm.data import create_transform, resolve_data_config
-rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
-files = sorted(glob.glob(images + "/test/*/*.png"))
-assert len(files) == len(rows)
-model = timm.create_model("local-dir:" + run + "/model", pretrained=True).eval()
-transform = create_transform(**resolve_data_config(model.pretrained_cfg, model=model))
-pixels = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
-with torch.no_grad():
-    logits = model(pixels)
-    other = transformers.AutoModelForImageClassification.from_pretrained(run + "/model").eval()(pixels).logits
-torch.testing.assert_close(logits, other)
-expected = torch.tensor([row["probabilities"] for row in rows])
-torch.testing.assert_close(logits.softmax(-1), expected, atol=1e-4, rtol=1e-3)
-pipe = transformers.pipeline("image-classification", run + "/model")
-for file, row in zip(files[:3], rows):
-    first = pipe(file)[0]
-    assert first["label"] == row["prediction"] and abs(first["score"] - row["confidence"]) < 1e-3, (first, row)
-if method == "lora":
-    import peft
-    net = timm.create_model(base, pretrained=True, num_classes=3)
-    net = peft.PeftModel.from_pretrained(net, run + "/adapter").eval()
+def check(run, images, method, base):
+    rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
+    files = sorted(glob.glob(images + "/test/*/*.png"))
+    assert len(files) == len(rows)
+    model = timm.create_model("local-dir:" + run + "/model", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config(model.pretrained_cfg, model=model))
+    pixels = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     with torch.no_grad():
-        torch.testing.assert_close(net(pixels), logits, atol=1e-4, rtol=1e-4)
-print("equal", len(files))
+        logits = model(pixels)
+        other = transformers.AutoModelForImageClassification.from_pretrained(run + "/model").eval()(pixels).logits
+    torch.testing.assert_close(logits, other)
+    expected = torch.tensor([row["probabilities"] for row in rows])
+    torch.testing.assert_close(logits.softmax(-1), expected, atol=1e-4, rtol=1e-3)
+    pipe = transformers.pipeline("image-classification", run + "/model")
+    for file, row in zip(files[:3], rows):
+        first = pipe(file)[0]
+        assert first["label"] == row["prediction"] and abs(first["score"] - row["confidence"]) < 1e-3, (first, row)
+    if method == "lora":
+        import peft
+        net = timm.create_model(base, pretrained=True, num_classes=3)
+        net = peft.PeftModel.from_pretrained(net, run + "/adapter").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(net(pixels), logits, atol=1e-4, rtol=1e-4)
+    print("equal", len(files))
+for run in json.loads(sys.argv[1]):
+    check(*run)
 """
 
 TEXT = """
-import sys, csv, torch, pyarrow.parquet as pq
-run, table, method, pooled, base = sys.argv[1:]
+import json, sys, csv, torch, pyarrow.parquet as pq
 import transformers
-rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
-texts = [row["text"] for row in csv.DictReader(open(table))]
-assert len(texts) == len(rows)
-trust = {"trust_remote_code": True} if pooled == "yes" else {}
-pipe = transformers.pipeline("text-classification", run + "/model", **trust)
-for text, row in zip(texts, rows):
-    first = pipe(text)[0]
-    assert first["label"] == row["prediction"] and abs(first["score"] - row["confidence"]) < 1e-3, (first, row)
-tokenizer = transformers.AutoTokenizer.from_pretrained(run + "/model")
-inputs = tokenizer(texts, padding=True, return_tensors="pt")
-model = transformers.AutoModelForSequenceClassification.from_pretrained(run + "/model", **trust).eval()
-with torch.no_grad():
-    logits = model(**inputs).logits
-expected = torch.tensor([row["probabilities"] for row in rows])
-torch.testing.assert_close(logits.softmax(-1), expected, atol=1e-4, rtol=1e-3)
-if method == "lora":
-    import peft
-    if pooled == "yes":
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-        name = "modeling_pooled_text.PooledTextForSequenceClassification"
-        kind = get_class_from_dynamic_module(name, run + "/adapter")
-        config = transformers.AutoConfig.from_pretrained(run + "/adapter", trust_remote_code=True)
-        net = kind.from_pretrained(base, config=config)
-    else:
-        net = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
-    net = peft.PeftModel.from_pretrained(net, run + "/adapter").eval()
+def check(run, table, method, pooled, base):
+    rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
+    texts = [row["text"] for row in csv.DictReader(open(table))]
+    assert len(texts) == len(rows)
+    trust = {"trust_remote_code": True} if pooled == "yes" else {}
+    pipe = transformers.pipeline("text-classification", run + "/model", **trust)
+    for text, row in zip(texts, rows):
+        first = pipe(text)[0]
+        assert first["label"] == row["prediction"] and abs(first["score"] - row["confidence"]) < 1e-3, (first, row)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run + "/model")
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(run + "/model", **trust).eval()
     with torch.no_grad():
-        torch.testing.assert_close(net(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
-print("equal", len(texts))
+        logits = model(**inputs).logits
+    expected = torch.tensor([row["probabilities"] for row in rows])
+    torch.testing.assert_close(logits.softmax(-1), expected, atol=1e-4, rtol=1e-3)
+    if method == "lora":
+        import peft
+        if pooled == "yes":
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+            name = "modeling_pooled_text.PooledTextForSequenceClassification"
+            kind = get_class_from_dynamic_module(name, run + "/adapter")
+            config = transformers.AutoConfig.from_pretrained(run + "/adapter", trust_remote_code=True)
+            net = kind.from_pretrained(base, config=config)
+        else:
+            net = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+        net = peft.PeftModel.from_pretrained(net, run + "/adapter").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(net(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
+    print("equal", len(texts))
+for run in json.loads(sys.argv[1]):
+    check(*run)
 """
 
 
-@pytest.mark.parametrize(
-    ("net", "method"),
-    [
+def test_image_artifacts_open_without_hftl(image_run, images, tmp_path):
+    cases = [
         ("test_resnet", "full"),
         ("test_resnet", "lora"),
         ("test_vit", "lora"),
         ("test_convnext", "lora"),
         ("test_vit", "frozen"),
-    ],
-)
-def test_image_artifacts_open_without_hftl(net, method, image_run, images, tmp_path):
-    run = image_run(net, method)
-    load_recipe("image_classification").main(run)
-    printed = run_python(IMAGE, run.output_dir, str(images), method, run.model.name, "32", hide_hftl=True)
-    assert "equal 10" in printed
-    verified = json.loads((tmp_path / "run" / "report.json").read_text())["verified"]
-    assert set(verified) == {"model/timm", "model/transformers"} | ({"adapter/peft"} if method == "lora" else set())
+    ]
+    runs = []
+    for net, method in cases:
+        run = replace(image_run(net, method), output_dir=str(tmp_path / f"{net}-{method}"))
+        load_recipe("image_classification").main(run)
+        runs.append([run.output_dir, str(images), method, run.model.name])
+        verified = json.loads((Path(run.output_dir) / "report.json").read_text())["verified"]
+        assert set(verified) == {"model/timm", "model/transformers"} | ({"adapter/peft"} if method == "lora" else set())
+    printed = run_python(IMAGE, json.dumps(runs), hide_hftl=True)
+    assert printed.count("equal 10") == len(cases)
 
 
-@pytest.mark.parametrize(
-    ("method", "pooling"), [("full", "stock"), ("lora", "stock"), ("lora", "mean"), ("frozen", "cls")]
-)
-def test_text_artifacts_open_without_hftl(method, pooling, text_run, texts):
-    run = text_run(method, pooling)
-    load_recipe("text_classification").main(run)
-    pooled = "no" if pooling == "stock" else "yes"
-    printed = run_python(TEXT, run.output_dir, str(texts / "test.csv"), method, pooled, run.model.name, hide_hftl=True)
-    assert "equal 13" in printed
+def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path):
+    cases = [("full", "stock"), ("lora", "stock"), ("lora", "mean"), ("frozen", "cls")]
+    runs = []
+    for method, pooling in cases:
+        run = replace(text_run(method, pooling), output_dir=str(tmp_path / f"{method}-{pooling}"))
+        load_recipe("text_classification").main(run)
+        pooled = "no" if pooling == "stock" else "yes"
+        runs.append([run.output_dir, str(texts / "test.csv"), method, pooled, run.model.name])
+    printed = run_python(TEXT, json.dumps(runs), hide_hftl=True)
+    assert printed.count("equal 13") == len(cases)
 
 
 def test_a_run_folder_is_complete(text_run, tmp_path):

@@ -24,7 +24,7 @@ Statistics = Literal["auto", "keep", "update"]
 class AugmentConfig:
     """Random changes to training images. Size, normalisation and interpolation are the backbone's own (timm)."""
 
-    crop_scale: float = 0.35
+    crop_scale: float = 0.6
     """Smallest share of the image area that the random crop keeps, in (0, 1]; 1 switches the crop off."""
     hflip: float = 0.5
     """Probability of a horizontal flip. Set 0 where left and right matter (digits, letters)."""
