@@ -114,7 +114,7 @@ def test_patterns_select_layers_and_one_without_match_is_an_error_with_the_neare
 def test_a_full_run_keeps_or_updates_running_statistics_as_told(setting, pretrained, moves, image_run):
     run = image_run("test_resnet", "full", max_steps=2)
     run = replace(run, model=replace(run.model, pretrained=pretrained))
-    model, before = trained(run, hftl.ImageClassification, norm_statistics=setting)
+    model, before = trained(run, hftl.ImageClassification, batch_norm=setting)
     statistics = {name for name in before if "running_" in name}
     moved = {name for name in statistics if not torch.equal(after(model)[name], before[name])}
     assert moved == (statistics if moves else set())

@@ -25,7 +25,7 @@ def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:
     elif config.method == "lora":
         targets = add_lora(model, config.lora)
     else:
-        train_everything(model, config.norm_statistics)
+        train_everything(model, config.batch_norm)
     report = count(model, config.method, targets)
     say(str(report))
     return report

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from hftl.config.schema import Statistics
+from hftl.config.schema import BatchNorm
 from hftl.models.parts import TaskModel
 
 
-def train_everything(model: TaskModel, norm_statistics: Statistics = "auto") -> None:
-    """All parameters learn; running statistics of batch norms move only if they are to be updated.
+def train_everything(model: TaskModel, batch_norm: BatchNorm = "auto") -> None:
+    """All parameters learn, except batch norms that are kept: fixed scales and shifts (cf. FrozenBatchNorm2d).
 
-    Statistics of micro-batches would make a step depend on how its rows are cut into batches, and some checkpoints
-    (converted from quantised ones) hold statistics that no batch reproduces.
+    Statistics of micro-batches would make a step depend on how its rows are cut, and channels that hardly vary have
+    scales so small (3e-3 in checkpoints converted from quantised ones) that steps of a usual size destroy them.
     """
     model.requires_grad_(True)
-    keep = norm_statistics == "keep" or (norm_statistics == "auto" and model.source.pretrained)
-    model.frozen = "statistics" if keep else "nothing"
+    if batch_norm == "update" or (batch_norm == "auto" and not model.source.pretrained):
+        return
+    model.frozen = "statistics"
+    for name, module in model.named_modules():
+        if getattr(module, "running_mean", None) is not None and model.in_backbone(name):
+            module.requires_grad_(False)
 
 
 def freeze_backbone(model: TaskModel) -> None:

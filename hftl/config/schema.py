@@ -17,7 +17,7 @@ from hftl.errors import nearest
 Pooling = Literal["auto", "stock", "cls", "mean"]
 Method = Literal["full", "frozen", "lora"]
 Schedule = Literal["linear", "cosine", "constant"]
-Statistics = Literal["auto", "keep", "update"]
+BatchNorm = Literal["auto", "keep", "update"]
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,10 @@ class AdaptConfig:
     method: Method = "full"
     """full: everything. frozen: the new head only. lora: low-rank updates in the backbone, and the head."""
     lora: LoraConfig = field(default_factory=LoraConfig)
-    norm_statistics: Statistics = "auto"
-    """Running statistics of batch norms in a full run: keep the checkpoint's, or update them. auto keeps them unless
-    training starts from random weights: they then do not depend on how a batch is cut, and small batches do no harm."""
+    batch_norm: BatchNorm = "auto"
+    """Batch norms of the backbone in a full run. keep: as the checkpoint has them (statistics, scale and shift), so
+    that a step does not depend on how its rows are cut into batches. update: they learn. auto: keep, unless training
+    starts from random weights."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.pooling": ("auto", "stock", "cls", "mean"),
     "adapt.method": ("full", "frozen", "lora"),
-    "adapt.norm_statistics": ("auto", "keep", "update"),
+    "adapt.batch_norm": ("auto", "keep", "update"),
     "train.schedule": ("linear", "cosine", "constant"),
 }
 

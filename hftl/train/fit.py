@@ -70,7 +70,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     schedule = make_schedule(optimizer, config.schedule, total, config.warmup_ratio)
     net, stepper = accelerator.prepare(model, optimizer)
     metric = config.best_metric or task.best_metric
-    best = BestWeights(accelerator, model, run_folder(run), larger_is_better=metric != "loss")
+    best = BestWeights(accelerator, model, run_folder(run), larger_is_better=metric != "loss", rows=len(held_out or ()))
     recorder = Recorder(accelerator, run, run_folder(run), total)
 
     model.train()
@@ -109,9 +109,9 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         if held_out is not None and (step % eval_every == 0 or step == total):
             found = evaluate_rows(accelerator, model, task, held_out, run)
             recorder.log(**{f"validation/{name}": value for name, value in found.items()})
-            if best.offer(found[metric], found["loss"]):
+            if best.offer(found[metric]):
                 recorder.history.best = {"step": step, "metric": f"validation/{metric}", "value": found[metric]}
-            elif config.early_stopping_patience and best.since >= config.early_stopping_patience:
+            if config.early_stopping_patience and best.since >= config.early_stopping_patience:
                 say(f"fit: stopped, no better {metric} in {best.since} evaluations")
                 break
 
