@@ -1,7 +1,7 @@
 """Which evaluation to keep when validation is small: the best, the last, or the last within one standard error.
 
-`python -m benchmarks selection` trains linear heads on frozen features of the real set hymenoptera (77 validation and 76
-test rows; folder `HFTL_SHARED`) for several rates, lengths and seeds, and prints the mean test accuracy of each rule.
+`python -m benchmarks selection` trains linear heads on frozen features of the real set hymenoptera (77 validation and
+76 test rows; folder `HFTL_SHARED`) for several rates, lengths and seeds, and prints each rule's mean test accuracy.
 """
 
 from __future__ import annotations

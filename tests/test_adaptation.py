@@ -7,7 +7,7 @@ import torch
 
 import hftl
 from hftl.config.schema import AdaptConfig, LoraConfig
-from hftl.errors import AdaptError
+from hftl.errors import AdaptError, ModelError
 
 
 def built(run, kind):
@@ -84,7 +84,7 @@ def test_lora_is_identity_at_the_start_keeps_the_base_and_merges_to_the_same_log
     with torch.no_grad():
         adapted = model(inputs)["logits"]
         merged = (
-            model.peft.merge_and_unload()(**inputs) if text else model.peft.merge_and_unload()(inputs["pixel_values"])
+            model.net.merge_and_unload()(**inputs) if text else model.net.merge_and_unload()(inputs["pixel_values"])
         )
     merged = merged["logits"] if text else merged
     assert not torch.allclose(adapted, plain, atol=1e-3)
@@ -148,3 +148,57 @@ def test_a_checkpoint_with_a_head_of_equal_width_for_other_classes_gets_a_new_he
     assert not (model.net.classifier.weight == 7.0).any()
     assert model.net.classifier.weight.std() > 0
     assert model.net.config.id2label == {0: "animal", 1: "food", 2: "tool"}
+
+
+@pytest.mark.parametrize("pooling", ["stock", "mean"])
+def test_a_checkpoint_that_names_its_backbone_differently_is_loaded_all_the_same(pooling, text_run, tmp_path):
+    """A masked language model holds `bert.…`; loading it under another prefix would train random weights in silence."""
+    from shutil import copy
+
+    from transformers import AutoModelForMaskedLM
+
+    run = text_run("frozen", pooling)
+    AutoModelForMaskedLM.from_pretrained(run.model.name).save_pretrained(tmp_path / "mlm")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        copy(f"{run.model.name}/{file}", tmp_path / "mlm")
+    _, _, _, plain = built(run, hftl.TextClassification)
+    run = replace(run, model=replace(run.model, name=str(tmp_path / "mlm")))
+    _, _, _, model = built(run, hftl.TextClassification)
+    layer = f"{model.net.base_model_prefix}.encoder.layer.1.output.dense.weight"
+    assert torch.equal(model.net.get_parameter(layer), plain.net.get_parameter(layer))
+    assert not any("encoder" in name or "embeddings" in name for name in model.head_modules)
+
+
+def test_a_checkpoint_that_lacks_backbone_weights_is_refused(text_run, tmp_path):
+    from shutil import copytree
+
+    from safetensors.torch import load_file, save_file
+
+    run = text_run("full", "stock")
+    folder = copytree(run.model.name, tmp_path / "cut")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "layer.1." not in name}, folder / "model.safetensors")
+    for pooling in ("stock", "mean"):
+        cut = replace(run, model=replace(run.model, name=str(folder), pooling=pooling))
+        with pytest.raises(ModelError, match="lacks weights of the backbone"):
+            built(cut, hftl.TextClassification)
+
+
+def test_layers_that_change_their_weight_before_use_get_no_adapter(image_run):
+    """Weight standardisation: an update merged into such a weight would be standardised too."""
+    run = image_run("test_resnet", "lora")
+    run = replace(run, model=replace(run.model, name="test_nfnet", pretrained=False, image_size=32))
+    _, _, _, model = built(run, hftl.ImageClassification)
+    with pytest.raises(AdaptError, match="use full or frozen"):
+        hftl.adapt(model, run.adapt)
+
+
+def test_a_frozen_model_goes_back_to_training_after_an_evaluation(text_run):
+    run, splits, task, model = built(text_run("frozen", "mean"), hftl.TextClassification)
+    hftl.adapt(model, run.adapt)
+    accelerator = hftl.start(run)
+    model.train()
+    before = {name: module.training for name, module in model.named_modules()}
+    hftl.evaluate(accelerator, model, task, splits, run)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert before["net.classifier"] and before["net.dropout"] and not before["net.backbone.encoder"]

@@ -32,7 +32,14 @@ def launch(processes: int, job: str, spec: dict, out: Path) -> None:
         text=True,
         timeout=280,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        # what `accelerate launch` would set: it must not overrule the run's own accumulation
+        env={
+            **os.environ,
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": str(ROOT),
+        },
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -43,7 +50,7 @@ def flags(source, model, output, method="full", **more) -> list[str]:
         "model.name": model,
         "output_dir": output,
         "adapt.method": method,
-        "train.trackers": "[]",
+        "train.trackers": "[tensorboard]",
         "overwrite": "true",
         **{name.replace("__", "."): value for name, value in more.items()},
     }

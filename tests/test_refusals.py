@@ -288,9 +288,27 @@ def test_an_existing_run_is_kept_unless_told_otherwise(image_run, tmp_path):
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "weights").write_text("precious")
+    (folder / "config.yaml").write_text("")
     problem = the_only(refused(run))
-    assert f"'{folder}' holds a run already (model)" in problem and "--overwrite" in problem
+    assert f"'{folder}' holds a run already (config.yaml, model)" in problem and "--overwrite" in problem
     assert (folder / "model" / "weights").read_text() == "precious"
+
+
+def test_a_folder_that_no_run_made_is_never_cleared(image_run, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights").write_text("precious")
+    problem = the_only(refused(replace(image_run(), overwrite=True)))
+    assert f"'{folder}' holds model, but no run of hftl (no config.yaml)" in problem
+    assert (folder / "model" / "weights").read_text() == "precious"
+
+
+def test_a_run_folder_around_its_own_inputs_is_refused(image_run, image_copy):
+    run = with_data(image_run(), source=str(image_copy))
+    problem = the_only(refused(replace(run, output_dir=str(image_copy.parent), overwrite=True)))
+    assert "holds data.source" in problem
+    model = run.model.name.removeprefix("local-dir:")
+    assert "holds model.name" in the_only(refused(replace(run, output_dir=model, overwrite=True)))
 
 
 def test_overwriting_removes_the_run_and_nothing_else(image_run, tmp_path):
@@ -304,7 +322,8 @@ def test_overwriting_removes_the_run_and_nothing_else(image_run, tmp_path):
     resolved, _, _ = hftl.prepare(run, hftl.ImageClassification)
     assert (folder / "model" / "deep").is_dir(), "prepare only looks"
     hftl.start(resolved)
-    assert sorted(path.name for path in folder.iterdir()) == ["figures", "notes.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "figures", "notes.txt"]
+    assert (folder / "config.yaml").read_text() != "old"
 
 
 def test_a_folder_with_other_things_in_it_is_not_a_run(image_run, tmp_path):
@@ -357,7 +376,8 @@ def test_a_run_folder_that_may_not_be_written_is_refused(image_run, tmp_path):
 
 def test_everything_wrong_is_in_one_message(image_run, tmp_path):
     """Each round of repair costs a user minutes; one message must do."""
-    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
     yaml = tmp_path / "run.yaml"
     yaml.write_text("train: {lr: fast, epochs: 3, warmup_ratio: 1.5}\n")
     flags = [

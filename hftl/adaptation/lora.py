@@ -31,9 +31,10 @@ def add_lora(model: TaskModel, config: LoraConfig) -> tuple[str, ...]:
         bias="none",
     )
     with quiet():
-        model.peft = model.net = peft.get_peft_model(model.net, settings)
-    model.peft.peft_config["default"].base_model_name_or_path = model.source.name
-    model.peft.peft_config["default"].revision = model.source.revision
+        model.net = peft.get_peft_model(model.net, settings)
+    model.adapted = True
+    model.net.peft_config["default"].base_model_name_or_path = model.source.name
+    model.net.peft_config["default"].revision = model.source.revision
     model.frozen = "statistics"
     _verify(model, targets)
     return targets
@@ -57,7 +58,10 @@ def find_targets(model: TaskModel, patterns: Sequence[str] | None) -> tuple[str,
         first = _first_layers(model)
         chosen = [name for name, module in layers.items() if name not in first and getattr(module, "groups", 1) == 1]
         if not chosen:
-            raise AdaptError(f"adapt.lora: {model.source.name} has no linear or convolution layer to adapt.")
+            raise AdaptError(
+                f"adapt.lora: {model.source.name} has no linear or convolution layer that can take an update; "
+                "use full or frozen."
+            )
         return tuple(chosen)
     chosen, problems = [], []
     for pattern in patterns:
@@ -75,7 +79,15 @@ def find_targets(model: TaskModel, patterns: Sequence[str] | None) -> tuple[str,
 
 
 def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Conv2d))
+    """Whether an update can be merged into the layer's weight.
+
+    Not into layers that change their weight before using it (weight standardisation), nor into convolutions that pad
+    by hand unless there is nothing to pad.
+    """
+    kind = type(module)
+    if isinstance(module, nn.Conv2d):
+        return kind.forward is nn.Conv2d.forward or (kind.__name__ == "Conv2dSame" and module.kernel_size == (1, 1))
+    return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -28,7 +28,7 @@ def resolve(run: RunConfig, modality: str) -> RunConfig:
         modality: `image` or `text`, from the task.
     """
     method = run.adapt.method if run.model.pretrained else "scratch"
-    table = _DEFAULTS.get((modality, method), _DEFAULTS[("text", method)])
+    table = _DEFAULTS.get((modality, method)) or _DEFAULTS["text", "full"]
     chosen = {name: value for name, value in table.items() if getattr(run.train, name) is None}
     if run.train.lr is not None and run.train.head_lr is None:
         # a backbone rate given by hand keeps the table's proportion between head and backbone

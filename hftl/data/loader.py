@@ -128,16 +128,10 @@ def make_loader(
     import torch
     from torch.utils.data import DataLoader
 
-    def add_keys(fetched: list[tuple[Key, Example]]) -> dict[str, Any]:
-        batch = collate([example for _, example in fetched])
-        batch["index"] = torch.tensor([row for (_, row, _), _ in fetched])
-        batch["weight"] = torch.tensor([weight for (_, _, weight), _ in fetched], dtype=torch.float32)
-        return batch
-
     return DataLoader(
         _Fetching(rows),  # pyright: ignore[reportArgumentType]  torch needs no base class
         batch_sampler=_Passes(batches),
-        collate_fn=add_keys,
+        collate_fn=_Collating(collate),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=device == "cuda",
@@ -150,6 +144,21 @@ def default_workers(modality: str, device: str, processes: int) -> int:
     if device == "cpu" or modality == "text":
         return 0
     return min(8, (os.cpu_count() or 1) // processes)
+
+
+class _Collating:
+    """The task's collate, with row numbers and weights added; a class, because workers may have to be sent it."""
+
+    def __init__(self, collate: Callable[[list[Example]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, fetched: list[tuple[Key, Example]]) -> dict[str, Any]:
+        import torch
+
+        batch = self.collate([example for _, example in fetched])
+        batch["index"] = torch.tensor([row for (_, row, _), _ in fetched])
+        batch["weight"] = torch.tensor([weight for (_, _, weight), _ in fetched], dtype=torch.float32)
+        return batch
 
 
 class _Passes:

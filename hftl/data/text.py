@@ -55,7 +55,8 @@ def tokenize(
         return dict(encoded) | {"length": [len(ids) for ids in encoded["input_ids"]]}
 
     # the library would hash the tokenizer by pickling it, which changes once it has been used
-    key = [dataset._fingerprint, _identity(tokenizer), list(columns), max_length, keep]
+    manner = [tokenizer.model_input_names, tokenizer.truncation_side, "hftl 1"]
+    key = [dataset._fingerprint, _identity(tokenizer), manner, list(columns), max_length, keep]
     with PartialState().main_process_first():
         encoded = dataset.map(
             encode,

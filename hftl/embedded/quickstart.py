@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +32,7 @@ from hftl.models.parts import TaskModel
 from hftl.publishing.publish import Outcome, publish
 from hftl.tasks.image_classification import ImageClassification
 from hftl.train.fit import fit
-from hftl.train.start import prepare, start
+from hftl.train.start import folder_problems, prepare, start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,25 +78,25 @@ def quickstart(output_dir: str | Path = "runs/quickstart", seeds: int = 3, overw
     Returns:
         Mean test accuracy by method.
     """
-    from hftl.train.start import folder_problems
-
-    first = trial_config("full", "embedded:letters", 0, output_dir, overwrite)
-    problems = folder_problems(first)
+    kept = trial_config("full", "embedded:letters", 0, output_dir, overwrite)
+    problems = folder_problems(kept)
     if problems:
-        raise ConfigError(*(problem.replace("output_dir:", "--output_dir:") for problem in problems))
+        raise ConfigError(*problems)
     say(
         f"Handwritten digits, {LABELS_PER_CLASS} labels per class; "
         "a small network (test_resnet) that has learnt to read letters.\n"
     )
     trials: dict[str, list[Trial]] = {method: [] for method in METHODS}
-    for method in METHODS:
-        for seed in range(seeds):
-            trials[method].append(run_trial(trial_config(method, "embedded:letters", seed, output_dir, overwrite=True)))
-            done = trials[method][-1]
-            say(f"  {method:<8} seed {seed}: test accuracy {done.accuracy():.3f} ({done.seconds:.1f} s)")
-    say("\n" + table(trials))
-    best = max((trial for trials_ in trials.values() for trial in trials_), key=_on_validation)
-    publish(best.accelerator, best.model, best.task, best.splits, best.run, best.outcome)
+    with tempfile.TemporaryDirectory() as aside:
+        for method in METHODS:
+            for seed in range(seeds):
+                folder = Path(aside) / f"{method}-{seed}"
+                trials[method].append(run_trial(trial_config(method, "embedded:letters", seed, folder, False)))
+                done = trials[method][-1]
+                say(f"  {method:<8} seed {seed}: test accuracy {done.accuracy():.3f} ({done.seconds:.1f} s)")
+        say("\n" + table(trials))
+        best = max((trial for trials_ in trials.values() for trial in trials_), key=_on_validation)
+        _keep(best, replace(best.run, output_dir=str(output_dir), overwrite=overwrite))
     say(
         f"\nKept: {best.method}, seed {best.run.train.seed} (best on validation), in {output_dir}\n"
         'It opens with timm, with transformers\' pipeline("image-classification", …) and with hftl. Next:\n\n'
@@ -103,6 +105,15 @@ def quickstart(output_dir: str | Path = "runs/quickstart", seeds: int = 3, overw
         "--model.name resnet18.a1_in1k --adapt.method lora\n"
     )
     return {method: float(np.mean([trial.accuracy() for trial in trials_])) for method, trials_ in trials.items()}
+
+
+def _keep(trial: Trial, run: RunConfig) -> None:
+    """Moves the folder of a trial to where `run` wants it, and publishes its model there."""
+    with muted():
+        accelerator = start(run)
+    history = Path(trial.run.output_dir or "") / "history.jsonl"
+    shutil.copy(history, run.output_dir or "")
+    publish(accelerator, trial.model, trial.task, trial.splits, run, trial.outcome)
 
 
 def trial_config(method: Compared, model: str, seed: int, output_dir: str | Path, overwrite: bool) -> RunConfig:

@@ -42,8 +42,18 @@ class PooledTextForSequenceClassification(PreTrainedModel):
         self.classifier = nn.Linear(backbone_config.hidden_size, config.num_labels)
         self.post_init()
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
+    @classmethod
+    def from_backbone(cls, name, config, **kwargs):
+        """Returns the class with the pretrained backbone `name` (hub id or folder) and a new classifier."""
+        model = cls(config)
+        options = {"config": model.backbone.config, "output_loading_info": True, **kwargs}
+        backbone, info = AutoModel.from_pretrained(name, **options)
+        lost = [key for key in info["missing_keys"] if "pooler" not in key]
+        if lost or info["mismatched_keys"]:
+            raise ValueError(f"{name} lacks weights of the backbone: {sorted(lost)[:5]} {info['mismatched_keys']}")
+        weights = {key: value for key, value in backbone.state_dict().items() if not key.startswith("pooler.")}
+        model.backbone.load_state_dict(weights)
+        return model
 
     def pool(self, features, attention_mask):
         """Returns [B, D] from token features [B, T, D] and the mask [B, T]."""

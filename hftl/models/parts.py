@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 Frozen = Literal["nothing", "statistics", "all"]
@@ -76,7 +75,8 @@ class TaskModel(nn.Module, ABC):
         self.head_modules = tuple(head_modules)
         self.backbone_root = backbone_root
         self.frozen: Frozen = "nothing"
-        self.peft: Any = None
+        self.adapted = False
+        """Whether `net` is peft's wrapper around the stock network."""
 
     @abstractmethod
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,6 +93,11 @@ class TaskModel(nn.Module, ABC):
         Returns:
             A function inputs -> logits for each library by name; the libraries have no help from this object.
         """
+
+    @property
+    def build_args(self) -> dict[str, Any]:
+        """Arguments beside the name that rebuild the same architecture."""
+        return {}
 
     @abstractmethod
     def fresh(self) -> nn.Module:
@@ -127,13 +132,7 @@ class TaskModel(nn.Module, ABC):
         if mode and self.frozen != "nothing":
             for name, module in self.named_modules():
                 holds_statistics = getattr(module, "running_mean", None) is not None
-                if self.in_backbone(name) and (self.frozen == "all" or holds_statistics):
+                # the root's own flag steers the dropout before the head in timm's networks
+                if name not in ("", "net") and self.in_backbone(name) and (self.frozen == "all" or holds_statistics):
                     module.training = False
         return self
-
-
-def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Returns `logits` [B, K] of a stock network called by keyword, on the CPU."""
-    with torch.no_grad():
-        outputs = model(**inputs)
-    return outputs["logits"] if not isinstance(outputs, Tensor) else outputs

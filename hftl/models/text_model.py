@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hftl.config.schema import ModelConfig
 from hftl.console import say
-from hftl.errors import ModelError, first_line, nearest
+from hftl.errors import ModelError, first_line, nearest, shorten
 from hftl.models.parts import HeadSpec, Source, TaskModel
 from hftl.models.quiet import quiet
 
@@ -25,6 +25,8 @@ _DROPOUTS = (
     "embedding_dropout",
     "mlp_dropout",
 )
+
+_POOLED = "PooledTextForSequenceClassification"
 
 
 class TextModel(TaskModel):
@@ -54,18 +56,16 @@ class TextModel(TaskModel):
 
     def fresh(self) -> nn.Module:
         """Returns the same class with the checkpoint's weights and an untrained head."""
-        net = self.net.get_base_model() if self.peft is not None else self.net
+        net = self.net.get_base_model() if self.adapted else self.net
         with quiet():
             if not self.source.pretrained:
                 return type(net)(net.config)
-            return type(net).from_pretrained(
-                self.source.name, revision=self.source.revision, config=net.config, ignore_mismatched_sizes=True
-            )
+            return _load(type(net), self.source.name, self.source.revision, net.config)[0]
 
 
 def is_pooled(net: nn.Module) -> bool:
     """Whether `net` is our own class rather than a stock one."""
-    return type(net).__name__ == "PooledTextForSequenceClassification"
+    return type(net).__name__ == _POOLED
 
 
 def build_text(config: ModelConfig, spec: HeadSpec) -> TextModel:
@@ -109,14 +109,7 @@ def _build(config: ModelConfig, spec: HeadSpec) -> TextModel:
     say(f"model: features of {config.name} by {pooling} ({why})")
     kind, net_config = _class_and_config(config, spec, pooling)
     if config.pretrained:
-        net, info = kind.from_pretrained(
-            config.name,
-            revision=config.revision,
-            config=net_config,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        new = _new_keys(info)
+        net, new = _load(kind, config.name, config.revision, net_config)
     else:
         auto = kind if pooling != "stock" else getattr(transformers, spec.stock)
         net = auto(net_config) if pooling != "stock" else auto.from_config(net_config)
@@ -129,6 +122,22 @@ def _build(config: ModelConfig, spec: HeadSpec) -> TextModel:
         _reinitialise(net, head)  # the checkpoint's own head answers another question
     source = Source(config.name, config.revision, config.pretrained, "transformers", _licence(config.name))
     return TextModel(net, tokenizer, source, spec, head, root)
+
+
+def _load(kind: Any, name: str, revision: str | None, config: Any) -> tuple[Any, set[str]]:
+    """Returns the network with the checkpoint's weights, and the names of parameters that these did not provide."""
+    if kind.__name__ == _POOLED:  # its own loader, because a checkpoint may hold its backbone under another name
+        net = kind.from_backbone(name, config, revision=revision)
+        return net, {key for key, _ in net.named_parameters() if not key.startswith("backbone.")}
+    options = {"revision": revision, "config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    net, info = kind.from_pretrained(name, **options)
+    new = _new_keys(info)
+    lost = [key for key in new if key.startswith(net.base_model_prefix + ".") and "pooler" not in key]
+    if lost:
+        raise ModelError(
+            f"model.name: '{name}' lacks weights of the backbone of {kind.__name__}: {shorten(sorted(lost), 4)}."
+        )
+    return net, new
 
 
 def _class_and_config(config: ModelConfig, spec: HeadSpec, pooling: str) -> tuple[Any, Any]:

@@ -31,9 +31,9 @@ class TimmModel(TaskModel):
         """Writes timm's own layout, mended so that transformers' TimmWrapper opens the same folder."""
         from timm.models import save_for_hf
 
-        arguments = self.processor_arguments()
+        labels = self._label_names()
         # timm >= 1.0.2x records num_classes here as well, and TimmWrapper then passes it twice
-        save_for_hf(self.net, str(folder), model_config=arguments, model_args=self.build_args, safe_serialization=True)
+        save_for_hf(self.net, str(folder), model_config=labels, model_args=self.build_args, safe_serialization=True)
         path = folder / "config.json"
         config = json.loads(path.read_text())
         config.setdefault("model_args", {}).pop("num_classes", None)
@@ -45,7 +45,7 @@ class TimmModel(TaskModel):
                 config["pretrained_cfg"].pop(claim, None)  # these describe weights that were not used
         path.write_text(json.dumps(config, indent=2))
 
-    def processor_arguments(self) -> dict[str, Any]:
+    def _label_names(self) -> dict[str, Any]:
         """Returns timm's config entries for the labels."""
         return {"label_names": list(self.spec.labels)} if self.spec.labels else {}
 
@@ -170,8 +170,8 @@ def timm_name_problem(name: str) -> str | None:
     if kind == "embedded" and rest not in MODELS:
         return f"model.name: embedded models are {', '.join(MODELS)}, not '{rest}'.{nearest(rest, MODELS)}"
     if kind == "local-dir":
-        missing = [file for file in ("config.json",) if not (Path(rest) / file).is_file()]
-        return f"model.name: '{rest}' is not a folder with {missing[0]}." if missing else None
+        fine = (Path(rest) / "config.json").is_file()
+        return None if fine else f"model.name: '{rest}' is not a folder with config.json."
     if rest or name.startswith("timm/"):
         known = kind in ("hf-hub", "hf_hub", "embedded") or name.startswith("timm/")
         return None if known else f"model.name: '{kind}:' is not a source; allowed: hf-hub:, local-dir:, embedded:."

@@ -51,16 +51,15 @@ def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, fo
     with torch.no_grad():
         expected = model(inputs)["logits"]
     readers: dict[str, Callable[[], dict[str, Callable[[dict[str, Tensor]], Tensor]]]] = {}
-    if model.peft is not None:
+    if model.adapted:
         if model.source.pretrained:  # an adapter on random weights opens nowhere
-            _save_adapter(model, task, run, folder / "adapter")
+            _save_adapter(model, folder / "adapter")
             readers["adapter"] = lambda: _adapter_readers(model, fresh, folder / "adapter")
             fresh = model.fresh()
-        model.net, model.peft = model.peft.merge_and_unload(), None
+        model.net, model.adapted = model.net.merge_and_unload(), False
     model.frozen = "nothing"
     (folder / "model").mkdir(parents=True, exist_ok=True)
     model.save(folder / "model")
-    _describe(model, task, run, folder / "model")
     readers["model"] = lambda: model.readers(folder / "model")
     differences = {}
     for part, opened in readers.items():
@@ -70,6 +69,8 @@ def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, fo
             differences[f"{part}/{name}"] = difference
             say(f"publish: {folder / part} opens with {name}; largest logit difference {difference:.2g}")
     _refuse(differences, float(expected.abs().max()), folder)
+    for part in readers:  # last, so that hftl opens nothing that was refused
+        _describe(model, task, run, folder / part)
     return differences
 
 
@@ -85,18 +86,17 @@ def load_artifact(path: str | Path) -> tuple[TaskModel, Task]:
         raise ArtifactError(
             f"'{path}' is neither a run folder nor a model folder of hftl: no {DESCRIPTION} there or in model/."
         )
-    described = json.loads((folder / DESCRIPTION).read_text())
+    described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     task = restore(described["task"], described["state"])
     spec = HeadSpec(**described["head"] | {"labels": tuple(described["head"]["labels"])})
     return open_model(folder, spec), task
 
 
-def _save_adapter(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> None:
-    model.peft.save_pretrained(folder, save_embedding_layers=False)
-    config = getattr(model.peft.get_base_model(), "config", None)
+def _save_adapter(model: TaskModel, folder: Path) -> None:
+    model.net.save_pretrained(folder, save_embedding_layers=False)
+    config = getattr(model.net.get_base_model(), "config", None)
     if config is not None and hasattr(config, "save_pretrained"):
         config.save_pretrained(folder)  # labels, and for our pooled class the file that defines it
-    _describe(model, task, run, folder)
 
 
 def _adapter_readers(model: TaskModel, fresh: Any, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
@@ -120,7 +120,7 @@ def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> Non
     }
     base = {"name": model.source.name, "revision": model.source.revision, "pretrained": model.source.pretrained}
     described = {"task": task.name, "state": task.state(), "head": head, "base_model": base, "method": run.adapt.method}
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2, ensure_ascii=False))
+    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
     (folder / "hftl_config.yaml").write_text(dump(run))
 
 

@@ -21,7 +21,7 @@ model = timm.create_model("local-dir:{path}", pretrained=True).eval()    # or ti
     ("timm", "adapter"): """\
 ```python
 import timm, peft
-base = timm.create_model("{base}", pretrained=True, num_classes={outputs})
+base = timm.create_model("{base}", pretrained=True, num_classes={outputs}{arguments})
 model = peft.PeftModel.from_pretrained(base, "{path}").eval()
 ```""",
     ("transformers", "model"): """\
@@ -32,7 +32,9 @@ classify = transformers.pipeline("text-classification", "{path}"{trust})
     ("transformers", "adapter"): """\
 ```python
 import peft, transformers
-base = transformers.AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={outputs})
+base = transformers.AutoModelForSequenceClassification.from_pretrained(
+    "{base}", revision={revision!r}, num_labels={outputs}, ignore_mismatched_sizes=True
+)
 model = peft.PeftModel.from_pretrained(base, "{path}").eval()
 ```""",
     ("pooled", "adapter"): """\
@@ -41,7 +43,7 @@ import peft, transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 pooled = get_class_from_dynamic_module("modeling_pooled_text.PooledTextForSequenceClassification", "{path}")
 config = transformers.AutoConfig.from_pretrained("{path}", trust_remote_code=True)
-base = pooled.from_pretrained("{base}", config=config)
+base = pooled.from_backbone("{base}", config, revision={revision!r})
 model = peft.PeftModel.from_pretrained(base, "{path}").eval()
 ```""",
 }
@@ -68,8 +70,6 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     library = model.source.library
-    pooled = "Pooled" in type(model.net).__name__
-    key = ("pooled" if pooled and part.name == "adapter" else library, part.name)
     base = model.source.name.removeprefix("hf-hub:")
     data = ModelCardData(
         library_name="peft" if part.name == "adapter" else library,
@@ -78,12 +78,11 @@ def write_card(
         base_model=base if _is_hub_id(base) else None,
         tags=["hftl", run.adapt.method],
     )
-    trust = ", trust_remote_code=True" if pooled else ""
-    use = _USE[key].format(path=f"path/to/{part.name}", base=base, outputs=model.spec.num_outputs, trust=trust)
+    use = _use(part, model)
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
     made = "\n".join(f"- {title}: {value}" for title, value in facts.items())
     body = f"""
-# {run.data.source.rsplit("/", 1)[-1]}: {task.name.replace("_", " ")} with {Path(base).name}
+# {run.data.source.rstrip("/").rsplit("/", 1)[-1]}: {task.name.replace("_", " ")} with {Path(base).name}
 
 {base} ({"pretrained" if model.source.pretrained else "trained from random weights"}), adapted by
 `{run.adapt.method}` on `{run.data.source}`.
@@ -116,6 +115,20 @@ Measured once, by hftl, on the split that each name begins with; validation chos
 </details>
 """
     ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(part / "README.md")
+
+
+def _use(part: Path, model: TaskModel) -> str:
+    """Returns the code that opens a folder without hftl."""
+    pooled = "Pooled" in type(model.net).__name__
+    library = "pooled" if pooled and part.name == "adapter" else model.source.library
+    return _USE[library, part.name].format(
+        path=f"path/to/{part.name}",
+        base=model.source.name,
+        revision=model.source.revision,
+        arguments="".join(f", {name}={value!r}" for name, value in model.build_args.items()),
+        outputs=model.spec.num_outputs,
+        trust=", trust_remote_code=True" if pooled else "",
+    )
 
 
 def _is_hub_id(name: str) -> bool:

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from hftl.adaptation.report import AdaptReport
-from hftl.config.parse import dump
 from hftl.config.schema import RunConfig
 from hftl.console import say
 from hftl.data.loader import Rows
@@ -18,7 +17,7 @@ from hftl.models.parts import TaskModel
 from hftl.publishing.artifact import save_artifact
 from hftl.publishing.card import write_card
 from hftl.tasks.task import Task
-from hftl.train.history import History
+from hftl.train.history import History, finite
 from hftl.train.start import run_folder
 
 if TYPE_CHECKING:
@@ -80,8 +79,7 @@ def _write(
 ) -> None:
     folder = run_folder(run)
     history = outcome.history
-    (folder / "config.yaml").write_text(dump(run))
-    (folder / "metrics.json").write_text(json.dumps(outcome.metrics, indent=2))
+    (folder / "metrics.json").write_text(json.dumps(finite(outcome.metrics), indent=2))
     (folder / "environment.json").write_text(json.dumps(environment(accelerator), indent=2))
     report: dict[str, Any] = {
         "adapt": outcome.report.to_dict(),

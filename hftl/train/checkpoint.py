@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class BestWeights:
         Returns:
             Whether they were kept.
         """
+        if math.isnan(value):
+            self.since += 1
+            return False
         if self.best is None or self.sign * value > self.sign * self.best:
             self.best, self.since = value, 0
         else:
@@ -71,6 +74,15 @@ class BestWeights:
             return 0.0
         share = (self.best * self.rows + 2) / (self.rows + 4)
         return math.sqrt(share * (1 - share) / self.rows)
+
+    def share_buffers(self) -> None:
+        """Gives all processes the running statistics of the main one, where they move: each has seen its own rows."""
+        if self.accelerator.num_processes == 1 or self.model.frozen != "nothing":
+            return
+        from accelerate.utils import broadcast
+
+        for buffer in self.model.buffers():
+            buffer.copy_(cast(Tensor, broadcast(buffer.clone(), from_process=0)))
 
     def restore(self) -> None:
         """Puts the best weights back, on all processes."""

@@ -64,6 +64,8 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         f"{share.accumulation}), {epoch_steps} an epoch; evaluation every {eval_every}"
     )
 
+    from accelerate.utils import set_seed
+
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config, accelerator.device)
     # Accelerate would step a prepared schedule once for each process, so it stays ours
@@ -73,6 +75,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     best = BestWeights(accelerator, model, run_folder(run), larger_is_better=metric != "loss", rows=len(held_out or ()))
     recorder = Recorder(accelerator, run, run_folder(run), total)
 
+    set_seed(config.seed, device_specific=True)  # from here on, dropout differs between processes
     model.train()
     summed, since = 0.0, 0
     for batch in _micro_batches(accelerator, rows, task, run, share, total):
@@ -97,7 +100,8 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
             schedule.step()
         recorder.advance()
         step, since = recorder.history.steps, since + 1
-        if step % config.log_every == 0 or step == total:
+        evaluates = held_out is not None and (step % eval_every == 0 or step == total)
+        if step % config.log_every == 0 or step == total or evaluates:
             mean = float(cast(Tensor, accelerator.reduce(summed, "sum"))) / since
             if not math.isfinite(mean):
                 raise HftlError(
@@ -106,7 +110,8 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
             rates = {f"lr/{name}": float(rate) for name, rate in lr.items()}
             recorder.log(**{"epoch": step / epoch_steps, "train/loss": mean, "grad_norm": float(norm or 0.0)}, **rates)
             summed, since = 0.0, 0
-        if held_out is not None and (step % eval_every == 0 or step == total):
+        if held_out is not None and evaluates:
+            best.share_buffers()
             found = evaluate_rows(accelerator, model, task, held_out, run)
             recorder.log(**{f"validation/{name}": value for name, value in found.items()})
             if best.offer(found[metric]):

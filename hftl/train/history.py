@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,13 @@ class History:
     steps: int = 0
     seconds: float = 0.0
     """Wall time of training, evaluations included."""
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `values` with None for numbers that JSON cannot hold (NaN, infinities)."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 class Recorder:
@@ -66,7 +75,7 @@ class Recorder:
         if self.accelerator.trackers:
             self.accelerator.log(values, step=self.history.steps)
         if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(finite(record)) + "\n")
             self.file.flush()
         line = " ".join(
             f"{name} {value:.4g}" for name, value in values.items() if name.rpartition("/")[2] not in _ON_FILE_ONLY
@@ -83,6 +92,6 @@ class Recorder:
             self.bar.close()
         if self.file is not None:
             self.file.close()
-        if self.accelerator.trackers:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # end_training() would leave the process group too, and evaluation still needs it
         return self.history

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hftl.adaptation.lora import find_targets
 from hftl.config.defaults import default_folder, resolve
+from hftl.config.parse import dump
 from hftl.config.schema import AugmentConfig, RunConfig, value_problems
 from hftl.console import muted, say
 from hftl.data.source import Splits, load_splits
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=Task)
 RUN_FILES = ("config.yaml", "history.jsonl", "metrics.json", "model", "adapter", "checkpoints")
-"""What makes a folder a run folder."""
+"""What a run leaves in its folder; `--overwrite` removes these."""
+MARKER = "config.yaml"
+"""Written first: only a folder that has it is ever cleared."""
 
 
 def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig, Splits, T]:
@@ -57,7 +60,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
         problems += _batch_problems(run, len(splits["train"]))
     problems += _augment_problems(run, task)
     problems += _metric_problems(run, task)
-    problems += folder_problems(run)
+    problems += _tracker_problems(run.train.trackers) + folder_problems(run)
     if problems or splits is None or task is None:
         raise ConfigError(*problems)
     resolved = resolve(run, task.modality)
@@ -71,17 +74,21 @@ def start(run: RunConfig) -> Accelerator:
     Processes, precision and sharding come from the launcher and its configuration file.
     """
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import GradientAccumulationPlugin, set_seed
 
     folder = run_folder(run)
+    # as a plugin, because the launcher's environment overrides a plain number; and by count alone, because the
+    # batches are ours and every step has all of its micro-batches
+    accumulation = GradientAccumulationPlugin(run.train.gradient_accumulation_steps, sync_with_dataloader=False)
     accelerator = Accelerator(
-        gradient_accumulation_steps=run.train.gradient_accumulation_steps,
+        gradient_accumulation_plugin=accumulation,
         log_with=[name for name in run.train.trackers if name] or None,
         project_dir=str(folder),
         step_scheduler_with_optimizer=False,
     )
     if accelerator.is_main_process:
         _clear(folder, run)
+        (folder / MARKER).write_text(dump(run), encoding="utf-8")
     accelerator.wait_for_everyone()
     set_seed(run.train.seed)
     say(
@@ -114,20 +121,27 @@ def _batch_problems(run: RunConfig, rows: int) -> list[str]:
         effective = run.train.batch_size_per_device * run.train.gradient_accumulation_steps * world
     except TypeError:
         return []  # not numbers: said already
-    launcher = int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"))
-    problems = []
-    if launcher not in (1, run.train.gradient_accumulation_steps):
-        problems.append(
-            f"train.gradient_accumulation_steps is {run.train.gradient_accumulation_steps}, but the launcher's "
-            f"configuration says {launcher}; remove it there, it belongs to the run."
-        )
     if effective > rows:
-        problems.append(
+        return [
             f"train.batch_size_per_device: the effective batch of {effective} (batch size "
             f"{run.train.batch_size_per_device} x accumulation {run.train.gradient_accumulation_steps} x {world} "
             f"process(es)) is larger than the {rows} training rows; lower it to at most {rows}."
-        )
-    return problems
+        ]
+    return []
+
+
+def _tracker_problems(names: Sequence[str]) -> list[str]:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    problems = [
+        f"train.trackers: there is no tracker '{name}' (known: {', '.join(known)}).{nearest(name, known)}"
+        for name in names
+        if name not in known
+    ]
+    installed = {str(name) for name in get_available_trackers()}
+    missing = [name for name in names if name in known and name not in installed]
+    return problems + [f"train.trackers: '{name}' is not installed (uv pip install {name})." for name in missing]
 
 
 def _augment_problems(run: RunConfig, task: Task | None) -> list[str]:
@@ -152,7 +166,8 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
     wanted = run.train.best_metric
     if wanted and not problems and task is not None:
         computed = {"loss", *(name for metric in task.metrics() for name in metric.compute())}
-        if wanted not in computed and not run.train.metrics:
+        computed |= {Path(name).stem for name in run.train.metrics}
+        if wanted not in computed:
             allowed = ", ".join(sorted(computed or BUILT_IN))
             problems.append(
                 f"train.best_metric: '{wanted}' is not computed here; allowed: {allowed}, or name it in "
@@ -164,8 +179,14 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
 def folder_problems(run: RunConfig) -> list[str]:
     """Returns a sentence when the run folder cannot be written or holds a run that may not be replaced."""
     folder = run_folder(run)
+    inputs = {"model.name": run.model.name.removeprefix("local-dir:"), "data.source": run.data.source}
     try:
-        return _folder_problems(folder, run.overwrite)
+        problems = _folder_problems(folder, run.overwrite)
+        for name, value in inputs.items() if not problems else ():
+            path = Path(value).resolve()
+            if value and path.exists() and folder.resolve() in (path, *path.parents):
+                return [f"output_dir: '{folder}' holds {name} ('{value}'); choose a folder outside of it."]
+        return problems
     except OSError as error:
         return [f"output_dir: '{folder}' cannot be reached: {error.strerror}."]
 
@@ -174,6 +195,8 @@ def _folder_problems(folder: Path, overwrite: bool) -> list[str]:
     if folder.exists() and not folder.is_dir():
         return [f"output_dir: '{folder}' is a file."]
     found = [name for name in RUN_FILES if (folder / name).exists()]
+    if found and MARKER not in found:
+        return [f"output_dir: '{folder}' holds {', '.join(found)}, but no run of hftl (no {MARKER}); choose another."]
     if found and not overwrite:
         return [f"output_dir: '{folder}' holds a run already ({', '.join(found)}). Choose another, or say --overwrite."]
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
