@@ -152,7 +152,7 @@ def test_training_on_two_processes_equals_one_with_the_same_effective_batch(text
 def test_it_overfits_32_examples(method, text_run, texts, tmp_path):
     lines = (texts / "train.csv").read_text().splitlines()[:33]
     (tmp_path / "few.csv").write_text("\n".join(lines) + "\n")
-    run = text_run(method, num_epochs=60, lr=1e-2, head_lr=1e-2)
+    run = text_run(method, "mean", num_epochs=60, lr=5e-3, head_lr=2e-2)
     run = replace(
         run,
         data=replace(run.data, source=str(tmp_path / "few.csv"), validation_fraction=0.0),

@@ -97,7 +97,7 @@ class BestWeights:
                 if name in saved:
                     tensor.copy_(saved[name])
                 if self.accelerator.num_processes > 1:
-                    tensor.copy_(broadcast(tensor.detach().clone(), from_process=0))
+                    tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone(), from_process=0)))
 
     def _moving(self) -> dict[str, Tensor]:
         """Returns what training can change: parameters that learn, and all buffers."""
