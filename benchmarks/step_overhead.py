@@ -1,8 +1,8 @@
 """What hftl's loop costs over a plain Accelerate loop, per optimizer step, on the same model and batches.
 
-`python -m benchmarks step_overhead [--model minilm|resnet] [--rounds 5]` times both in turn in one process, in processor
-seconds of one thread, which a busy machine disturbs less than wall time. The cost of a step is the slope between a short
-and a long run, so set-up does not count; the ratio is taken round by round.
+`python -m benchmarks step_overhead [--model minilm|resnet] [--rounds 5]` times both in turn in one process, in CPU
+seconds of one thread, which a busy machine disturbs less than wall time. The cost of a step is the slope between a
+short and a long run, so set-up does not count; the ratio is taken round by round.
 """
 
 from __future__ import annotations

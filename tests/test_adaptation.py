@@ -189,7 +189,9 @@ def test_layers_that_change_their_weight_before_use_get_no_adapter(image_run):
     run = image_run("test_resnet", "lora")
     run = replace(run, model=replace(run.model, name="test_nfnet", pretrained=False, image_size=32))
     _, _, _, model = built(run, hftl.ImageClassification)
-    standardised = {name.removeprefix("net.") for name, module in model.named_modules() if "Std" in type(module).__name__}
+    standardised = {
+        name.removeprefix("net.") for name, module in model.named_modules() if "Std" in type(module).__name__
+    }
     targets = set(hftl.adapt(model, run.adapt).targets)
     assert standardised and targets and not targets & standardised
 
