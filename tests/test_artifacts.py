@@ -16,7 +16,10 @@ def check(run, images, method, base):
     rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
     files = sorted(glob.glob(images + "/test/*/*.png"))
     assert len(files) == len(rows)
-    model = timm.create_model("local-dir:" + run + "/model", pretrained=True).eval()
+    folder = run + "/model"
+    weights = {"source": "", "file": folder + "/model.safetensors"}  # timm 1.0.19 unpickles local-dir: folders
+    old = {"pretrained_cfg_overlay": weights} if timm.__version__ == "1.0.19" else {}
+    model = timm.create_model("local-dir:" + folder, pretrained=True, **old).eval()
     transform = create_transform(**resolve_data_config(model.pretrained_cfg, model=model))
     pixels = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
     with torch.no_grad():
@@ -31,7 +34,9 @@ def check(run, images, method, base):
         assert first["label"] == row["prediction"] and abs(first["score"] - row["confidence"]) < 1e-3, (first, row)
     if method == "lora":
         import peft
-        net = timm.create_model(base, pretrained=True, num_classes=3)
+        if old:
+            old["pretrained_cfg_overlay"]["file"] = base.removeprefix("local-dir:") + "/model.safetensors"
+        net = timm.create_model(base, pretrained=True, num_classes=3, **old)
         net = peft.PeftModel.from_pretrained(net, run + "/adapter").eval()
         with torch.no_grad():
             torch.testing.assert_close(net(pixels), logits, atol=1e-4, rtol=1e-4)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hftl.config.schema import AugmentConfig, ModelConfig
+from hftl.console import say
 from hftl.data.image import ImageProcessor
 from hftl.errors import ModelError, nearest
 from hftl.models.parts import HeadSpec, Source, TaskModel
@@ -64,7 +65,11 @@ class TimmModel(TaskModel):
         import timm
         from transformers import AutoModelForImageClassification
 
-        by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        try:
+            by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except Exception:
+            say(f"publish: timm {timm.__version__} does not read safetensors from local-dir: folders; newer ones do")
+            by_timm = _create(f"local-dir:{folder}", pretrained=True).eval()
         with quiet():
             by_transformers = AutoModelForImageClassification.from_pretrained(folder).eval()
         return {
@@ -187,8 +192,12 @@ def timm_name_problem(name: str) -> str | None:
 
 
 def _create(name: str, **options: Any) -> Any:
+    """Calls timm's factory; a folder's safetensors are named outright: timm 1.0.19 unpickles whatever it finds."""
     import timm
 
+    weights = Path(name.removeprefix("local-dir:")) / "model.safetensors"
+    if name.startswith("local-dir:") and options.get("pretrained") and weights.is_file():
+        options["pretrained_cfg_overlay"] = {"source": "", "file": str(weights)}
     return timm.create_model(name, **options)
 
 
