@@ -1,6 +1,6 @@
-"""Fine-tune any timm model on a folder of images: one class for each image.
+r"""Fine-tune any timm model on a folder of images: one class for each image.
 
-    accelerate launch --config_file accelerate_config.yaml recipes/image_classification.py \\
+    accelerate launch --config_file accelerate_config.yaml recipes/image_classification.py \
         --data.source path/to/images --model.name resnet50.a1_in1k --adapt.method lora
 
 Measured (hymenoptera, ImageNet weights mobilenetv2_100, seed 0, 2 CPU cores, 2026-11-21; RESULTS.md has commands and

@@ -1,6 +1,6 @@
-"""Fine-tune any BERT-family checkpoint on texts or pairs of texts: one class for each row.
+r"""Fine-tune any BERT-family checkpoint on texts or pairs of texts: one class for each row.
 
-    accelerate launch --config_file accelerate_config.yaml recipes/text_classification.py \\
+    accelerate launch --config_file accelerate_config.yaml recipes/text_classification.py \
         --data.source path/to/table.csv --model.name bert-base-uncased --adapt.method lora
 
 Measured (MiniLM-L6, 2 CPU cores, 2026-11-21; RESULTS.md has commands and all seeds): trec6 frozen 0.898 / 0.900,
