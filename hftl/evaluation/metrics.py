@@ -97,22 +97,32 @@ class ClassificationMetrics:
     def compute(self) -> dict[str, float]:
         """Returns the metrics named in `BUILT_IN`, each in [0, 1]."""
         confusion = self.confusion
-        right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-        seen = (true + predicted) > 0
-        total = max(int(confusion.sum()), 1)
-        accuracy = float(right.sum() / total)
-        out = {"accuracy": accuracy}
-        scores = {
-            "f1": _ratio(2 * right, true + predicted),
-            "precision": _ratio(right, predicted),
-            "recall": _ratio(right, true),
-        }
-        for name, score in scores.items():
-            out[f"macro_{name}"] = float(score[seen].mean()) if seen.any() else 0.0
-            # with one label a row, micro averages of all three are the accuracy
-            out[f"micro_{name}"] = accuracy
-            out[f"weighted_{name}"] = float((score * true).sum() / total)
-        return out
+        return class_scores(confusion.diagonal(), confusion.sum(1), confusion.sum(0))
+
+
+def class_scores(right: Any, true: Any, predicted: Any) -> dict[str, float]:
+    """Returns the metrics named in `BUILT_IN` from the counts of each class.
+
+    Args:
+        right: Rows of the class that were predicted as such [K].
+        true: Rows of the class [K].
+        predicted: Rows predicted as the class [K].
+    """
+    seen = (true + predicted) > 0
+    total = max(int(true.sum()), 1)
+    accuracy = float(right.sum() / total)
+    out = {"accuracy": accuracy}
+    scores = {
+        "f1": _ratio(2 * right, true + predicted),
+        "precision": _ratio(right, predicted),
+        "recall": _ratio(right, true),
+    }
+    for name, score in scores.items():
+        out[f"macro_{name}"] = float(score[seen].mean()) if seen.any() else 0.0
+        # with one label a row, micro averages of all three are the accuracy
+        out[f"micro_{name}"] = accuracy
+        out[f"weighted_{name}"] = float((score * true).sum() / total)
+    return out
 
 
 def _ratio(above: Any, below: Any) -> Any:
