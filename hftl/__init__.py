@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DataConfig,
         LoraConfig,
         ModelConfig,
+        PublishConfig,
         RunConfig,
         TrainConfig,
     )
@@ -41,6 +42,7 @@ _HOMES = {
         "DataConfig",
         "LoraConfig",
         "ModelConfig",
+        "PublishConfig",
         "RunConfig",
         "TrainConfig",
     ),
@@ -70,6 +72,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "Outcome",
+    "PublishConfig",
     "RunConfig",
     "Splits",
     "SupervisedTask",

@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", help="write to this .parquet, .csv or .jsonl file instead of the terminal")
     command.set_defaults(act=_predict)
 
+    command = commands.add_parser("push", help="upload a finished run to the hub, for the first time or again")
+    command.add_argument("run", metavar="RUN", help="run folder")
+    command.add_argument("repo", metavar="USER/NAME", help="repository; created where it does not exist")
+    command.add_argument("--private", action="store_true", help="create it private; refuse a public one")
+    command.add_argument("--no-verify", dest="verify", action="store_false", help="do not load the revision back")
+    command.set_defaults(act=_push)
+
     command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
     command.set_defaults(act=_doctor)
     return parser
@@ -164,6 +171,12 @@ def _predict(options: argparse.Namespace) -> None:
     from hftl.use import predict_to_table
 
     predict_to_table(options.model, options.input, options.pair, options.batch_size, options.output)
+
+
+def _push(options: argparse.Namespace) -> None:
+    from hftl.publishing.push import push
+
+    push(options.run, options.repo, options.private, options.verify)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -43,6 +43,10 @@ class ArtifactError(HftlError):
     """A saved model that cannot be opened, or does not compute what the trained one did."""
 
 
+class PushError(HftlError):
+    """A model that did not reach the hub, or came back from there as another one."""
+
+
 def nearest(value: str, allowed: Iterable[str], count: int = 1) -> str:
     """Returns " Did you mean 'x'?" for the allowed names closest to `value`, or an empty string."""
     close = difflib.get_close_matches(value, list(allowed), n=count, cutoff=0.6)

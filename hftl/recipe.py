@@ -9,7 +9,7 @@ from typing import Any
 from hftl.config.parse import parse
 from hftl.config.schema import RunConfig
 from hftl.console import is_main_process
-from hftl.errors import ConfigError, HftlError
+from hftl.errors import ConfigError, HftlError, PushError
 
 
 def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, description: str | None = None) -> None:
@@ -20,8 +20,8 @@ def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, descriptio
     try:
         main(parse(defaults, description=description or "", defer=True))
     except HftlError as error:
-        # what prepare() refuses, it refuses on all processes alike; anything else may have happened on one alone
-        if is_main_process() or not isinstance(error, ConfigError):
+        # what prepare() refuses and push() reports is the same on all processes; anything else may be of one alone
+        if is_main_process() or not isinstance(error, (ConfigError, PushError)):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:

@@ -152,6 +152,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PublishConfig:
+    """Where the finished model goes, beside its folder."""
+
+    push_to_hub: str | None = None
+    """Hub repository `user/name` that receives the verified model; rights are checked before training."""
+    private: bool = False
+    """Make the repository private. One that is public already is refused then, not used."""
+    verify: bool = True
+    """Load the pushed revision back by its id and compare logits."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a recipe is told."""
 
@@ -159,6 +171,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
     output_dir: str | None = None
     """The run folder; by default runs/DATA-MODEL-METHOD-sSEED."""
     overwrite: bool = False

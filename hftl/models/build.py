@@ -38,7 +38,7 @@ def build_model(run: RunConfig, spec: HeadSpec) -> TaskModel:
     return model
 
 
-def name_problem(name: str, stock: str) -> str | None:
+def model_name_problem(name: str, stock: str) -> str | None:
     """Returns what is wrong with a model name for a stock class, seen without building anything; None if nothing."""
     if stock == "timm":
         from hftl.models.timm_model import timm_name_problem

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 Frozen = Literal["nothing", "statistics", "all"]
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+Reader = Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Source:
     revision: str | None
     pretrained: bool
     library: str
+    hub_id: str | None = None
     licence: str | None = None
+    language: str | list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,20 @@ class TaskModel(nn.Module, ABC):
         """Writes `net` (a stock network, adapters merged) and its preprocessing into `folder`."""
 
     @abstractmethod
-    def readers(self, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
-        """Opens `folder` with every library that users will open it with.
+    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+        """Opens what `save` wrote with every library that users will open it with.
+
+        Args:
+            place: The folder, or the hub id that it was pushed to.
+            revision: Commit on the hub.
 
         Returns:
             A function inputs -> logits for each library by name; the libraries have no help from this object.
         """
+
+    def stock_labels(self) -> list[str]:
+        """Returns the names of the outputs as the stock library recorded them, or [] where it has none."""
+        return []
 
     @property
     def build_args(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from hftl.config.schema import ModelConfig
 from hftl.console import say
 from hftl.errors import ModelError, first_line, nearest, shorten
-from hftl.models.parts import HeadSpec, Source, TaskModel
+from hftl.hub import cached_commit
+from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
 from hftl.models.quiet import quiet
 
 _DROPOUTS = (
@@ -44,15 +44,20 @@ class TextModel(TaskModel):
             self.net.save_pretrained(folder)
             self.processor.save_pretrained(folder)
 
-    def readers(self, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
+    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
         """Opens with the auto class of the task; our pooled class from the file that was saved with it."""
         import transformers
 
         auto = getattr(transformers, self.spec.stock)
         with quiet():
             # the folder's own file, not the class in this process: that is what a reader elsewhere will run
-            net = auto.from_pretrained(folder, trust_remote_code=is_pooled(self.net)).eval()
+            options = {"revision": revision, "code_revision": revision} if revision else {}
+            net = auto.from_pretrained(place, trust_remote_code=is_pooled(self.net), **options).eval()
         return {"transformers": lambda inputs: net(**inputs).logits}
+
+    def stock_labels(self) -> list[str]:
+        """Returns transformers' `id2label` in order."""
+        return [label for _, label in sorted(self.net.config.id2label.items())]
 
     def fresh(self) -> nn.Module:
         """Returns the same class with the checkpoint's weights and an untrained head."""
@@ -120,7 +125,7 @@ def _build(config: ModelConfig, spec: HeadSpec) -> TextModel:
     kept = [name for name, _ in net.named_parameters() if name not in new and _under(name, head)]
     if config.pretrained and kept:
         _reinitialise(net, head)  # the checkpoint's own head answers another question
-    source = Source(config.name, config.revision, config.pretrained, "transformers", _licence(config.name))
+    source = _source(config)
     return TextModel(net, tokenizer, source, spec, head, root)
 
 
@@ -215,9 +220,15 @@ def _pooling(config: ModelConfig) -> tuple[str, str]:
 
 
 def _read_json(config: ModelConfig, file: str) -> dict[str, Any] | None:
+    path = _file(config, file)
+    return json.loads(Path(path).read_text()) if path else None
+
+
+def _file(config: ModelConfig, file: str) -> str | None:
+    """Returns the path of a file beside the checkpoint, or None where there is none."""
     from transformers.utils import cached_file
 
-    path = cached_file(
+    return cached_file(
         config.name,
         file,
         revision=config.revision,
@@ -225,7 +236,6 @@ def _read_json(config: ModelConfig, file: str) -> dict[str, Any] | None:
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    return json.loads(Path(path).read_text()) if path else None
 
 
 def _new_keys(info: Any) -> set[str]:
@@ -272,11 +282,16 @@ def text_name_problem(name: str) -> str | None:
     return None
 
 
-def _licence(name: str) -> str | None:
-    card = Path(name) / "README.md"
-    if not card.is_file():
-        return None
+def _source(config: ModelConfig) -> Source:
+    """Returns where the checkpoint came from, with what its card says of licence and language."""
     from huggingface_hub import ModelCard
 
-    value = ModelCard.load(card).data.to_dict().get("license")
-    return value if isinstance(value, str) else None
+    hub_id = None if Path(config.name).expanduser().is_dir() else config.name
+    revision = config.revision or (cached_commit(hub_id, None) if hub_id else None)
+    card = _file(config, "README.md")
+    try:
+        said = ModelCard.load(card).data.to_dict() if card else {}
+    except ValueError:  # a card that does not parse says nothing
+        said = {}
+    licence = said.get("license") if isinstance(said.get("license"), str) else None
+    return Source(config.name, revision, config.pretrained, "transformers", hub_id, licence, said.get("language"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from hftl.config.schema import AugmentConfig, ModelConfig
 from hftl.console import say
 from hftl.data.image import ImageProcessor
 from hftl.errors import ModelError, nearest
-from hftl.models.parts import HeadSpec, Source, TaskModel
+from hftl.hub import cached_commit
+from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
 from hftl.models.quiet import quiet
 
 
@@ -46,6 +46,10 @@ class TimmModel(TaskModel):
                 config["pretrained_cfg"].pop(claim, None)  # these describe weights that were not used
         path.write_text(json.dumps(config, indent=2))
 
+    def stock_labels(self) -> list[str]:
+        """Returns timm's `label_names`."""
+        return list(self.net.pretrained_cfg.get("label_names") or [])
+
     def _label_names(self) -> dict[str, Any]:
         """Returns timm's config entries for the labels."""
         return {"label_names": list(self.spec.labels)} if self.spec.labels else {}
@@ -60,18 +64,21 @@ class TimmModel(TaskModel):
         """Arguments beside the name that rebuild the same architecture."""
         return self.net.hftl_build_args
 
-    def readers(self, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
-        """Opens with timm's `local-dir:` and transformers' `AutoModelForImageClassification`."""
+    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+        """Opens with timm's `local-dir:` or `hf-hub:`, and transformers' `AutoModelForImageClassification`."""
         import timm
         from transformers import AutoModelForImageClassification
 
+        name = f"local-dir:{place}" if Path(place).is_dir() else hub_name(str(place), revision)
         try:
-            by_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+            by_timm = timm.create_model(name, pretrained=True).eval()
         except Exception:
+            if not Path(place).is_dir():
+                raise
             say(f"publish: timm {timm.__version__} does not read safetensors from local-dir: folders; newer ones do")
-            by_timm = _create(f"local-dir:{folder}", pretrained=True).eval()
+            by_timm = _create(name, pretrained=True).eval()
         with quiet():
-            by_transformers = AutoModelForImageClassification.from_pretrained(folder).eval()
+            by_transformers = AutoModelForImageClassification.from_pretrained(place, revision=revision).eval()
         return {
             "timm": lambda inputs: by_timm(inputs["pixel_values"]),
             "transformers": lambda inputs: by_transformers(**inputs).logits,
@@ -95,9 +102,9 @@ def build_timm(config: ModelConfig, spec: HeadSpec, augment: AugmentConfig) -> T
     name = timm_name(config.name)
     net = create_network(config, spec.num_outputs)
     data_config = _data_config(net, config.image_size)
-    cfg = net.pretrained_cfg
-    licence = cfg.get("license") if config.pretrained else None
-    source = Source(name, None, config.pretrained, "timm", licence)
+    licence = net.pretrained_cfg.get("license") if config.pretrained else None
+    hub_id, revision = _origin(name, net)
+    source = Source(name, revision, config.pretrained, "timm", hub_id, licence)
     net.to(memory_format=torch.channels_last)
     return TimmModel(net, ImageProcessor(data_config, augment), source, spec, _classifier_names(net))
 
@@ -163,6 +170,20 @@ def timm_name(name: str) -> str:
 
         return f"local-dir:{model_folder(name.removeprefix('embedded:'))}"
     return f"hf-hub:{name}" if name.startswith("timm/") else name
+
+
+def hub_name(repo: str, revision: str | None) -> str:
+    """Returns the name under which timm opens a hub repository, at a commit if one is given."""
+    return f"hf-hub:{repo}@{revision}" if revision else f"hf-hub:{repo}"
+
+
+def _origin(name: str, net: Any) -> tuple[str | None, str | None]:
+    """Returns the hub id and the commit that the weights of `net` came from, as far as they are known."""
+    kind, _, rest = name.partition(":")
+    if kind == "local-dir":
+        return None, None
+    repo, _, revision = (rest or net.pretrained_cfg.get("hf_hub_id") or "").partition("@")
+    return (repo, cached_commit(repo, revision or None)) if repo else (None, None)
 
 
 def timm_name_problem(name: str) -> str | None:

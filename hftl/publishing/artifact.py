@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hftl.config.parse import dump
+from hftl.config.parse import dump, load
 from hftl.config.schema import RunConfig
-from hftl.console import say
-from hftl.errors import ArtifactError
-from hftl.models.build import open_model
-from hftl.models.parts import HeadSpec, TaskModel
+from hftl.console import muted, say
+from hftl.errors import ArtifactError, HftlError, first_line, shorten
+from hftl.models.build import build_model, open_model
+from hftl.models.parts import HeadSpec, Reader, TaskModel
 from hftl.models.quiet import quiet
+from hftl.publishing.record import DESCRIPTION
 from hftl.tasks import restore
 from hftl.tasks.task import Task
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Largest accepted difference between logits, relative to the largest logit (or absolute below 1), in float32."""
-DESCRIPTION = "hftl.json"
+CONFIG = "hftl_config.yaml"
+SAMPLE = "sample.safetensors"
+"""In the run folder: the rows that were compared, as model inputs, with their logits. Never pushed: it is data."""
 
 
 def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, folder: Path) -> dict[str, float]:
@@ -50,35 +54,96 @@ def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, fo
     inputs = task.collate(sample.fetch(list(range(min(8, len(sample)))), 0))["inputs"]
     with torch.no_grad():
         expected = model(inputs)["logits"]
-    readers: dict[str, Callable[[], dict[str, Callable[[dict[str, Tensor]], Tensor]]]] = {}
+    _save_sample(inputs, expected, folder)
+    readers: dict[str, Callable[[], dict[str, Reader]]] = {}
     if model.adapted:
         if model.source.pretrained:  # an adapter on random weights opens nowhere
             _save_adapter(model, folder / "adapter")
-            readers["adapter"] = lambda: _adapter_readers(model, fresh, folder / "adapter")
+            readers["adapter"] = lambda: adapter_reader(model, fresh, folder / "adapter")
             fresh = model.fresh()
         model.net, model.adapted = model.net.merge_and_unload(), False
     model.frozen = "nothing"
     (folder / "model").mkdir(parents=True, exist_ok=True)
     model.save(folder / "model")
     readers["model"] = lambda: model.readers(folder / "model")
-    differences = {}
+    differences: dict[str, float] = {}
     for part, opened in readers.items():
-        for name, reader in _open(opened, folder / part).items():
-            with torch.no_grad():
-                difference = float((reader(inputs) - expected).abs().max())
-            differences[f"{part}/{name}"] = difference
-            say(f"publish: {folder / part} opens with {name}; largest logit difference {difference:.2g}")
-    _refuse(differences, float(expected.abs().max()), folder)
+        differences |= compare(opened, inputs, expected, folder / part, part)
     for part in readers:  # last, so that hftl opens nothing that was refused
         _describe(model, task, run, folder / part)
     return differences
 
 
-def load_artifact(path: str | Path) -> tuple[TaskModel, Task]:
-    """Returns the model and the task in a run folder, or in the `model/` folder of one.
+def compare(
+    opened: Callable[[], dict[str, Reader]], inputs: dict[str, Tensor], expected: Tensor, place: str | Path, part: str
+) -> dict[str, float]:
+    """Returns the largest difference from `expected` logits for each reader, as `part/reader`.
 
     Raises:
-        ArtifactError: There is no model that hftl saved, or it is incomplete.
+        ArtifactError: A reader cannot open the place, or computes something else.
+    """
+    try:
+        readers = opened()
+    except Exception as error:
+        raise ArtifactError(f"{place} was written but does not open: {type(error).__name__}: {error}") from error
+    differences = {}
+    for name, reader in readers.items():
+        with torch.no_grad():
+            difference = float((reader(inputs) - expected).abs().max())
+        differences[f"{part}/{name}"] = difference
+        say(f"publish: {place} opens with {name}; largest logit difference {difference:.2g}")
+    limit = TOLERANCE * max(float(expected.abs().max()), 1.0)
+    wrong = [f"{name} {value:.3g}" for name, value in differences.items() if not value <= limit]
+    if wrong:
+        raise ArtifactError(
+            f"{place}: what was saved is not what was trained: largest logit difference {', '.join(wrong)} "
+            f"(allowed {limit:.1g}). The files are kept; please report this with the model's name."
+        )
+    return differences
+
+
+def read_sample(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns the inputs and the logits [B, K] that the run folder was verified with.
+
+    Raises:
+        ArtifactError: They are not there.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        stored = load_file(folder / SAMPLE)
+        return {name.partition(".")[2]: value for name, value in stored.items() if "." in name}, stored["logits"]
+    except Exception as error:
+        raise ArtifactError(f"'{folder}' lacks {SAMPLE}, or it is damaged: {first_line(error)}") from error
+
+
+def load_artifact(folder: str | Path) -> tuple[TaskModel, Task]:
+    """Returns the model and the task in a run folder, or in the `model/` or `adapter/` folder of one.
+
+    Adapters are merged into their base model, which is opened by the name and revision that were recorded.
+
+    Raises:
+        ArtifactError: There is no model that hftl saved, or it is incomplete, or its base model is missing.
+    """
+    folder = artifact_folder(folder)
+    described, spec, task = _read_description(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _open_adapter(folder, described, spec), task
+    model = open_model(folder, spec)
+    beside = model.stock_labels()
+    if spec.labels and beside and beside != list(spec.labels):
+        raise ArtifactError(
+            f"{folder}: config.json names the labels {shorten(beside, 6)}, but {DESCRIPTION} "
+            f"{shorten(spec.labels, 6)}: files of two runs are mixed here."
+        )
+    return model, task
+
+
+def artifact_folder(path: str | Path) -> Path:
+    """Returns the folder that holds the model itself: `path`, or `path/model`.
+
+    Raises:
+        ArtifactError: Neither is one that hftl saved.
     """
     folder = Path(path)
     folder = folder / "model" if (folder / "model" / DESCRIPTION).is_file() else folder
@@ -86,10 +151,89 @@ def load_artifact(path: str | Path) -> tuple[TaskModel, Task]:
         raise ArtifactError(
             f"'{path}' is neither a run folder nor a model folder of hftl: no {DESCRIPTION} there or in model/."
         )
-    described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    task = restore(described["task"], described["state"])
-    spec = HeadSpec(**described["head"] | {"labels": tuple(described["head"]["labels"])})
-    return open_model(folder, spec), task
+    return folder
+
+
+def fresh_base(folder: Path) -> Any:
+    """Returns the stock network that the adapter in `folder` belongs on, by its recorded name and revision.
+
+    Raises:
+        ArtifactError: It does not open here, or is another architecture.
+    """
+    described, spec, _ = _read_description(folder)
+    return _base_model(folder, described, spec).net
+
+
+def _open_adapter(folder: Path, described: dict[str, Any], spec: HeadSpec) -> TaskModel:
+    model = _base_model(folder, described, spec)
+    try:
+        opened = adapted_net(model.net, folder)
+    except Exception as error:
+        raise ArtifactError(
+            f"{folder} does not fit the base model '{described['base_model']['name']}': "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    model.net = opened.merge_and_unload()
+    return model.eval()
+
+
+def _base_model(folder: Path, described: dict[str, Any], spec: HeadSpec) -> TaskModel:
+    base = described["base_model"]
+    run = load(folder / CONFIG)
+    try:
+        with muted():
+            model = build_model(replace(run, model=_at_revision(run.model, base)), spec)
+    except HftlError as error:
+        where = f"{base['name']}" + (f" at revision {base['revision']}" if base.get("revision") else "")
+        raise ArtifactError(
+            f"{folder} is an adapter of the base model '{where}', which does not open here: {error} "
+            "Put the base model there, or use the merged model beside the adapter."
+        ) from error
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size != base.get("parameters", size):
+        raise ArtifactError(
+            f"{folder} is an adapter of a model with {base['parameters']:,} parameters; the base model "
+            f"'{base['name']}' that is found here has {size:,}: it is another architecture."
+        )
+    return model
+
+
+def _read_description(folder: Path) -> tuple[dict[str, Any], HeadSpec, Task]:
+    try:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        spec = HeadSpec(**described["head"] | {"labels": tuple(described["head"]["labels"])})
+        return described, spec, restore(described["task"], described["state"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{folder / DESCRIPTION} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _at_revision(config: Any, base: dict[str, Any]) -> Any:
+    """Returns the model section of a run, pinned to the commit that the base model had then."""
+    if not base.get("hub_id") or not base.get("revision"):
+        return config
+    if base["library"] == "timm":
+        return replace(config, name=f"hf-hub:{base['hub_id']}@{base['revision']}")
+    return replace(config, revision=base["revision"])
+
+
+def adapted_net(base: Any, place: str | Path, **options: Any) -> Any:
+    """Returns peft's model of `base` with the adapter in a folder or hub repository; every tensor must fit."""
+    import warnings
+
+    import peft
+
+    with quiet(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        net = peft.PeftModel.from_pretrained(base, place, **options).eval()
+    return net
+
+
+def adapter_reader(model: TaskModel, base: Any, place: str | Path, **options: Any) -> dict[str, Reader]:
+    """Opens an adapter with peft on the network `base`; `model` only says how the network is called."""
+    opened = type(model).__new__(type(model))
+    torch.nn.Module.__init__(opened)
+    opened.net = adapted_net(base, place, **options)
+    return {"peft": lambda inputs: opened.forward(inputs)["logits"]}
 
 
 def _save_adapter(model: TaskModel, folder: Path) -> None:
@@ -99,43 +243,26 @@ def _save_adapter(model: TaskModel, folder: Path) -> None:
         config.save_pretrained(folder)  # labels, and for our pooled class the file that defines it
 
 
-def _adapter_readers(model: TaskModel, fresh: Any, folder: Path) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
-    import peft
+def _save_sample(inputs: dict[str, Tensor], logits: Tensor, folder: Path) -> None:
+    from safetensors.torch import save_file
 
-    with quiet():
-        net = peft.PeftModel.from_pretrained(fresh, folder).eval()
-    opened = type(model).__new__(type(model))
-    torch.nn.Module.__init__(opened)
-    opened.net = net
-    return {"peft": lambda inputs: opened.forward(inputs)["logits"]}
+    tensors = {f"inputs.{name}": value for name, value in inputs.items()} | {"logits": logits}
+    save_file({name: value.detach().clone().contiguous() for name, value in tensors.items()}, folder / SAMPLE)
 
 
 def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> None:
     """Writes what hftl needs to open the folder again, and the configuration that made it."""
-    head = {
-        "stock": model.spec.stock,
-        "num_outputs": model.spec.num_outputs,
-        "labels": list(model.spec.labels),
-        "problem_type": model.spec.problem_type,
+    base = asdict(model.source) | {
+        "arguments": model.build_args,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    base = {"name": model.source.name, "revision": model.source.revision, "pretrained": model.source.pretrained}
-    described = {"task": task.name, "state": task.state(), "head": head, "base_model": base, "method": run.adapt.method}
+    described = {
+        "task": task.name,
+        "state": task.state(),
+        "head": asdict(model.spec),
+        "base_model": base,
+        "class": type(model.net).__name__,
+        "method": run.adapt.method,
+    }
+    (folder / CONFIG).write_text(dump(run), encoding="utf-8")
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
-    (folder / "hftl_config.yaml").write_text(dump(run))
-
-
-def _open(opened: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    try:
-        return opened()
-    except Exception as error:
-        raise ArtifactError(f"{folder} was written but does not open: {type(error).__name__}: {error}") from error
-
-
-def _refuse(differences: dict[str, float], scale: float, folder: Path) -> None:
-    limit = TOLERANCE * max(scale, 1.0)
-    wrong = [f"{name} {value:.3g}" for name, value in differences.items() if not value <= limit]
-    if wrong:
-        raise ArtifactError(
-            f"{folder}: what was saved is not what was trained: largest logit difference {', '.join(wrong)} "
-            f"(allowed {limit:.1g}). The files are kept; please report this with the model's name."
-        )

@@ -1,4 +1,4 @@
-"""The model card: what was measured, how to use it, what made it. Nothing in it is invented."""
+"""The model card: what was measured, how to use it, what made it; from the record of the run, nothing invented."""
 
 from __future__ import annotations
 
@@ -6,130 +6,274 @@ from pathlib import Path
 from typing import Any
 
 from hftl.config.parse import dump
-from hftl.config.schema import RunConfig
 from hftl.errors import shorten
-from hftl.models.parts import TaskModel
-from hftl.tasks.task import Task
+from hftl.evaluation.intervals import confusion_intervals, wilson
+from hftl.publishing.record import Record
+
+WEAK_F1, FEW_ROWS = 0.5, 20
+"""Classes below this F1, or with fewer test rows than this, are named under "Limits"."""
+_METHODS = {
+    "full": "All parameters",
+    "frozen": "A new head on the frozen backbone",
+    "lora": "LoRA adapters and a new head",
+}
+_SHOWN = ("accuracy", "macro_f1", "weighted_f1", "macro_precision", "macro_recall")
+
+
+def write_card(record: Record, part: str, into: Path, repo: str | None = None) -> None:
+    """Writes the card of one part of a run as `into/README.md`.
+
+    Args:
+        record: The finished run.
+        part: `model` or `adapter`.
+        into: Folder that receives the card.
+        repo: Hub id that the code in the card should open; by default the folder.
+    """
+    from huggingface_hub import ModelCard
+
+    sections = [
+        f"# {_title(record)}\n\n{_summary(record)}",
+        f"## Use\n\n{_use(record, part, repo)}",
+        f"## Labels\n\n{shorten(record.labels, 200) or 'none'}",
+        f"## Data\n\n{_data(record)}",
+        f"## Results\n\n{_results(record)}",
+        f"## Limits\n\n{_limits(record)}",
+        f"## How it was trained\n\n{_training(record)}",
+        f"## Environment\n\n{_environment(record)}",
+    ]
+    metadata = _metadata(record, part, repo).to_yaml()
+    ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(sections) + "\n").save(into / "README.md")
+
+
+def _metadata(record: Record, part: str, repo: str | None) -> Any:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base, run = record.described["base_model"], record.config
+    has_base = bool(base["hub_id"]) and base["pretrained"]
+    source = run.data.source
+    tests = {name: value for name, value in record.metrics.items() if name.startswith("test/") and value is not None}
+    intervals = {} if record.confusion is None else confusion_intervals(record.confusion)
+    results = [
+        EvalResult(
+            task_type=_task(record),
+            dataset_type=source if _is_hub_id(source) else _slug(source),
+            dataset_name=_slug(source),
+            dataset_split="test",
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=round(tests[f"test/{name}"], 4),
+            metric_args={"interval_95": [round(end, 4) for end in intervals[name]]} if name in intervals else None,
+        )
+        for name in ("accuracy", "macro_f1", *(["loss"] if "test/accuracy" not in tests else []))
+        if f"test/{name}" in tests
+    ]
+    return ModelCardData(
+        library_name="peft" if part == "adapter" else base["library"],
+        pipeline_tag=_task(record),
+        license=(base["licence"] or "").lower() or None,
+        language=base["language"],
+        base_model=base["hub_id"] if has_base else None,
+        base_model_relation=("adapter" if part == "adapter" else "finetune") if has_base else None,
+        datasets=[source] if _is_hub_id(source) else None,
+        tags=["hftl", record.described["method"]],
+        model_name=(repo or str(record.folder)).rsplit("/", 1)[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _title(record: Record) -> str:
+    base = Path(record.config.model.name.rpartition(":")[2]).name
+    return f"{_slug(record.config.data.source)}: {_task(record).replace('-', ' ')} with {base}"
+
+
+def _summary(record: Record) -> str:
+    base = record.described["base_model"]
+    start = "pretrained weights" if base["pretrained"] else "random weights"
+    method = _METHODS.get(record.described["method"], record.described["method"])
+    name = f"`{base['hub_id'] or record.config.model.name}`"
+    revision = f" (revision `{base['revision']}`)" if base["revision"] else ""
+    return f"{method} trained on `{record.config.data.source}`, starting from {start} of {name}{revision}."
+
+
+def _use(record: Record, part: str, repo: str | None) -> str:
+    """Returns the code that opens the model without hftl."""
+    base = record.described["base_model"]
+    place = repo or f"path/to/{part}"
+    fill = {
+        "place": place,
+        "task": _task(record),
+        "timm": f"hf-hub:{repo}" if repo else f"local-dir:{place}",
+        "trust": ", trust_remote_code=True" if _is_pooled(record) else "",
+        "where": f'"{place}"' + (', subfolder="adapter"' if repo else ""),
+        "folder": f'snapshot_download("{repo}", allow_patterns="adapter/*") + "/adapter"' if repo else f'"{place}"',
+        "stock": record.described["head"]["stock"],
+        "outputs": record.described["head"]["num_outputs"],
+        "base": base["name"],
+        "revision": repr(base["revision"]),
+        "arguments": "".join(f", {name}={value!r}" for name, value in base["arguments"].items()),
+    }
+    kind = "pooled" if _is_pooled(record) and part == "adapter" else base["library"]
+    code = "```python\n" + _USE[kind, part].format(**fill) + "\n```"
+    if part == "model" and repo and "adapter" in record.parts:
+        code += "\n\nThe adapter alone, on its base model:\n\n" + _use(record, "adapter", repo)
+    return code
+
 
 _USE = {
     ("timm", "model"): """\
-```python
 import timm, transformers
-classify = transformers.pipeline("image-classification", "{path}")       # transformers
-model = timm.create_model("local-dir:{path}", pretrained=True).eval()    # or timm
-```""",
+
+classify = transformers.pipeline("{task}", "{place}")  # transformers
+model = timm.create_model("{timm}", pretrained=True).eval()  # or timm""",
     ("timm", "adapter"): """\
-```python
 import timm, peft
+
 base = timm.create_model("{base}", pretrained=True, num_classes={outputs}{arguments})
-model = peft.PeftModel.from_pretrained(base, "{path}").eval()
-```""",
+model = peft.PeftModel.from_pretrained(base, {where}).eval()""",
     ("transformers", "model"): """\
-```python
 import transformers
-classify = transformers.pipeline("text-classification", "{path}"{trust})
-```""",
+
+classify = transformers.pipeline("{task}", "{place}"{trust})""",
     ("transformers", "adapter"): """\
-```python
 import peft, transformers
-base = transformers.AutoModelForSequenceClassification.from_pretrained(
-    "{base}", revision={revision!r}, num_labels={outputs}, ignore_mismatched_sizes=True
+
+base = transformers.{stock}.from_pretrained(
+    "{base}", revision={revision}, num_labels={outputs}, ignore_mismatched_sizes=True
 )
-model = peft.PeftModel.from_pretrained(base, "{path}").eval()
-```""",
+model = peft.PeftModel.from_pretrained(base, {where}).eval()""",
     ("pooled", "adapter"): """\
-```python
 import peft, transformers
+from huggingface_hub import snapshot_download
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-pooled = get_class_from_dynamic_module("modeling_pooled_text.PooledTextForSequenceClassification", "{path}")
-config = transformers.AutoConfig.from_pretrained("{path}", trust_remote_code=True)
-base = pooled.from_backbone("{base}", config, revision={revision!r})
-model = peft.PeftModel.from_pretrained(base, "{path}").eval()
-```""",
+
+folder = {folder}
+pooled = get_class_from_dynamic_module("modeling_pooled_text.PooledTextForSequenceClassification", folder)
+config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+base = pooled.from_backbone("{base}", config, revision={revision})
+model = peft.PeftModel.from_pretrained(base, folder).eval()""",
 }
 
 
-def write_card(
-    part: Path,
-    model: TaskModel,
-    task: Task,
-    run: RunConfig,
-    metrics: dict[str, float],
-    facts: dict[str, Any],
-) -> None:
-    """Writes `part/README.md`.
+def _data(record: Record) -> str:
+    rows = record.report["rows"]
+    counts = record.report.get("classes", {})
+    lines = [
+        f"`{record.config.data.source}`: " + ", ".join(f"{split} {count}" for split, count in rows.items()) + " rows."
+    ]
+    if counts:
+        fewest = min(counts["train"], key=lambda name: counts["train"][name])
+        most = max(counts["train"], key=lambda name: counts["train"][name])
+        lines.append(
+            f"Training rows per class: {counts['train'][fewest]} (`{fewest}`) to {counts['train'][most]} (`{most}`)."
+        )
+    lines.append("Validation chose the weights that were kept; test chose nothing.")
+    return "\n".join(lines)
 
-    Args:
-        part: The `model` or `adapter` folder.
-        model: Already merged.
-        task: Gives name and labels.
-        run: Resolved configuration.
-        metrics: By split, as `evaluate` returned them.
-        facts: Lines for the section "How it was trained", by title.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
 
-    library = model.source.library
-    base = model.source.name.removeprefix("hf-hub:")
-    data = ModelCardData(
-        library_name="peft" if part.name == "adapter" else library,
-        pipeline_tag=task.name.replace("_", "-"),
-        license=(model.source.licence or "").lower() or None,
-        base_model=base if _is_hub_id(base) else None,
-        tags=["hftl", run.adapt.method],
-    )
-    use = _use(part, model)
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    made = "\n".join(f"- {title}: {value}" for title, value in facts.items())
-    body = f"""
-# {run.data.source.rstrip("/").rsplit("/", 1)[-1]}: {task.name.replace("_", " ")} with {Path(base).name}
+def _results(record: Record) -> str:
+    intervals = {} if record.confusion is None else confusion_intervals(record.confusion)
+    names = [name for name in record.metrics if record.metrics[name] is not None]
+    shown = [name for name in names if name.partition("/")[2] in (*_SHOWN, "loss")] if intervals else names
+    lines = ["| metric | value | 95 % interval |", "|---|---|---|"]
+    for name in shown:
+        split, _, metric = name.partition("/")
+        low, high = intervals.get(metric, (None, None)) if split == "test" else (None, None)
+        spread = f"{low:.4f} to {high:.4f}" if low is not None else ""
+        lines.append(f"| {name} | {record.metrics[name]:.4f} | {spread} |")
+    if not intervals:
+        return "\n".join(lines)
+    note = "Intervals: over the rows of the test split (Wilson for proportions, bootstrap for others), not over seeds."
+    return "\n".join(lines) + f"\n\n{note}\n\n{_per_class(record)}"
 
-{base} ({"pretrained" if model.source.pretrained else "trained from random weights"}), adapted by
-`{run.adapt.method}` on `{run.data.source}`.
 
-## Use
+def _scores(record: Record) -> list[tuple[str, int, float, float, float, tuple[float, float]]]:
+    """Returns (class, test rows, precision, recall, F1, interval of the recall) for each class."""
+    confusion = record.confusion
+    out = []
+    for number, label in enumerate(record.labels):
+        right, true, said = (
+            int(confusion[number, number]),
+            int(confusion[number].sum()),
+            int(confusion[:, number].sum()),
+        )
+        precision, recall = right / said if said else 0.0, right / true if true else 0.0
+        f1 = 2 * right / (true + said) if true + said else 0.0
+        out.append((label, true, precision, recall, f1, wilson(right, true)))
+    return out
 
-{use}
 
-## Labels
+def _per_class(record: Record) -> str:
+    lines = ["| class | test rows | precision | recall | 95 % interval of recall | F1 |", "|---|---|---|---|---|---|"]
+    for label, rows, precision, recall, f1, (low, high) in _scores(record):
+        spread = f"{low:.2f} to {high:.2f}" if rows else ""
+        lines.append(f"| {_cell(label)} | {rows} | {precision:.3f} | {recall:.3f} | {spread} | {f1:.3f} |")
+    return "\n".join(lines)
 
-{shorten(list(model.spec.labels), 100) or "none"}
 
-## Results
+def _limits(record: Record) -> str:
+    if "test" not in record.report["rows"]:
+        return "There was no test split: nothing here was measured on rows that chose nothing."
+    if record.confusion is None:
+        return "Measured on one test split; other data may differ."
+    scores = _scores(record)
+    weak = [f"{label} ({f1:.2f})" for label, rows, _, _, f1, _ in scores if rows and f1 < WEAK_F1]
+    few = [f"{label} ({rows})" for label, rows, *_ in scores if rows < FEW_ROWS]
+    lines = [f"- Measured on {int(record.confusion.sum())} test rows of one data set; other data may differ."]
+    if weak:
+        lines.append(f"- F1 below {WEAK_F1} on test: {shorten(weak, 30)}.")
+    if few:
+        lines.append(f"- Fewer than {FEW_ROWS} test rows, so their figures say little: {shorten(few, 30)}.")
+    return "\n".join(lines)
 
-| metric | value |
-|---|---|
-{table}
 
-Measured once, by hftl, on the split that each name begins with; validation chose the weights, test chose nothing.
+def _training(record: Record) -> str:
+    report, environment = record.report, record.environment
+    adapt, training = report["adapt"], report["training"]
+    best = training["best"]
+    kept = f"step {best['step']} ({best['metric']} {best['value']:.4f})" if best else "the last weights"
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in report.get("verified", {}).items())
+    return f"""```bash
+{environment.get("command", "not recorded")}
+```
 
-## How it was trained
-
-{made}
+- {adapt["trained"]:,} of {adapt["total"]:,} parameters trained (`{adapt["method"]}`)
+- {training["steps"]} steps in {training["seconds"]:.0f} s, seed {record.config.train.seed}; kept: {kept}
+- largest logit difference between the trained model and the saved one, by reader: {differences or "not recorded"}
 
 <details><summary>Configuration</summary>
 
 ```yaml
-{dump(run)}```
+{dump(record.config)}```
 
-</details>
-"""
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(part / "README.md")
+</details>"""
 
 
-def _use(part: Path, model: TaskModel) -> str:
-    """Returns the code that opens a folder without hftl."""
-    pooled = "Pooled" in type(model.net).__name__
-    library = "pooled" if pooled and part.name == "adapter" else model.source.library
-    return _USE[library, part.name].format(
-        path=f"path/to/{part.name}",
-        base=model.source.name,
-        revision=model.source.revision,
-        arguments="".join(f", {name}={value!r}" for name, value in model.build_args.items()),
-        outputs=model.spec.num_outputs,
-        trust=", trust_remote_code=True" if pooled else "",
+def _environment(record: Record) -> str:
+    found = record.environment
+    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+    return (
+        f"{found['processes']} process(es) on {found['device']}, precision {found['precision']}; "
+        f"Python {found['python']}, {packages}"
     )
 
 
-def _is_hub_id(name: str) -> bool:
-    return ":" not in name and name.count("/") <= 1 and not Path(name).exists()
+def _task(record: Record) -> str:
+    return record.described["task"].replace("_", "-")
+
+
+def _is_pooled(record: Record) -> bool:
+    return record.described["class"].startswith("Pooled")
+
+
+def _slug(source: str) -> str:
+    """Returns a short name for a data source: the last part of its path or id."""
+    return Path(source.rstrip("/").rpartition(":")[2]).stem or "data"
+
+
+def _cell(text: str) -> str:
+    """Returns text that stays inside one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _is_hub_id(source: str) -> bool:
+    return bool(source) and ":" not in source and source.count("/") <= 1 and not Path(source).expanduser().exists()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -11,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 from hftl.adaptation.report import AdaptReport
 from hftl.config.schema import RunConfig
 from hftl.console import say
+from hftl.data.columns import arrow_column
 from hftl.data.loader import Rows
 from hftl.data.source import Splits
+from hftl.hub import redacted
 from hftl.models.parts import TaskModel
 from hftl.publishing.artifact import save_artifact
 from hftl.publishing.card import write_card
+from hftl.publishing.push import push_once
+from hftl.publishing.record import read_record
 from hftl.tasks.task import Task
 from hftl.train.history import History, finite
 from hftl.train.start import run_folder
@@ -54,10 +61,12 @@ def publish(
 ) -> None:
     """Writes the run folder: config, environment, metrics, report, and the verified model with its card.
 
-    Only the main process writes. Afterwards the model is on the CPU, with adapters merged.
+    Only the main process writes. Afterwards the model is on the CPU, with adapters merged. Where `run.publish` names
+    a repository, the finished folder is pushed to it.
 
     Raises:
         ArtifactError: What was saved does not open, or computes something else than the trained model.
+        PushError: The hub did not take it; the folder is complete all the same.
     """
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     held_out = next(split for split in ("test", "validation", "train") if split in splits)
@@ -66,6 +75,8 @@ def publish(
     if accelerator.is_main_process:
         _write(accelerator, model, task, splits, run, outcome, sample)
     accelerator.wait_for_everyone()
+    if run.publish.push_to_hub:
+        push_once(accelerator, run_folder(run), run.publish)
 
 
 def _write(
@@ -85,25 +96,41 @@ def _write(
         "adapt": outcome.report.to_dict(),
         "training": {"steps": history.steps, "seconds": round(history.seconds, 2), "best": history.best},
         "rows": {split: len(rows) for split, rows in splits.items()},
+        "classes": _class_counts(splits, task),
     }
     _dump(report, folder)  # before the comparison: a mismatch must not lose it
     report["verified"] = save_artifact(model, task, run, sample, folder)
     _dump(report, folder)
-    facts = {
-        "rows": ", ".join(f"{split} {count}" for split, count in report["rows"].items()),
-        "parameters": str(outcome.report).removeprefix("adapt: "),
-        "steps": f"{history.steps} in {history.seconds:.0f} s on {accelerator.num_processes} x {_device(accelerator)}, "
-        f"precision {accelerator.mixed_precision}, seed {run.train.seed}",
-        "kept": "{metric} {value:.4f} at step {step}".format(**history.best) if history.best else "the last weights",
-        "largest logit difference after saving": ", ".join(
-            f"{name} {value:.2g}" for name, value in report["verified"].items()
-        ),
-        "versions": ", ".join(f"{name} {number}" for name, number in environment(accelerator)["packages"].items()),
-    }
-    for part in ("model", "adapter"):
-        if (folder / part).is_dir():
-            write_card(folder / part, model, task, run, outcome.metrics, facts)
+    record = read_record(folder)
+    for part in record.parts:
+        write_card(record, part, folder / part)
     say(f"publish: {folder}")
+
+
+def _class_counts(splits: Splits, task: Task) -> dict[str, dict[str, int]]:
+    """Returns the rows of each class by split, for tasks that have one class a row."""
+    target = task.state().get("target", {})
+    if not {"column", "names", "values"} <= set(target):
+        return {}
+    counts = {}
+    for split, rows in splits.items():
+        counted = arrow_column(rows, target["column"]).value_counts().to_pylist()
+        found = {entry["values"]: entry["counts"] for entry in counted}
+        counts[split] = {
+            name: found.get(value, 0) for name, value in zip(target["names"], target["values"], strict=True)
+        }
+    return counts
+
+
+def _command() -> str:
+    """Returns how this process was started, as far as it can tell; the launcher's own options are not seen here."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        launcher = ["accelerate", "launch"]
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    else:
+        launcher = ["python"]
+    return redacted(shlex.join([*launcher, *sys.argv]))
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -115,6 +142,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
+        "command": _command(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": _device(accelerator),

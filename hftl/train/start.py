@@ -11,11 +11,12 @@ from hftl.adaptation.lora import find_targets
 from hftl.config.defaults import default_folder, resolve
 from hftl.config.parse import dump
 from hftl.config.schema import AugmentConfig, RunConfig, value_problems
-from hftl.console import muted, say
+from hftl.console import is_main_process, muted, say
 from hftl.data.source import Splits, load_splits
 from hftl.errors import ConfigError, HftlError, nearest
 from hftl.evaluation.metrics import BUILT_IN, metric_problems
-from hftl.models.build import name_problem, skeleton
+from hftl.hub import name_problem, repository_problem
+from hftl.models.build import model_name_problem, skeleton
 from hftl.models.parts import HeadSpec
 from hftl.tasks.task import Task
 
@@ -51,7 +52,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
         except HftlError as error:
             problems += error.problems
     stock = getattr(make_task, "stock", None) or (task.head.stock if task else None)
-    unknown = name_problem(run.model.name, stock) if stock and run.model.name else None
+    unknown = model_name_problem(run.model.name, stock) if stock and run.model.name else None
     if unknown:
         problems.append(unknown)
     elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
@@ -61,6 +62,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
     problems += _augment_problems(run, task)
     problems += _metric_problems(run, task)
     problems += _tracker_problems(run.train.trackers) + folder_problems(run)
+    problems += _hub_problems(run, otherwise_fine=not problems)
     if problems or splits is None or task is None:
         raise ConfigError(*problems)
     resolved = resolve(run, task.modality)
@@ -128,6 +130,19 @@ def _batch_problems(run: RunConfig, rows: int) -> list[str]:
             f"process(es)) is larger than the {rows} training rows; lower it to at most {rows}."
         ]
     return []
+
+
+def _hub_problems(run: RunConfig, otherwise_fine: bool) -> list[str]:
+    """Asks the hub once, and only about a run that will start: a repository may be created."""
+    repo = run.publish.push_to_hub
+    if not repo:
+        return []
+    problem = name_problem(repo)
+    if problem is None and otherwise_fine and is_main_process():
+        problem = repository_problem(repo, run.publish.private)
+        if problem is None:
+            say(f"push: {repo} will receive the model ({'private' if run.publish.private else 'as visible as it is'})")
+    return [f"publish.push_to_hub: {problem}"] if problem else []
 
 
 def _tracker_problems(names: Sequence[str]) -> list[str]:

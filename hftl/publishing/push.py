@@ -1,0 +1,130 @@
+"""To the hub: what was verified goes up in one piece, and what arrived is loaded back by its id and compared."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hftl.config.schema import PublishConfig
+from hftl.console import say
+from hftl.errors import ArtifactError, PushError
+from hftl.hub import bounded, explain, name_problem, repository_problem
+from hftl.publishing.artifact import adapter_reader, compare, fresh_base, load_artifact, read_sample
+from hftl.publishing.card import write_card
+from hftl.publishing.record import Record, read_record
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+LIMIT_H = 3
+"""Hours after which processes that wait for the one that pushes give up."""
+BESIDE = ("metrics.json", "report.json")
+"""Files of the run folder that go along. Predictions and the comparison sample stay: they are the user's data."""
+
+
+def push(folder: str | Path, repo: str, private: bool = False, verify: bool = True) -> str:
+    """Uploads a finished run to the hub, as one commit; doing it again is safe and changes nothing.
+
+    The stock model with its card stands at the top of the repository, an adapter in `adapter/`.
+
+    Args:
+        folder: The run folder.
+        repo: `user/name`; created where it does not exist.
+        private: Create it private; refuse one that is public.
+        verify: Load the pushed revision back by id, with the libraries that users will use, and compare logits.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ArtifactError: The folder does not hold a finished run, or what came back computes something else.
+        PushError: The hub could not be reached or refused; says why, and the command that tries again.
+    """
+    record = read_record(folder)
+    problem = name_problem(repo) or repository_problem(repo, private)
+    if problem:
+        raise PushError(_failed(problem, record, repo, private))
+    with tempfile.TemporaryDirectory() as staged, bounded():
+        _stage(record, repo, Path(staged))
+        try:
+            commit = _upload(record, repo, staged)
+        except Exception as error:  # whatever the libraries raise, the run is on disk and the reader needs one sentence
+            raise PushError(_failed(explain(error, repo), record, repo, private)) from error
+        say(f"push: {record.folder} is {commit.commit_url}")
+        if verify:
+            _load_back(record, repo, commit.oid, private)
+    return commit.commit_url
+
+
+def push_once(accelerator: Accelerator, folder: Path, config: PublishConfig) -> None:
+    """Pushes from the main process. The others wait, `LIMIT_H` hours at most, and fail when it fails.
+
+    Raises:
+        PushError: On all processes alike.
+    """
+    import torch
+
+    failure: list[tuple[type[Exception], list[str]] | None] = [None]
+    # a group of its own: the usual one would give up after minutes, and NCCL's barrier needs a free GPU
+    waiting: Any = (
+        torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=LIMIT_H))
+        if accelerator.num_processes > 1
+        else None
+    )
+    if accelerator.is_main_process:
+        try:
+            push(folder, str(config.push_to_hub), config.private, config.verify)
+        except (ArtifactError, PushError) as error:
+            failure = [(type(error), error.problems)]
+    if waiting is not None:
+        torch.distributed.broadcast_object_list(failure, src=0, group=waiting)
+    if failure[0]:
+        kind, problems = failure[0]
+        raise kind(*problems)
+
+
+def _stage(record: Record, repo: str, into: Path) -> None:
+    """Lays out the repository in a folder of links; only the cards are written anew, with the repository's name."""
+    for part in record.parts:
+        target = into if part == "model" else into / part
+        for file in sorted((record.folder / part).rglob("*")):
+            if file.is_file() and file.name != "README.md":
+                link = target / file.relative_to(record.folder / part)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+        write_card(record, part, target, repo)
+    for name in BESIDE:
+        (into / name).symlink_to((record.folder / name).resolve())
+
+
+def _upload(record: Record, repo: str, staged: str) -> Any:
+    from huggingface_hub import HfApi
+
+    # an adapter of an earlier run must not stand beside a model that it does not belong to
+    stale = None if "adapter" in record.parts else ["adapter/*"]
+    title = f"{record.described['method']} on {Path(record.config.data.source).name}, by hftl"
+    return HfApi().upload_folder(repo_id=repo, folder_path=staged, commit_message=title, delete_patterns=stale)
+
+
+def _load_back(record: Record, repo: str, revision: str, private: bool) -> None:
+    """Opens the pushed revision by its id and compares its logits with those of the trained model."""
+    inputs, expected = read_sample(record.folder)
+    model, _ = load_artifact(record.folder)
+    try:
+        compare(lambda: model.readers(repo, revision), inputs, expected, f"{repo}@{revision[:8]}", "model")
+        if "adapter" in record.parts:
+            base, options = fresh_base(record.folder / "adapter"), {"subfolder": "adapter", "revision": revision}
+            opened = lambda: adapter_reader(model, base, repo, **options)  # noqa: E731
+            compare(opened, inputs, expected, f"{repo}@{revision[:8]}/adapter", "adapter")
+    except ArtifactError as error:
+        cause = error.__cause__
+        reason = f"the upload is complete, but it does not load back: {explain(cause, repo) if cause else error}"
+        raise PushError(_failed(reason, record, repo, private)) from error
+
+
+def _failed(reason: str, record: Record, repo: str, private: bool) -> str:
+    command = shlex.join(["hftl", "push", str(record.folder), repo, *(["--private"] if private else [])])
+    return f"push to {repo}: {reason} The run is complete in {record.folder}. To push again:\n  {command}"
