@@ -7,16 +7,29 @@ import random
 import string
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hub import Hub, User
 
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+USERS = {
+    "hf_alice": User("alice", orgs=("acme",), visits=("museum",)),
+    "hf_alice_read": User("alice", role="read", orgs=("acme",)),
+    "hf_bob": User("bob"),
+}
+HUB = Hub(USERS)  # its port is taken here, since HF_ENDPOINT is read when huggingface_hub is first imported
+HF_HOME = tempfile.TemporaryDirectory(prefix="hftl_tests_")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the fixture `hub` goes online
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME.name, NO_PROXY="127.0.0.1,localhost")
+os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_XET_CLIENT_RETRY_BASE_DELAY="10ms")
+for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_XET_CACHE"):
+    os.environ.pop(_name, None)  # the user's own
 SHARED = Path(os.environ.get("HFTL_SHARED", ROOT.parent / "shared")) / "data"
 
 
@@ -50,6 +63,35 @@ def no_accelerate_state():
 
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def served_hub():
+    with HUB:
+        yield HUB
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def hub(request, served_hub, monkeypatch, tmp_path) -> Hub:
+    """The hub, empty; this process and those it starts are online and alice's, and send weights by LFS or by Xet."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    assert constants.ENDPOINT == served_hub.url, "huggingface_hub was imported before conftest.py"
+    served_hub.reset(USERS)
+    served_hub.mode, by_lfs = request.param, request.param == "lfs"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", by_lfs)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf_home/hub"))
+    monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _: None))  # between retries
+    for name, value in {
+        "HF_TOKEN": "hf_alice",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": str(int(by_lfs)),
+        "HF_HOME": str(tmp_path / "hf_home"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    return served_hub
 
 
 @pytest.fixture(scope="session")
