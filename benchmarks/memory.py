@@ -19,7 +19,7 @@ job, source, run, modality, small = sys.argv[1:]
 import hftl
 from hftl.console import muted
 kind = hftl.TextClassification if modality == "text" else hftl.ImageClassification
-from hftl.use import evaluate_folder, predict_to_table
+from hftl.use import evaluate_place, predict_to_table
 with muted():
     if job == "train":
         config = hftl.RunConfig(
@@ -33,7 +33,7 @@ with muted():
         history = hftl.fit(accelerator, model, task, splits, config)
         hftl.publish(accelerator, model, task, splits, config, hftl.Outcome(report, history, {}))
     elif job == "evaluate":
-        evaluate_folder(run, source, "train", output=run + "/evaluated.parquet")
+        evaluate_place(run, source, "train", output=run + "/evaluated.parquet")
     else:
         given = source if modality == "image" else source + "/train.csv"
         predict_to_table(run, given, output=run + "/predicted.parquet")

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from hftl.data.source import Splits, load_splits
     from hftl.errors import HftlError
     from hftl.evaluation.evaluate import evaluate
+    from hftl.load import Predictor, load
     from hftl.models.build import build_model
     from hftl.publishing.artifact import load_artifact
     from hftl.publishing.publish import Outcome, publish
+    from hftl.publishing.push import push
     from hftl.recipe import run_recipe
     from hftl.tasks.image_classification import ImageClassification
     from hftl.tasks.task import SupervisedTask, Task
@@ -50,6 +52,7 @@ _HOMES = {
     "hftl.errors": ("HftlError",),
     "hftl.data.source": ("Splits", "load_splits"),
     "hftl.models.build": ("build_model",),
+    "hftl.load": ("Predictor", "load"),
     "hftl.tasks.task": ("SupervisedTask", "Task"),
     "hftl.tasks.image_classification": ("ImageClassification",),
     "hftl.tasks.text_classification": ("TextClassification",),
@@ -60,6 +63,7 @@ _HOMES = {
     "hftl.evaluation.evaluate": ("evaluate",),
     "hftl.publishing.artifact": ("load_artifact",),
     "hftl.publishing.publish": ("Outcome", "publish"),
+    "hftl.publishing.push": ("push",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -72,6 +76,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "Outcome",
+    "Predictor",
     "PublishConfig",
     "RunConfig",
     "Splits",
@@ -83,11 +88,13 @@ __all__ = [
     "build_model",
     "evaluate",
     "fit",
+    "load",
     "load_artifact",
     "load_splits",
     "parse",
     "prepare",
     "publish",
+    "push",
     "run_folder",
     "run_recipe",
     "start",

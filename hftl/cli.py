@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hftl.console import leave_process_group
 from hftl.errors import ConfigError, HftlError, nearest
 
 
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except HftlError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        leave_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=lambda options, launch=command: launch.print_help())
 
     command = commands.add_parser("evaluate", help="measure a trained model on a labelled split")
-    command.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or model/ folder of one")
+    command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
+    command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("--data", help="source as in data.source; by default the run's own data")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
     command.add_argument("--batch_size", type=_count, default=32, help="rows at a time (%(default)s)")
@@ -68,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(act=_evaluate)
 
     command = commands.add_parser("predict", help="apply a trained model to an image, a folder, a text or a table")
-    command.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or model/ folder of one")
+    command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
+    command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("input", metavar="INPUT", help="image file, folder of images, table, or a text in quotes")
     command.add_argument("--pair", help="second text, for models of text pairs")
     command.add_argument("--batch_size", type=_count, default=32, help="rows at a time (%(default)s)")
@@ -160,17 +165,20 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hftl.use import evaluate_folder
+    from hftl.console import say
+    from hftl.use import evaluate_place
 
-    metrics = evaluate_folder(options.model, options.data, options.split, options.batch_size, options.output)
+    metrics = evaluate_place(
+        options.model, options.data, options.split, options.batch_size, options.output, options.revision
+    )
     for name, value in metrics.items():
-        print(f"{name:<28} {value:.4f}")
+        say(f"{name:<28} {value:.4f}")
 
 
 def _predict(options: argparse.Namespace) -> None:
     from hftl.use import predict_to_table
 
-    predict_to_table(options.model, options.input, options.pair, options.batch_size, options.output)
+    predict_to_table(options.model, options.input, options.pair, options.batch_size, options.output, options.revision)
 
 
 def _push(options: argparse.Namespace) -> None:

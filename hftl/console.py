@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,3 +33,10 @@ def muted() -> Iterator[None]:
         yield
     finally:
         _muted -= 1
+
+
+def leave_process_group() -> None:
+    """Ends what a launcher's processes share, where one was begun; torch complains at exit otherwise."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

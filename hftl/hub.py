@@ -14,6 +14,7 @@ from hftl.errors import first_line
 CONNECT_TIMEOUT_S = 20.0
 READ_TIMEOUT_S = 300.0
 """Longest silence of the hub. Generous: a commit of many files takes it minutes."""
+_XET_TIMEOUT = "HF_XET_CLIENT_READ_TIMEOUT"
 LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 
@@ -30,13 +31,16 @@ def bounded() -> Iterator[None]:
         client.timeout = type(client.timeout)(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         return client
 
-    # read by the Xet client when it starts
-    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{READ_TIMEOUT_S:.0f}s")
+    given = os.environ.get(_XET_TIMEOUT)
+    if given is None:  # the Xet client reads it when it starts
+        os.environ[_XET_TIMEOUT] = f"{READ_TIMEOUT_S:.0f}s"
     set_client_factory(factory)
     try:
         yield
     finally:
         set_client_factory(before)
+        if given is None:
+            os.environ.pop(_XET_TIMEOUT, None)
 
 
 def name_problem(repo: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hftl.config.parse import parse
 from hftl.config.schema import RunConfig
-from hftl.console import is_main_process
+from hftl.console import is_main_process, leave_process_group
 from hftl.errors import ConfigError, HftlError, PushError
 
 
@@ -25,10 +25,4 @@ def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, descriptio
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        _leave_process_group()
-
-
-def _leave_process_group() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        leave_process_group()

@@ -1,4 +1,4 @@
-"""Using a trained model: evaluate it on labelled rows, or apply it to new ones, in bounded memory."""
+"""The commands `evaluate` and `predict`: a trained model on labelled rows or on new ones, in bounded memory."""
 
 from __future__ import annotations
 
@@ -7,73 +7,94 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hftl.config.schema import DataConfig, RunConfig, TrainConfig
+from hftl.config.schema import DataConfig
 from hftl.console import muted, say
-from hftl.data.loader import Rows
+from hftl.data.columns import arrow_column
 from hftl.data.source import IMAGES, TABLES, load_splits
-from hftl.errors import DataError, nearest
-from hftl.evaluation.evaluate import TableWriter, evaluate_rows
-from hftl.models.parts import TaskModel
-from hftl.publishing.artifact import load_artifact
+from hftl.errors import DataError, nearest, shorten
+from hftl.evaluation.evaluate import TableWriter
+from hftl.load import Predictor, load
 from hftl.tasks.task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def evaluate_folder(
-    path: str, source: str | None = None, split: str = "test", batch_size: int = 32, output: str | None = None
+def evaluate_place(
+    place: str,
+    source: str | None = None,
+    split: str = "test",
+    batch_size: int = 32,
+    output: str | None = None,
+    revision: str | None = None,
 ) -> dict[str, float]:
     """Returns the metrics of a saved model on one split.
 
     Args:
-        path: Run folder, or its model/ folder.
+        place: Run folder, its model/ folder, or a hub id.
         source: As `data.source`; the data that the run was trained on by default.
         split: `train`, `validation` or `test`.
-        batch_size: Rows at a time.
+        batch_size: Rows at a time, on each process.
         output: File for the predictions, by ending: .parquet, .csv or .jsonl.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         ArtifactError: The model does not open.
         DataError: The data does not, or has labels that the model does not know.
     """
     _check_output(output)
-    model, task = load_artifact(path)
-    config = _data_config(Path(path), source)
-    splits = load_splits(config, training=False)
-    if split not in splits:
-        raise DataError(f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}.")
-    rows = _like_training(splits[split], task)
-    _check_labels(rows, task)
-    run = RunConfig(data=config, train=TrainConfig(batch_size_per_device=batch_size))
-    metrics = _through(model, task, task.encode(rows, model.processor, None, config.max_length), run, output)
+    predictor = load(place, revision)
+    rows = labelled_rows(predictor, source, split)
+    metrics = predictor.run(predictor.encode(rows), batch_size, TableWriter(Path(output)) if output else None)
     return {f"{split}/{name}": value for name, value in metrics.items()}
 
 
+def labelled_rows(predictor: Predictor, source: str | None, split: str) -> Dataset:
+    """Returns the rows of one split with labels as in training; by default of the data that it was trained on.
+
+    Raises:
+        DataError: There are none, or they have labels that the model does not know.
+    """
+    config = predictor.data
+    if source is not None:
+        config = replace(config, source=source, train_per_class=None, validation_fraction=0.0)
+    splits = load_splits(config, training=False)
+    if split not in splits:
+        raise DataError(f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}.")
+    rows = _like_training(splits[split], predictor.task)
+    _check_labels(rows, predictor.task)
+    return rows
+
+
 def predict_to_table(
-    path: str, given: str, pair: str | None = None, batch_size: int = 32, output: str | None = None
+    place: str,
+    given: str,
+    pair: str | None = None,
+    batch_size: int = 32,
+    output: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """Applies a saved model to an image, a folder of images, a text, or a table, and writes a row for each.
 
     Args:
-        path: Run folder, or its model/ folder.
+        place: Run folder, its model/ folder, or a hub id.
         given: A file, a folder, or the text itself.
         pair: The second text of a pair.
-        batch_size: Rows at a time.
+        batch_size: Rows at a time, on each process.
         output: File for the predictions (.parquet, .csv or .jsonl); the terminal by default.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         ArtifactError: The model does not open.
         DataError: The input does not fit the model.
     """
     _check_output(output)
-    model, task = load_artifact(path)
-    run = RunConfig(train=TrainConfig(batch_size_per_device=batch_size))
+    predictor = load(place, revision)
     with muted():  # what is printed is the table
-        rows, names = _rows_to_predict(task, given, pair)
-        encoded = task.encode(rows, model.processor, None, _data_config(Path(path), "").max_length)
+        rows, names = _rows_to_predict(predictor.task, given, pair)
+        encoded = predictor.encode(rows)
     writer = _Named(TableWriter(Path(output)) if output else _Terminal(), names)
-    _through(model, task, encoded, run, writer)
+    predictor.run(encoded, batch_size, writer)
     if output:
         say(f"{len(rows)} predictions in {output}")
 
@@ -88,52 +109,39 @@ def _check_output(output: str | None) -> None:
         raise DataError(f"--output: there is no folder '{path.parent}'.")
 
 
-def _through(model: TaskModel, task: Task, rows: Rows, run: RunConfig, output: Any) -> dict[str, float]:
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
-    writer = TableWriter(Path(output)) if isinstance(output, str) else output
-    mine = writer if accelerator.is_main_process else None
-    with muted():
-        metrics = evaluate_rows(accelerator, model, task, rows, run, mine, collect=writer is not None)
-    if mine is not None:
-        mine.close()
-    return metrics
-
-
-def _data_config(path: Path, source: str | None) -> DataConfig:
-    """Returns the data section that the model was trained with, on other data if `source` is given."""
-    from hftl.config.parse import load
-
-    for file in (path / "hftl_config.yaml", path / "model" / "hftl_config.yaml"):
-        if file.is_file():
-            config = load(file).data
-            break
-    else:
-        config = DataConfig()
-    if source is not None:
-        return replace(config, source=source, train_per_class=None, validation_fraction=0.0)
-    return config
-
-
 def _like_training(rows: Dataset, task: Task) -> Dataset:
-    """Returns rows whose labels are numbered as in training: another source may number its classes otherwise."""
+    """Returns rows whose labels are written as in training.
+
+    Another source may number its classes otherwise, or name them where training had numbers.
+    """
     from datasets import ClassLabel, Value
 
     target = task.state()["target"]
     column = target.get("column")
     kind = rows.features.get(column)
-    if not isinstance(kind, ClassLabel) or list(kind.names) == target["names"]:
+    if kind is None or "values" not in target or isinstance(kind, ClassLabel) and list(kind.names) == target["names"]:
         return rows
-    names, known = kind.names, dict(zip(target["names"], target["values"], strict=True))
-    unknown = [name for name in names if name not in known]
+    by_name = dict(zip(target["names"], target["values"], strict=True))
+    if not isinstance(kind, ClassLabel):
+        numbered = all(isinstance(value, int) for value in target["values"])
+        if not numbered or kind.dtype not in ("string", "large_string"):
+            return rows
+    unknown = sorted(_written(rows, column) - set(by_name))
     if unknown:
         raise DataError(
-            f"--data: the model does not know the class(es) {', '.join(unknown)}; it knows {', '.join(known)}."
+            f"--data: the model does not know the class(es) {shorten(unknown)}; it knows {shorten(list(by_name))}."
         )
     features = rows.features.copy()
     features[column] = Value("int64")
-    return rows.map(lambda row: {column: known[names[row[column]]]}, features=features)
+    names = kind.names if isinstance(kind, ClassLabel) else None
+    return rows.map(lambda row: {column: by_name[names[row[column]] if names else row[column]]}, features=features)
+
+
+def _written(rows: Dataset, column: str) -> set[str]:
+    """Returns the class names that occur in a column of names or of a `ClassLabel`."""
+    kind = rows.features[column]
+    values = [value for value in arrow_column(rows, column).unique().to_pylist() if value is not None]
+    return {kind.names[value] if hasattr(kind, "names") else value for value in values}
 
 
 def _check_labels(rows: Dataset, task: Task) -> None:

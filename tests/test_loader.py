@@ -63,8 +63,8 @@ def test_like_lengths_share_a_batch():
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 101])
 def test_evaluation_sees_each_row_once_in_the_same_batches_on_any_number_of_processes(rows, lengths, world):
     lengths = None if lengths is None else lengths[:rows]
-    alone = eval_batches(rows, lengths, Share(0, 1, 8))
-    shared = [eval_batches(rows, lengths, Share(rank, world, 8)) for rank in range(world)]
+    alone = list(eval_batches(rows, lengths, Share(0, 1, 8)))
+    shared = [list(eval_batches(rows, lengths, Share(rank, world, 8))) for rank in range(world)]
     assert len({len(batches) for batches in shared}) == 1
     real = [b for batches in zip(*shared, strict=True) for b in batches if b[0][2]]
     assert real == alone

@@ -82,8 +82,8 @@ def train_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int
             yield [(epoch, int(row), weight) for row in slot] or [(epoch, int(group[0]), 0.0)]
 
 
-def eval_batches(rows: int, lengths: np.ndarray | None, share: Share) -> list[list[Key]]:
-    """Returns this process's batches for one pass over all rows.
+def eval_batches(rows: int, lengths: np.ndarray | None, share: Share) -> Iterator[list[Key]]:
+    """Yields this process's batches of one pass over all rows, as many as every other process does.
 
     The batches are the same on any number of processes, only shared out differently, so that outputs are
     bitwise the same too. Rows of like length share a batch within windows, so memory stays bounded when
@@ -91,26 +91,23 @@ def eval_batches(rows: int, lengths: np.ndarray | None, share: Share) -> list[li
     """
     import numpy as np
 
-    order = np.arange(rows)
-    if lengths is not None:
-        window = share.batch_size * _SORT_WINDOW
-        for start in range(0, rows, window):
-            part = order[start : start + window]
-            order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
-    batches = [
-        [(0, int(row), 1.0) for row in order[start : start + share.batch_size]]
-        for start in range(0, rows, share.batch_size)
-    ]
-    mine = batches[share.rank :: share.world]
-    if len(mine) * share.world < len(batches):
-        # collectives need equal counts on all processes: repeat a batch with weight 0
-        mine.append([(epoch, row, 0.0) for epoch, row, _ in batches[0]])
-    return mine
+    window = share.batch_size * _SORT_WINDOW
+    turn = 0
+    for start in range(0, rows, window):
+        order = np.arange(start, min(start + window, rows))
+        if lengths is not None:
+            order = order[np.argsort(lengths[order], kind="stable")]
+        for first in range(0, len(order), share.batch_size):
+            if turn % share.world == share.rank:
+                yield [(0, int(row), 1.0) for row in order[first : first + share.batch_size]]
+            turn += 1
+    if rows and turn % share.world and share.rank >= turn % share.world:
+        yield [(0, 0, 0.0)]  # collectives need equal counts on all processes: a row that counts nothing
 
 
 def make_loader(
     rows: Rows,
-    batches: Callable[[], Iterator[list[Key]] | Sequence[list[Key]]],
+    batches: Callable[[], Iterator[list[Key]]],
     collate: Callable[[list[Example]], dict[str, Any]],
     *,
     device: str,

@@ -10,7 +10,7 @@ import torch
 
 from hftl.config.schema import RunConfig
 from hftl.console import say
-from hftl.data.loader import Rows, Share, default_workers, eval_batches, make_loader
+from hftl.data.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
 from hftl.data.source import Splits
 from hftl.evaluation.metrics import BUILT_IN, EvaluateMetric, MeanLoss, Metric
 from hftl.models.parts import TaskModel
@@ -117,11 +117,14 @@ def predict(
     from accelerate.utils import convert_to_fp32, send_to_device
 
     share = Share(accelerator.process_index, accelerator.num_processes, run.train.batch_size_per_device)
-    batches = eval_batches(len(rows), rows.lengths, share)
     device = accelerator.device.type
     workers = run.data.num_workers
     workers = default_workers(model.modality, device, accelerator.num_processes) if workers is None else workers
-    loader = make_loader(rows, lambda: batches, task.collate, device=device, num_workers=workers)
+
+    def batches() -> Iterator[list[Key]]:
+        return eval_batches(len(rows), rows.lengths, share)
+
+    loader = make_loader(rows, batches, task.collate, device=device, num_workers=workers)
     was_training = model.training
     model.to(accelerator.device).eval()
     try:

@@ -1,0 +1,317 @@
+"""Pushing: what was verified arrives, opens by its id without hftl, and no failure loses anything or tells a token."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, USERS, load_recipe, run_python
+from hub import COMMIT, CREATE, PREUPLOAD, WEIGHTS, Fault, User
+
+import hftl
+from hftl.errors import ArtifactError, ConfigError, PushError
+from hftl.hub import explain, redacted
+from hftl.publishing.push import push
+
+ID = "alice/model"
+
+
+@pytest.fixture(scope="session")
+def runs(images, texts, tiny_timm, tiny_bert, tmp_path_factory) -> dict[str, Path]:
+    """Finished runs: an image and a text model, full and with LoRA (the text one pooled)."""
+    root = tmp_path_factory.mktemp("runs")
+    train = hftl.TrainConfig(num_epochs=1, lr=1e-3, head_lr=1e-2, batch_size_per_device=8, trackers=[])
+    made = {}
+    for kind in ("image", "text"):
+        for method in ("full", "lora"):
+            source, model = (images, tiny_timm["test_resnet"]) if kind == "image" else (texts, tiny_bert)
+            pooling = "mean" if method == "lora" else "auto"
+            run = hftl.RunConfig(
+                hftl.DataConfig(source=str(source)),
+                hftl.ModelConfig(name=model, pooling=pooling),
+                hftl.AdaptConfig(method=method),
+                train,
+                output_dir=str(root / f"{kind}-{method}"),
+            )
+            load_recipe(f"{kind}_classification").main(run)
+            made[f"{kind}-{method}"] = Path(run.output_dir)
+    return made
+
+
+BY_ID = """
+import json, sys, torch
+from safetensors.torch import load_file
+import peft, timm, transformers
+for name, base, sample in json.loads(sys.argv[1]):
+    repo = "alice/" + name
+    stored = load_file(sample)
+    inputs = {key[7:]: value for key, value in stored.items() if key.startswith("inputs.")}
+    def equal(logits):
+        torch.testing.assert_close(logits, stored["logits"], atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        if name.startswith("image"):
+            pipe = transformers.pipeline("image-classification", repo)
+            equal(pipe.model(**inputs).logits)
+            equal(transformers.AutoModelForImageClassification.from_pretrained(repo).eval()(**inputs).logits)
+            equal(timm.create_model("hf-hub:" + repo, pretrained=True).eval()(inputs["pixel_values"]))
+            if name.endswith("lora"):
+                net = timm.create_model(base, pretrained=True, num_classes=3)
+                net = peft.PeftModel.from_pretrained(net, repo, subfolder="adapter").eval()
+                equal(net(inputs["pixel_values"]))
+        else:
+            trust = {"trust_remote_code": True} if name.endswith("lora") else {}
+            pipe = transformers.pipeline("text-classification", repo, **trust)
+            assert pipe("the cat")[0]["label"] in ("animal", "food", "tool")
+            equal(pipe.model(**inputs).logits)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(repo, **trust).eval()
+            equal(model(**inputs).logits)
+            if name.endswith("lora"):
+                card = open(transformers.utils.cached_file(repo, "adapter/README.md")).read()
+                scope = {}
+                exec(card.split("```python")[1].split("```")[0], scope)  # the card's own code
+                equal(scope["model"](**inputs).logits)
+    print("equal", name)
+"""
+
+
+def test_pushed_models_open_by_id_without_hftl(hub, runs, tiny_timm, tiny_bert):
+    for name, folder in runs.items():
+        push(folder, f"alice/{name}")
+    bases = {"image": tiny_timm["test_resnet"], "text": tiny_bert}
+    cases = [[name, bases[name.partition("-")[0]], str(runs[name] / "sample.safetensors")] for name in runs]
+    assert run_python(BY_ID, json.dumps(cases), hide_hftl=True).count("equal") == 4
+
+
+def test_a_repository_holds_what_was_verified_and_no_data(hub, runs):
+    push(runs["text-lora"], ID, private=True)
+    files = hub.store.repos[ID].files
+    folder = runs["text-lora"]
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_pooled_text.py", "hftl.json"):
+        assert files[name] == (folder / "model" / name).read_bytes(), name
+    assert files["adapter/adapter_model.safetensors"] == (folder / "adapter/adapter_model.safetensors").read_bytes()
+    assert json.loads(files["metrics.json"]) == json.loads((folder / "metrics.json").read_text())
+    assert not {"predictions.parquet", "sample.safetensors"} & set(files)
+    assert hub.store.repos[ID].private and len(hub.requests(COMMIT)) == 1
+    card = files["README.md"].decode()
+    assert f'"{ID}"' in card and "path/to" not in card
+
+
+def test_pushing_again_changes_nothing(hub, runs):
+    first = push(runs["image-full"], ID, verify=False)
+    assert push(runs["image-full"], ID, verify=False).rsplit("/", 1)[-1] == first.rsplit("/", 1)[-1]
+    assert len(hub.requests(COMMIT)) == 1
+
+
+def test_an_adapter_does_not_stay_beside_another_model(hub, runs):
+    push(runs["image-lora"], ID, verify=False)
+    push(runs["image-full"], ID)
+    assert not [name for name in hub.store.repos[ID].files if name.startswith("adapter/")]
+
+
+def test_a_run_pushes_at_its_end(hub, text_run, tmp_path):
+    run = replace(text_run("frozen", num_epochs=1), publish=hftl.PublishConfig(push_to_hub=ID, private=True))
+    load_recipe("text_classification").main(run)
+    repo = hub.store.repos[ID]
+    assert repo.private and repo.files["model.safetensors"] == (tmp_path / "run/model/model.safetensors").read_bytes()
+
+
+STAGES = {
+    "before": Fault(CREATE, "drop", times=float("inf")),
+    "before, no answer": Fault(r"whoami", "reset", times=float("inf")),
+    "announcing": Fault(PREUPLOAD, "drop", times=float("inf")),
+    "weights": Fault(WEIGHTS, "drop", times=float("inf")),
+    "weights, no answer": Fault(WEIGHTS, "lost", times=float("inf")),
+    "weights, cut": Fault(WEIGHTS, "reset", times=float("inf")),
+    "commit": Fault(COMMIT, "drop", times=float("inf")),
+    "commit, no answer": Fault(COMMIT, "lost", times=float("inf")),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_connection_that_ends_loses_nothing_and_the_printed_command_repairs_it(hub, runs, stage, monkeypatch):
+    folder = runs["image-full"]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.faults.append(replace(STAGES[stage]))
+    with pytest.raises(PushError, match="the connection to .* failed|the hub has trouble") as caught:
+        push(folder, ID, private=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert "hf_alice" not in str(caught.value)
+    command = str(caught.value).splitlines()[-1].split()
+    assert command == ["hftl", "push", str(folder), ID, "--private"]
+    hub.faults.clear()
+    from hftl.cli import main
+
+    main(command[1:])
+    assert hub.store.repos[ID].files["model.safetensors"] == before[folder / "model/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "match", [r"whoami", PREUPLOAD, WEIGHTS, COMMIT], ids=["before", "announce", "weights", "commit"]
+)
+def test_a_hub_that_never_answers_ends_the_push(hub, runs, match, tmp_path):
+    """In a process of its own: the Xet client reads its timeout once."""
+    hub.faults.append(Fault(match, "stall", times=float("inf"), seconds=120))
+    code = (
+        "import sys, hftl.hub; hftl.hub.READ_TIMEOUT_S = 1.5\n"
+        "from hftl.cli import main; main(['push', sys.argv[1], 'alice/model', '--no-verify'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs["image-full"])],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=ROOT,
+        env={**os.environ, "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"},
+    )
+    assert done.returncode == 2 and "does not answer" in done.stderr or "connection to" in done.stderr, done.stderr
+
+
+REFUSALS = {
+    "no token": ({"HF_TOKEN": ""}, ID, "there is no token"),
+    "wrong token": ({"HF_TOKEN": "hf_nobody_knows_this"}, ID, "does not accept the token"),
+    "read-only token": ({"HF_TOKEN": "hf_alice_read"}, ID, "may not write"),
+    "foreign namespace": ({}, "bob/model", "may not write"),
+    "organisation one only visits": ({}, "museum/model", "may not write"),
+    "no owner": ({}, "model", "names no owner"),
+    "bad name": ({}, "alice/my model!", "not a repository name"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_the_hub_would_refuse_is_refused_before_training(hub, text_run, case, monkeypatch, tmp_path):
+    environment, repo, sentence = REFUSALS[case]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = replace(text_run(), publish=hftl.PublishConfig(push_to_hub=repo))
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        hftl.prepare(run, hftl.TextClassification)
+    assert "publish.push_to_hub" in str(caught.value)
+    assert "nobody_knows" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", [name for name in REFUSALS if "token" in name or "namespace" in name])
+def test_the_same_when_pushing_later(hub, runs, case, monkeypatch):
+    environment, repo, sentence = REFUSALS[case]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PushError, match=sentence):
+        push(runs["image-full"], repo)
+
+
+def test_a_public_repository_is_not_used_for_a_private_model(hub, text_run, runs):
+    hub.add_repo(ID)
+    run = replace(text_run(), publish=hftl.PublishConfig(push_to_hub=ID, private=True))
+    with pytest.raises(ConfigError, match="is public, and a private one was asked for"):
+        hftl.prepare(run, hftl.TextClassification)
+    with pytest.raises(PushError, match="is public"):
+        push(runs["image-full"], ID, private=True)
+    assert not hub.requests(PREUPLOAD)
+
+
+def test_other_problems_are_said_first_and_no_repository_is_made(hub, text_run):
+    run = replace(text_run(lr=-1.0), publish=hftl.PublishConfig(push_to_hub=ID))
+    with pytest.raises(ConfigError, match=r"train\.lr"):
+        hftl.prepare(run, hftl.TextClassification)
+    assert ID not in hub.store.repos
+
+
+def revoke(hub):
+    return lambda: hub.users.clear()
+
+
+AFTERWARDS = {
+    "someone's private repository": (
+        lambda hub: Fault(PREUPLOAD, 404, headers={"X-Error-Code": "RepoNotFound"}),
+        "no repository",
+    ),
+    "storage": (
+        lambda hub: Fault(COMMIT, 403, float("inf"), body='{"error": "Storage limit reached for this account"}'),
+        "storage of the owner",
+    ),
+    "token revoked": (lambda hub: Fault(WEIGHTS, revoke(hub)), "token"),
+    "another commit": (lambda hub: Fault(COMMIT, 412, float("inf")), "another commit"),
+    "rate": (lambda hub: Fault(PREUPLOAD, 429, float("inf")), "rate of requests"),
+    "card": (
+        lambda hub: Fault(
+            "validate-yaml", 400, float("inf"), body='{"errors": [{"message": "license"}], "warnings": []}'
+        ),
+        "card",
+    ),
+    "trouble": (lambda hub: Fault(COMMIT, 500, float("inf")), "trouble of its own"),
+}
+
+
+@pytest.mark.parametrize("case", AFTERWARDS)
+def test_what_is_refused_during_a_push_is_said_in_a_sentence(hub, runs, case):
+    fault, sentence = AFTERWARDS[case]
+    hub.faults.append(fault(hub))
+    with pytest.raises(PushError, match=sentence) as caught:
+        push(runs["text-full"], ID)
+    assert "To push again:\n  hftl push" in str(caught.value) and len(str(caught.value).splitlines()) == 2
+    hub.users = dict(USERS)
+    hub.faults.clear()
+    push(runs["text-full"], ID, verify=False)
+
+
+def test_offline_is_said(hub, runs, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PushError, match="switched off by HF_HUB_OFFLINE"):
+        push(runs["image-full"], ID)
+
+
+def test_no_hub_at_all_is_said(runs, monkeypatch, hub):
+    closed = "http://127.0.0.1:9"
+    code = "from hftl.cli import main; import sys; main(['push', sys.argv[1], 'alice/model'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(runs["image-full"])],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_ENDPOINT": closed},
+    )
+    assert done.returncode == 2 and f"the connection to {closed} failed" in done.stderr, done.stderr
+
+
+def test_something_else_on_the_hub_is_noticed(hub, runs, monkeypatch):
+    """Verified means by id: weights that changed on the way are an error."""
+    import hftl.publishing.push as module
+
+    def disturbed(record, repo, staged, upload=module._upload):
+        weights = Path(staged) / "model.safetensors"
+        from safetensors.torch import load_file, save_file
+
+        tensors = {name: value + 0.5 for name, value in load_file(weights).items()}
+        weights.unlink()
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return upload(record, repo, staged)
+
+    monkeypatch.setattr(module, "_upload", disturbed)
+    with pytest.raises(PushError, match="does not load back.*not what was trained"):
+        push(runs["image-full"], ID)
+
+
+def test_only_finished_runs_are_pushed(hub, tmp_path):
+    with pytest.raises(ArtifactError, match="is not a run folder"):
+        push(tmp_path, ID)
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(ArtifactError, match="did not finish"):
+        push(tmp_path, ID)
+    assert ID not in hub.store.repos
+
+
+def test_tokens_are_never_repeated(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "odd-token-without-prefix")
+    assert redacted("odd-token-without-prefix hf_abcDEF0123456789") == "hf_*** hf_***"
+    assert "odd-token" not in explain(ValueError("odd-token-without-prefix is bad"), ID)
+
+
+def test_the_token_is_in_no_file_of_a_run(hub, text_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    hub.users["hf_secretsecretsecret"] = User("alice")
+    load_recipe("text_classification").main(replace(text_run("full"), publish=hftl.PublishConfig(push_to_hub=ID)))
+    everything = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    everything += [*hub.store.repos[ID].files.values(), "".join(capsys.readouterr()).encode()]
+    assert not any(b"secretsecret" in content for content in everything)
