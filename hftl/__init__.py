@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from hftl.data.source import Splits, load_splits
     from hftl.errors import HftlError
     from hftl.evaluation.evaluate import evaluate
-    from hftl.load import Predictor, load
     from hftl.models.build import build_model
+    from hftl.predictor import Predictor, load
     from hftl.publishing.artifact import load_artifact
     from hftl.publishing.publish import Outcome, publish
     from hftl.publishing.push import push
@@ -52,7 +52,7 @@ _HOMES = {
     "hftl.errors": ("HftlError",),
     "hftl.data.source": ("Splits", "load_splits"),
     "hftl.models.build": ("build_model",),
-    "hftl.load": ("Predictor", "load"),
+    "hftl.predictor": ("Predictor", "load"),
     "hftl.tasks.task": ("SupervisedTask", "Task"),
     "hftl.tasks.image_classification": ("ImageClassification",),
     "hftl.tasks.text_classification": ("TextClassification",),

@@ -13,7 +13,7 @@ from hftl.data.columns import arrow_column
 from hftl.data.source import IMAGES, TABLES, load_splits
 from hftl.errors import DataError, nearest, shorten
 from hftl.evaluation.evaluate import TableWriter
-from hftl.load import Predictor, load
+from hftl.predictor import Predictor, load
 from hftl.tasks.task import Task
 
 if TYPE_CHECKING:

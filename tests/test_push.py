@@ -166,7 +166,8 @@ def test_a_hub_that_never_answers_ends_the_push(hub, runs, match, tmp_path):
         cwd=ROOT,
         env={**os.environ, "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"},
     )
-    assert done.returncode == 2 and "does not answer" in done.stderr or "connection to" in done.stderr, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "does not answer" in done.stderr or "connection to" in done.stderr, done.stderr
 
 
 REFUSALS = {

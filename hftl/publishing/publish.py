@@ -74,6 +74,7 @@ def publish(
     sample = task.encode(few, model.processor, None, run.data.max_length)  # on all processes: tokenizing takes turns
     if accelerator.is_main_process:
         _write(accelerator, model, task, splits, run, outcome, sample)
+    _tell_trackers(accelerator, outcome)
     accelerator.wait_for_everyone()
     if run.publish.push_to_hub:
         push_once(accelerator, run_folder(run), run.publish)
@@ -105,6 +106,17 @@ def _write(
     for part in record.parts:
         write_card(record, part, folder / part)
     say(f"publish: {folder}")
+
+
+def _tell_trackers(accelerator: Accelerator, outcome: Outcome) -> None:
+    """Sends the test metrics, which came after training, and ends the trackers."""
+    if not accelerator.trackers:
+        return
+    tests = {name: value for name, value in outcome.metrics.items() if name.startswith("test/")}
+    if tests:
+        accelerator.log(tests, step=outcome.history.steps)
+    for tracker in accelerator.trackers:
+        tracker.finish()  # end_training() would leave the process group too, and a push still needs it
 
 
 def _class_counts(splits: Splits, task: Task) -> dict[str, dict[str, int]]:

@@ -55,7 +55,9 @@ class Recorder:
             config = {
                 name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values
             }
-            accelerator.init_trackers("tensorboard", config=config)
+            named = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
+            options = {tracker: {key: folder.name} for tracker, key in named.items() if tracker in run.train.trackers}
+            accelerator.init_trackers("hftl", config=config, init_kwargs=options)
         self.bar: Any = None
         if accelerator.is_main_process and sys.stderr.isatty():
             from tqdm import tqdm
@@ -86,12 +88,10 @@ class Recorder:
             say(f"step {self.history.steps}/{self.total} {line}")
 
     def close(self) -> History:
-        """Ends the bar and the files, and returns the history."""
+        """Ends the bar and the file, and returns the history. Trackers stay open for the metrics of `publish`."""
         self.history.seconds = time.perf_counter() - self.started
         if self.bar is not None:
             self.bar.close()
         if self.file is not None:
             self.file.close()
-        for tracker in self.accelerator.trackers:
-            tracker.finish()  # end_training() would leave the process group too, and evaluation still needs it
         return self.history

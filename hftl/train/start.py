@@ -76,7 +76,7 @@ def start(run: RunConfig) -> Accelerator:
     Processes, precision and sharding come from the launcher and its configuration file.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, set_seed
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
     folder = run_folder(run)
     # as a plugin, because the launcher's environment overrides a plain number; and by count alone, because the
@@ -85,7 +85,7 @@ def start(run: RunConfig) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_plugin=accumulation,
         log_with=[name for name in run.train.trackers if name] or None,
-        project_dir=str(folder),
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
         step_scheduler_with_optimizer=False,
     )
     if accelerator.is_main_process:
