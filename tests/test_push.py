@@ -155,7 +155,8 @@ def test_a_hub_that_never_answers_ends_the_push(hub, runs, match, tmp_path):
     """In a process of its own: the Xet client reads its timeout once."""
     hub.faults.append(Fault(match, "stall", times=float("inf"), seconds=120))
     code = (
-        "import sys, hftl.hub; hftl.hub.READ_TIMEOUT_S = 1.5\n"
+        "import sys, types, hftl.hub, huggingface_hub.utils._http as http\n"
+        "http.time, hftl.hub.READ_TIMEOUT_S = types.SimpleNamespace(sleep=lambda _: None), 1\n"
         "from hftl.cli import main; main(['push', sys.argv[1], 'alice/model', '--no-verify'])"
     )
     done = subprocess.run(
