@@ -46,7 +46,7 @@ class Answer:
     @classmethod
     def refusal(cls, refusal: Refusal) -> Answer:
         code = {"X-Error-Code": refusal.code} if refusal.code else {}
-        message = {"X-Error-Message": refusal.message.splitlines()[-1]}
+        message = {"X-Error-Message": refusal.message.splitlines()[-1].encode("ascii", "replace").decode()}
         return cls({"error": refusal.message}, refusal.status, {**refusal.headers, **code, **message})
 
     @classmethod

@@ -46,6 +46,9 @@ class Fault:
     body: str = "broken by the test"
 
 
+UNBROKEN = Fault("", "")
+
+
 class Logged(NamedTuple):
     """A request and what came of it: an HTTP status, or the action of the fault that left it unanswered."""
 
@@ -56,7 +59,7 @@ class Logged(NamedTuple):
 
 
 class Hub:
-    """A hub on a free port of 127.0.0.1; it answers while the `with` block runs.
+    """A hub on a free port of 127.0.0.1; it answers while the `with` block runs and refuses connections before.
 
     Args:
         users: whom each token stands for. Taking a token out revokes it.
@@ -73,8 +76,10 @@ class Hub:
         self.connections: set[socket.socket] = set()
         self.released = threading.Event()  # ends stalls
         self.reset(users)
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler, bind_and_activate=False)
         self.server.daemon_threads = True
+        self.server.server_bind()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def reset(self, users: Mapping[str, User]) -> None:
@@ -87,6 +92,7 @@ class Hub:
             self.released = threading.Event()
 
     def __enter__(self) -> Hub:
+        self.server.server_activate()
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -98,9 +104,9 @@ class Hub:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def add_repo(self, repo_id: str, files: Mapping[str, bytes] | None = None, **options: bool) -> Repo:
-        """Adds a repository that is simply there; `options` are private and gated of `Repo`."""
-        repo = self.store.repos[repo_id] = Repo(repo_id, **options)
+    def add_repo(self, repo_id: str, files: Mapping[str, bytes] | None = None, private=False, gated=False) -> Repo:
+        """Adds a repository that is simply there."""
+        repo = self.store.repos[repo_id] = Repo(repo_id, private, gated)
         if files:
             content = {path: File(data, api.is_lfs(path, len(data))) for path, data in files.items()}
             repo.commit({**repo.commits[repo.branches["main"]].files, **content}, "add files", "hub")
@@ -149,30 +155,31 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             super().finish()
 
-    def log_message(self, *_):
+    def log_message(self, format: str, *args):
         pass  # hub.log is the log
 
     def handle_request(self):
-        hub, url = self.hub, urlsplit(self.path)
-        fault = hub.fault_for(f"{self.command} {url.path}")
-        action = fault.action if fault else None
-        if action == "reset":
+        hub, url, released = self.hub, urlsplit(self.path), self.hub.released
+        fault = hub.fault_for(f"{self.command} {url.path}") or UNBROKEN
+        if fault.action == "reset":
             return self.hang_up("reset", None)
         body = self.read_body()
-        if callable(action):
-            action()
+        if callable(fault.action):
+            fault.action()
         token = self.headers["Authorization"] and self.headers["Authorization"].removeprefix("Bearer ")
         user = hub.users.get(token or "")
-        request = Request(self.command, url.path, dict(parse_qsl(url.query)), self.headers, body, token, user)
-        if action == "drop":
+        headers = {name.title(): value for name, value in self.headers.items()}
+        request = Request(self.command, url.path, dict(parse_qsl(url.query)), headers, body, token, user)
+        if fault.action == "drop":
             return self.hang_up("drop", user)
-        if action == "stall":
-            hub.released.wait(fault.seconds)
-        if isinstance(action, int):
-            answer = Answer({"error": fault.body}, action, fault.headers)
+        if fault.action == "stall" and released.wait(fault.seconds):  # the hub has been reset meanwhile
+            self.close_connection = True
+            return None
+        if isinstance(fault.action, int):
+            answer = Answer({"error": fault.body}, fault.action, fault.headers)
         else:
             answer = hub.answer(request)
-        if action == "lost":
+        if fault.action == "lost":
             return self.hang_up("lost", user)
         # Logged first: the client may look at the log as soon as it has its answer.
         hub.log.append(Logged(self.command, self.path, answer.status, user and user.name))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cached_property
 
 import yaml
 
@@ -50,17 +51,17 @@ class User:
 
 @dataclass(frozen=True)
 class File:
-    """One file of a commit; `etag` is what the hub calls its oid: git's SHA-1, or the SHA-256 of an LFS file."""
+    """One file of a commit; its `etag` is git's SHA-1, or the SHA-256 if it is sent by LFS or Xet."""
 
     content: bytes = field(repr=False)
     lfs: bool = False
     xet_hash: str | None = None
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
+    @cached_property
     def git_oid(self) -> str:
         stored = self.content
         if self.lfs:  # git keeps a pointer
@@ -205,13 +206,20 @@ def card_metadata(readme: bytes) -> dict:
         raise ValueError(f"invalid YAML: {error}") from None
     if not isinstance(metadata, dict):
         raise ValueError("the metadata must be a mapping")
-    for model in metadata.get("model-index") or []:
-        if "name" not in model:
-            raise ValueError('"model-index[0].name" is required')
-        for result in model.get("results", []):
-            for part, keys in {"task": ("type",), "dataset": ("type", "name"), "metrics": ("type", "value")}.items():
-                given = result.get(part) or {}
-                for mapping in given if isinstance(given, list) else [given]:
-                    if missing := [key for key in keys if mapping.get(key) is None]:
-                        raise ValueError(f'"model-index[0].results[0].{part}.{missing[0]}" is required')
+    for number, model in enumerate(metadata.get("model-index") or []):
+        for place, mapping, keys in parts_of_results(f"model-index[{number}]", model):
+            if missing := [key for key in keys if mapping.get(key) is None]:
+                raise ValueError(f'"{place}.{missing[0]}" is required')
     return metadata
+
+
+def parts_of_results(place: str, model: dict) -> Iterator[tuple[str, dict, tuple[str, ...]]]:
+    """Yields the parts of an entry of a model-index: where it stands, the part, the keys it must have."""
+    yield place, model, ("name", "results")
+    for number, result in enumerate(model["results"]):
+        at = f"{place}.results[{number}]"
+        yield at, result, ("task", "dataset", "metrics")
+        yield f"{at}.task", result["task"], ("type",)
+        yield f"{at}.dataset", result["dataset"], ("type", "name")
+        for position, metric in enumerate(result["metrics"]):
+            yield f"{at}.metrics[{position}]", metric, ("type", "value")
