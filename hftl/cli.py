@@ -86,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--private", action="store_true", help="create it private; refuse a public one")
     command.add_argument("--no-verify", dest="verify", action="store_false", help="do not load the revision back")
     command.set_defaults(act=_push)
+    command = commands.add_parser("report", help="draw a run as one HTML page, or several side by side")
+    command.add_argument("runs", metavar="RUN", nargs="+", help="run folder; several are compared")
+    command.add_argument("--output", help="HTML file (RUN/report.html; of several runs compare.html)")
+    command.set_defaults(act=_report)
 
     command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
     command.set_defaults(act=_doctor)
@@ -185,6 +189,15 @@ def _push(options: argparse.Namespace) -> None:
     from hftl.publishing.push import push
 
     push(options.run, options.repo, options.private, options.verify)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from hftl.publishing.report import compare_reports, write_report
+
+    if len(options.runs) == 1:
+        print(write_report(options.runs[0], options.output))
+    else:
+        print(compare_reports(options.runs, options.output or "compare.html"))
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -124,6 +124,7 @@ def test_a_run_folder_is_complete(text_run, tmp_path):
         "environment.json",
         "metrics.json",
         "predictions.parquet",
+        "report.html",
         "report.json",
         "model/README.md",
         "adapter/README.md",

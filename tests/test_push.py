@@ -94,6 +94,9 @@ def test_a_repository_holds_what_was_verified_and_no_data(hub, runs):
     assert files["adapter/adapter_model.safetensors"] == (folder / "adapter/adapter_model.safetensors").read_bytes()
     assert json.loads(files["metrics.json"]) == json.loads((folder / "metrics.json").read_text())
     assert not {"predictions.parquet", "sample.safetensors"} & set(files)
+    page, shown = files["report.html"].decode(), (folder / "report.html").read_text()
+    text = next(line for line in (folder.parent / "texts.txt").read_text().splitlines() if line in shown)
+    assert text not in page
     assert hub.store.repos[ID].private and len(hub.requests(COMMIT)) == 1
     card = files["README.md"].decode()
     assert f'"{ID}"' in card and "path/to" not in card
@@ -299,7 +302,7 @@ def test_only_finished_runs_are_pushed(hub, tmp_path):
     with pytest.raises(ArtifactError, match="is not a run folder"):
         push(tmp_path, ID)
     (tmp_path / "config.yaml").write_text("{}")
-    with pytest.raises(ArtifactError, match="did not finish"):
+    with pytest.raises(ArtifactError, match="verified model"):
         push(tmp_path, ID)
     assert ID not in hub.store.repos
 

@@ -123,6 +123,9 @@ class TrainConfig:
     """Peak learning rate of the backbone (or of the adapters); default by method and modality."""
     head_lr: float | None = None
     """Peak learning rate of the head; default by method and modality."""
+    head_first: float | None = None
+    """Share of the steps in which the head learns alone before the backbone joins, in [0, 1); a new head would otherwise
+    disturb pretrained features (LP-FT, https://arxiv.org/abs/2202.10054). Default by method and modality."""
     weight_decay: float = 0.01
     """AdamW's decay, on matrices only: biases and norms are left alone."""
     batch_size_per_device: int = 32
@@ -214,6 +217,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "train.max_steps": (1, float("inf"), "at least 1"),
     "train.lr": (0, float("inf"), "at least 0"),
     "train.head_lr": (0, float("inf"), "at least 0"),
+    "train.head_first": (0, 0.999999, "[0, 1)"),
     "train.weight_decay": (0, float("inf"), "at least 0"),
     "train.batch_size_per_device": (1, float("inf"), "at least 1"),
     "train.gradient_accumulation_steps": (1, float("inf"), "at least 1"),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hftl.config.parse import dump
 from hftl.errors import shorten
-from hftl.evaluation.intervals import confusion_intervals, wilson
-from hftl.publishing.record import Record
+from hftl.evaluation.intervals import wilson
+from hftl.publishing.record import RunRecord
 
 WEAK_F1, FEW_ROWS = 0.5, 20
 """Classes below this F1, or with fewer test rows than this, are named under "Limits"."""
@@ -20,7 +19,7 @@ _METHODS = {
 _SHOWN = ("accuracy", "macro_f1", "weighted_f1", "macro_precision", "macro_recall")
 
 
-def write_card(record: Record, part: str, into: Path, repo: str | None = None) -> None:
+def write_card(record: RunRecord, part: str, into: Path, repo: str | None = None) -> None:
     """Writes the card of one part of a run as `into/README.md`.
 
     Args:
@@ -34,7 +33,7 @@ def write_card(record: Record, part: str, into: Path, repo: str | None = None) -
     sections = [
         f"# {_title(record)}\n\n{_summary(record)}",
         f"## Use\n\n{_use(record, part, repo)}",
-        f"## Labels\n\n{shorten(record.labels, 200) or 'none'}",
+        f"## Labels\n\n{shorten(_labels(record), 200) or 'none'}",
         f"## Data\n\n{_data(record)}",
         f"## Results\n\n{_results(record)}",
         f"## Limits\n\n{_limits(record)}",
@@ -45,14 +44,14 @@ def write_card(record: Record, part: str, into: Path, repo: str | None = None) -
     ModelCard(f"---\n{metadata}\n---\n\n" + "\n\n".join(sections) + "\n").save(into / "README.md")
 
 
-def _metadata(record: Record, part: str, repo: str | None) -> Any:
+def _metadata(record: RunRecord, part: str, repo: str | None) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    base, run = record.described["base_model"], record.config
+    base = record.described["base_model"]
     has_base = bool(base["hub_id"]) and base["pretrained"]
-    source = run.data.source
+    source = _source(record)
     tests = {name: value for name, value in record.metrics.items() if name.startswith("test/") and value is not None}
-    intervals = {} if record.confusion is None else confusion_intervals(record.confusion)
+    intervals = record.intervals("test")
     results = [
         EvalResult(
             task_type=_task(record),
@@ -81,21 +80,21 @@ def _metadata(record: Record, part: str, repo: str | None) -> Any:
     )
 
 
-def _title(record: Record) -> str:
-    base = Path(record.config.model.name.rpartition(":")[2]).name
-    return f"{_slug(record.config.data.source)}: {_task(record).replace('-', ' ')} with {base}"
+def _title(record: RunRecord) -> str:
+    base = Path(record.settings["model.name"].rpartition(":")[2]).name
+    return f"{_slug(record.settings['data.source'])}: {_task(record).replace('-', ' ')} with {base}"
 
 
-def _summary(record: Record) -> str:
+def _summary(record: RunRecord) -> str:
     base = record.described["base_model"]
     start = "pretrained weights" if base["pretrained"] else "random weights"
     method = _METHODS.get(record.described["method"], record.described["method"])
-    name = f"`{base['hub_id'] or record.config.model.name}`"
+    name = f"`{base['hub_id'] or record.settings['model.name']}`"
     revision = f" (revision `{base['revision']}`)" if base["revision"] else ""
-    return f"{method} trained on `{record.config.data.source}`, starting from {start} of {name}{revision}."
+    return f"{method} trained on `{record.settings['data.source']}`, starting from {start} of {name}{revision}."
 
 
-def _use(record: Record, part: str, repo: str | None) -> str:
+def _use(record: RunRecord, part: str, repo: str | None) -> str:
     """Returns the code that opens the model without hftl."""
     base = record.described["base_model"]
     place = repo or f"path/to/{part}"
@@ -154,11 +153,13 @@ model = peft.PeftModel.from_pretrained(base, folder).eval()""",
 }
 
 
-def _data(record: Record) -> str:
-    rows = record.report["rows"]
-    counts = record.report.get("classes", {})
+def _data(record: RunRecord) -> str:
+    rows = record.facts["rows"]
+    counts = record.facts.get("classes", {})
     lines = [
-        f"`{record.config.data.source}`: " + ", ".join(f"{split} {count}" for split, count in rows.items()) + " rows."
+        f"`{record.settings['data.source']}`: "
+        + ", ".join(f"{split} {count}" for split, count in rows.items())
+        + " rows."
     ]
     if counts:
         fewest = min(counts["train"], key=lambda name: counts["train"][name])
@@ -170,8 +171,8 @@ def _data(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _results(record: Record) -> str:
-    intervals = {} if record.confusion is None else confusion_intervals(record.confusion)
+def _results(record: RunRecord) -> str:
+    intervals = record.intervals("test")
     names = [name for name in record.metrics if record.metrics[name] is not None]
     shown = [name for name in names if name.partition("/")[2] in (*_SHOWN, "loss")] if intervals else names
     lines = ["| metric | value | 95 % interval |", "|---|---|---|"]
@@ -186,11 +187,11 @@ def _results(record: Record) -> str:
     return "\n".join(lines) + f"\n\n{note}\n\n{_per_class(record)}"
 
 
-def _scores(record: Record) -> list[tuple[str, int, float, float, float, tuple[float, float]]]:
+def _scores(record: RunRecord) -> list[tuple[str, int, float, float, float, tuple[float, float]]]:
     """Returns (class, test rows, precision, recall, F1, interval of the recall) for each class."""
-    confusion = record.confusion
+    confusion = record.judged["test"].confusion
     out = []
-    for number, label in enumerate(record.labels):
+    for number, label in enumerate(_labels(record)):
         right, true, said = (
             int(confusion[number, number]),
             int(confusion[number].sum()),
@@ -202,7 +203,7 @@ def _scores(record: Record) -> list[tuple[str, int, float, float, float, tuple[f
     return out
 
 
-def _per_class(record: Record) -> str:
+def _per_class(record: RunRecord) -> str:
     lines = ["| class | test rows | precision | recall | 95 % interval of recall | F1 |", "|---|---|---|---|---|---|"]
     for label, rows, precision, recall, f1, (low, high) in _scores(record):
         spread = f"{low:.2f} to {high:.2f}" if rows else ""
@@ -210,15 +211,17 @@ def _per_class(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _limits(record: Record) -> str:
-    if "test" not in record.report["rows"]:
+def _limits(record: RunRecord) -> str:
+    if "test" not in record.facts["rows"]:
         return "There was no test split: nothing here was measured on rows that chose nothing."
-    if record.confusion is None:
+    if "test" not in record.judged:
         return "Measured on one test split; other data may differ."
     scores = _scores(record)
     weak = [f"{label} ({f1:.2f})" for label, rows, _, _, f1, _ in scores if rows and f1 < WEAK_F1]
     few = [f"{label} ({rows})" for label, rows, *_ in scores if rows < FEW_ROWS]
-    lines = [f"- Measured on {int(record.confusion.sum())} test rows of one data set; other data may differ."]
+    lines = [
+        f"- Measured on {int(record.judged['test'].confusion.sum())} test rows of one data set; other data may differ."
+    ]
     if weak:
         lines.append(f"- F1 below {WEAK_F1} on test: {shorten(weak, 30)}.")
     if few:
@@ -226,29 +229,29 @@ def _limits(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _training(record: Record) -> str:
-    report, environment = record.report, record.environment
-    adapt, training = report["adapt"], report["training"]
+def _training(record: RunRecord) -> str:
+    environment = record.environment
+    adapt, training = record.facts["adapt"], record.facts["training"]
     best = training["best"]
     kept = f"step {best['step']} ({best['metric']} {best['value']:.4f})" if best else "the last weights"
-    differences = ", ".join(f"{name} {value:.2g}" for name, value in report.get("verified", {}).items())
+    differences = ", ".join(f"{name} {value:.2g}" for name, value in record.facts.get("verified", {}).items())
     return f"""```bash
 {environment.get("command", "not recorded")}
 ```
 
 - {adapt["trained"]:,} of {adapt["total"]:,} parameters trained (`{adapt["method"]}`)
-- {training["steps"]} steps in {training["seconds"]:.0f} s, seed {record.config.train.seed}; kept: {kept}
+- {training["steps"]} steps in {training["seconds"]:.0f} s, seed {record.settings["train.seed"]}; kept: {kept}
 - largest logit difference between the trained model and the saved one, by reader: {differences or "not recorded"}
 
 <details><summary>Configuration</summary>
 
 ```yaml
-{dump(record.config)}```
+{(record.folder / "config.yaml").read_text(encoding="utf-8")}```
 
 </details>"""
 
 
-def _environment(record: Record) -> str:
+def _environment(record: RunRecord) -> str:
     found = record.environment
     packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
     return (
@@ -257,11 +260,19 @@ def _environment(record: Record) -> str:
     )
 
 
-def _task(record: Record) -> str:
+def _labels(record: RunRecord) -> list[str]:
+    return record.described["head"]["labels"]
+
+
+def _source(record: RunRecord) -> str:
+    return record.settings["data.source"]
+
+
+def _task(record: RunRecord) -> str:
     return record.described["task"].replace("_", "-")
 
 
-def _is_pooled(record: Record) -> bool:
+def _is_pooled(record: RunRecord) -> bool:
     return record.described["class"].startswith("Pooled")
 
 

@@ -9,6 +9,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.adaptation.report import AdaptReport
@@ -17,17 +18,20 @@ from hftl.console import say
 from hftl.data.columns import arrow_column
 from hftl.data.loader import Rows
 from hftl.data.source import Splits
+from hftl.errors import first_line
 from hftl.hub import redacted
 from hftl.models.parts import TaskModel
 from hftl.publishing.artifact import save_artifact
 from hftl.publishing.card import write_card
 from hftl.publishing.push import push_once
-from hftl.publishing.record import read_record
+from hftl.publishing.record import RunRecord
+from hftl.publishing.report import write_report
 from hftl.tasks.task import Task
 from hftl.train.history import History, finite
 from hftl.train.start import run_folder
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 PACKAGES = (
@@ -59,7 +63,7 @@ class Outcome:
 def publish(
     accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig, outcome: Outcome
 ) -> None:
-    """Writes the run folder: config, environment, metrics, report, and the verified model with its card.
+    """Writes the run folder: config, environment, metrics, facts, the verified model with its card, and the page.
 
     Only the main process writes. Afterwards the model is on the CPU, with adapters merged. Where `run.publish` names
     a repository, the finished folder is pushed to it.
@@ -95,17 +99,49 @@ def _write(
     (folder / "environment.json").write_text(json.dumps(environment(accelerator), indent=2))
     report: dict[str, Any] = {
         "adapt": outcome.report.to_dict(),
-        "training": {"steps": history.steps, "seconds": round(history.seconds, 2), "best": history.best},
+        "training": {
+            "steps": history.steps,
+            "seconds": round(history.seconds, 2),
+            "best": history.best,
+            **peak_memory(accelerator.device),
+        },
         "rows": {split: len(rows) for split, rows in splits.items()},
         "classes": _class_counts(splits, task),
     }
     _dump(report, folder)  # before the comparison: a mismatch must not lose it
     report["verified"] = save_artifact(model, task, run, sample, folder)
     _dump(report, folder)
-    record = read_record(folder)
+    record = RunRecord(folder)
     for part in record.parts:
         write_card(record, part, folder / part)
     say(f"publish: {folder}")
+    _draw(folder, splits)
+
+
+def _draw(folder: Path, splits: Splits) -> None:
+    """Writes report.html. Everything else is on disk by now, so whatever goes wrong with a picture is only said."""
+    try:
+        say(f"report: {write_report(folder, splits=splits)}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        say(f"report: not drawn ({reason}); the run is complete, `hftl report {folder}` tries again")
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Returns the most bytes that this process has held so far: resident, and allocated by torch on a CUDA device."""
+    import torch
+
+    found = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    return found
 
 
 def _tell_trackers(accelerator: Accelerator, outcome: Outcome) -> None:

@@ -14,7 +14,8 @@ from hftl.errors import ArtifactError, PushError
 from hftl.hub import bounded, explain, name_problem, repository_problem
 from hftl.publishing.artifact import adapter_reader, compare, fresh_base, load_artifact, read_sample
 from hftl.publishing.card import write_card
-from hftl.publishing.record import Record, read_record
+from hftl.publishing.record import DESCRIPTION, RunRecord
+from hftl.publishing.report import REPORT, write_report
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 LIMIT_H = 3
 """Hours after which processes that wait for the one that pushes give up."""
 BESIDE = ("metrics.json", "report.json")
-"""Files of the run folder that go along. Predictions and the comparison sample stay: they are the user's data."""
+"""Files of the run folder that go along. What holds rows stays: predictions, the comparison sample, errors shown."""
 
 
 def push(folder: str | Path, repo: str, private: bool = False, verify: bool = True) -> str:
@@ -43,7 +44,11 @@ def push(folder: str | Path, repo: str, private: bool = False, verify: bool = Tr
         ArtifactError: The folder does not hold a finished run, or what came back computes something else.
         PushError: The hub could not be reached or refused; says why, and the command that tries again.
     """
-    record = read_record(folder)
+    record = RunRecord(folder)
+    if not record.parts:
+        raise ArtifactError(
+            f"'{folder}' holds no verified model: there is no model/{DESCRIPTION}, which is written last."
+        )
     problem = name_problem(repo) or repository_problem(repo, private)
     if problem:
         raise PushError(_failed(problem, record, repo, private))
@@ -86,7 +91,7 @@ def push_once(accelerator: Accelerator, folder: Path, config: PublishConfig) -> 
         raise kind(*problems)
 
 
-def _stage(record: Record, repo: str, into: Path) -> None:
+def _stage(record: RunRecord, repo: str, into: Path) -> None:
     """Lays out the repository in a folder of links; only the cards are written anew, with the repository's name."""
     for part in record.parts:
         target = into if part == "model" else into / part
@@ -98,18 +103,19 @@ def _stage(record: Record, repo: str, into: Path) -> None:
         write_card(record, part, target, repo)
     for name in BESIDE:
         (into / name).symlink_to((record.folder / name).resolve())
+    write_report(record.folder, into / REPORT, show_rows=False)
 
 
-def _upload(record: Record, repo: str, staged: str) -> Any:
+def _upload(record: RunRecord, repo: str, staged: str) -> Any:
     from huggingface_hub import HfApi
 
     # an adapter of an earlier run must not stand beside a model that it does not belong to
     stale = None if "adapter" in record.parts else ["adapter/*"]
-    title = f"{record.described['method']} on {Path(record.config.data.source).name}, by hftl"
+    title = f"{record.described['method']} on {Path(record.settings['data.source']).name}, by hftl"
     return HfApi().upload_folder(repo_id=repo, folder_path=staged, commit_message=title, delete_patterns=stale)
 
 
-def _load_back(record: Record, repo: str, revision: str, private: bool) -> None:
+def _load_back(record: RunRecord, repo: str, revision: str, private: bool) -> None:
     """Opens the pushed revision by its id and compares its logits with those of the trained model."""
     inputs, expected = read_sample(record.folder)
     model, _ = load_artifact(record.folder)
@@ -125,6 +131,6 @@ def _load_back(record: Record, repo: str, revision: str, private: bool) -> None:
         raise PushError(_failed(reason, record, repo, private)) from error
 
 
-def _failed(reason: str, record: Record, repo: str, private: bool) -> str:
+def _failed(reason: str, record: RunRecord, repo: str, private: bool) -> str:
     command = shlex.join(["hftl", "push", str(record.folder), repo, *(["--private"] if private else [])])
     return f"push to {repo}: {reason} The run is complete in {record.folder}. To push again:\n  {command}"

@@ -1,81 +1,212 @@
-"""What a finished run left in its folder: the one source of cards, reports and pushes, now or a year later."""
+"""What a run left on disk, read back: the one source of cards, pushes and reports, now or a year later."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hftl.config.parse import load
-from hftl.config.schema import RunConfig
-from hftl.errors import ArtifactError, HftlError
+import numpy as np
+
+from hftl.errors import ArtifactError, first_line, nearest
+from hftl.evaluation.intervals import confusion_intervals, confusion_matrix
+from hftl.evaluation.metrics import class_scores
 
 DESCRIPTION = "hftl.json"
 """In `model/` and `adapter/`: task, labels, head and base model. Written last, so its presence means verified."""
+NEEDED = ("config.yaml", "metrics.json", "report.json")
+_VALUES_AT_A_TIME = 2_000_000
+"""Probabilities held at once while a predictions file is read: 16 MB."""
 
 
 @dataclass(frozen=True)
-class Record:
-    """A run folder, read."""
+class Judged:
+    """Rows of one split whose true and predicted class are known, in the order of the split.
 
-    folder: Path
-    config: RunConfig
-    described: dict[str, Any]
-    """`hftl.json`: task, state, head, base_model, method."""
-    metrics: dict[str, float]
-    report: dict[str, Any]
-    environment: dict[str, Any]
+    All arrays are [N]; classes are positions in `RunRecord.classes`.
+    """
 
-    @property
-    def labels(self) -> list[str]:
-        """Names of the outputs, in order."""
-        return self.described["head"]["labels"]
-
-    @property
-    def parts(self) -> list[str]:
-        """`model`, and `adapter` where there is one."""
-        return [part for part in ("model", "adapter") if (self.folder / part / DESCRIPTION).is_file()]
+    rows: Any
+    labels: Any
+    predictions: Any
+    confidences: Any
+    num_classes: int
 
     @cached_property
     def confusion(self) -> Any:
-        """Counts [K, K] of the test rows (rows: true class), or None where predictions are not of one class each."""
-        path = self.folder / "predictions.parquet"
-        if not path.is_file() or not self.labels:
-            return None
-        import pyarrow.parquet as pq
+        """How many rows of each true class were predicted as each class [K, K]."""
+        return confusion_matrix(self.labels, self.predictions, self.num_classes)
 
-        from hftl.evaluation.intervals import confusion_matrix
-
-        if not {"label", "prediction"} <= set(pq.read_schema(path).names):
-            return None
-        rows = pq.read_table(path, columns=["label", "prediction"], filters=[("split", "==", "test")])
-        number = {label: position for position, label in enumerate(self.labels)}
-        true, predicted = ([number[name] for name in rows[column].to_pylist()] for column in ("label", "prediction"))
-        return confusion_matrix(true, predicted, len(number)) if true else None
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for splits with equal labels in equal order."""
+        return hashlib.sha256(self.labels.astype(np.int64).tobytes()).hexdigest()
 
 
-def read_record(folder: str | Path) -> Record:
-    """Returns what a run left in `folder`.
+class RunRecord:
+    """One run folder.
 
     Raises:
-        ArtifactError: It is not the folder of a finished, verified run.
+        ArtifactError: The folder holds no finished run, or one of its files cannot be read.
     """
-    folder = Path(folder)
-    if not (folder / "model" / DESCRIPTION).is_file():
-        what = "holds a run that did not finish" if (folder / "config.yaml").is_file() else "is not a run folder"
-        raise ArtifactError(f"'{folder}' {what}: there is no model/{DESCRIPTION}, which is written last.")
-    try:
-        parts = {
-            name: json.loads((folder / file).read_text(encoding="utf-8"))
-            for name, file in {
-                "described": f"model/{DESCRIPTION}",
-                "metrics": "metrics.json",
-                "report": "report.json",
-                "environment": "environment.json",
-            }.items()
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        missing = [name for name in NEEDED if not (self.folder / name).is_file()]
+        if missing:
+            raise ArtifactError(_no_run(self.folder, missing))
+        self.name = self.folder.resolve().name
+        self.settings = self._settings()
+        """The configuration as `{"train.lr": 3e-4, …}`; also that of another version of hftl, with other settings."""
+        self.metrics: dict[str, float | None] = self._json("metrics.json")
+        self.facts: dict[str, Any] = self._json("report.json")
+        self.environment: dict[str, Any] = self._json("environment.json")
+        self.described: dict[str, Any] = self._json(f"model/{DESCRIPTION}")
+        self.history = self._history()
+
+    @property
+    def task(self) -> str:
+        """Name of the task; empty where the model was not saved."""
+        return self.described.get("task", "")
+
+    @property
+    def parts(self) -> list[str]:
+        """Verified artifacts: `model`, and `adapter` where there is one."""
+        return [part for part in ("model", "adapter") if (self.folder / part / DESCRIPTION).is_file()]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the outputs; empty where a row does not have exactly one class."""
+        head = self.described.get("head", {})
+        return head.get("labels", []) if head.get("problem_type") == "single_label_classification" else []
+
+    @property
+    def splits(self) -> list[str]:
+        """Splits that were measured, in the order of the metrics."""
+        return list(dict.fromkeys(name.split("/")[0] for name in self.metrics if "/" in name))
+
+    @property
+    def main_split(self) -> str | None:
+        """The split that measures the model: test where there is one."""
+        return "test" if "test" in self.splits else next(iter(self.splits), None)
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Returns steps and values of one recorded quantity."""
+        points = [(record["step"], record[name]) for record in self.history if record.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @cached_property
+    def judged(self) -> dict[str, Judged]:
+        """True and predicted classes by split; empty where the run wrote no such predictions."""
+        wanted = ("split", "row", "label", "prediction", "confidence")
+        if not self.classes or not set(wanted) <= set(self._columns):
+            return {}
+        parts: dict[str, list[Any]] = {}
+        for batch in self._batches(wanted, 100_000):
+            codes = [_codes(batch.column(name), self.classes) for name in ("label", "prediction")]
+            numbers = [batch.column(name).to_numpy(zero_copy_only=False) for name in ("row", "confidence")]
+            known = (codes[0] >= 0) & (codes[1] >= 0)
+            of = np.array(batch.column("split").to_pylist())
+            for split in dict.fromkeys(of[known].tolist()):
+                here = known & (of == split)
+                parts.setdefault(split, []).append((numbers[0][here], codes[0][here], codes[1][here], numbers[1][here]))
+        count = len(self.classes)
+        return {
+            split: Judged(*(np.concatenate(column) for column in zip(*found, strict=True)), num_classes=count)
+            for split, found in parts.items()
         }
-        return Record(folder, load(folder / "config.yaml"), **parts)
-    except (OSError, ValueError, HftlError) as error:
-        raise ArtifactError(f"'{folder}' is incomplete or damaged: {type(error).__name__}: {error}") from error
+
+    def intervals(self, split: str) -> dict[str, tuple[float, float]]:
+        """Returns 95 % intervals of the metrics that the predictions on disk give as metrics.json has them."""
+        if split not in self.judged:
+            return {}
+        counts = self.judged[split].confusion
+        again = class_scores(counts.diagonal(), counts.sum(1), counts.sum(0))
+        said = {name: self.metrics.get(f"{split}/{name}") for name in again}
+        agree = [name for name, value in said.items() if value is not None and abs(value - again[name]) < 1e-9]
+        found = confusion_intervals(counts)
+        return {name: found[name] for name in agree}
+
+    def probabilities(self, split: str) -> Iterator[tuple[Any, Any]]:
+        """Yields probabilities [n, K] and true classes [n] of a split, a few rows at a time."""
+        count = len(self.classes)
+        if not count or not {"split", "label", "probabilities"} <= set(self._columns):
+            return
+        import pyarrow as pa
+
+        for batch in self._batches(("split", "label", "probabilities"), max(_VALUES_AT_A_TIME // count, 1)):
+            batch = batch.filter(pa.array(np.array(batch.column("split").to_pylist()) == split))
+            labels = _codes(batch.column("label"), self.classes)
+            flat = batch.column("probabilities").flatten().to_numpy(zero_copy_only=False)
+            if len(labels) and len(flat) == len(labels) * count:
+                yield flat.reshape(-1, count)[labels >= 0], labels[labels >= 0]
+
+    @cached_property
+    def _columns(self) -> list[str]:
+        from pyarrow.parquet import read_schema
+
+        return read_schema(self._predictions).names if self._predictions.is_file() else []
+
+    @property
+    def _predictions(self) -> Path:
+        return self.folder / "predictions.parquet"
+
+    def _batches(self, columns: tuple[str, ...], rows: int) -> Iterator[Any]:
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(self._predictions) as file:
+            yield from file.iter_batches(rows, columns=list(columns))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.is_file():
+            return {}
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
+
+    def _settings(self) -> dict[str, Any]:
+        import yaml
+
+        path = self.folder / "config.yaml"
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ArtifactError(f"{path} is not valid YAML: {first_line(error)}.") from error
+        return _flat(values) if isinstance(values, dict) else {}
+
+    def _history(self) -> list[dict[str, Any]]:
+        path = self.folder / "history.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not valid JSON lines: {error}.") from error
+
+
+def _codes(names: Any, classes: list[str]) -> Any:
+    """Returns the positions of `names` (Arrow strings) in `classes` [N] int64; -1 where there is none."""
+    encoded = names.dictionary_encode()
+    position = {name: code for code, name in enumerate(classes)}
+    codes = np.array([position.get(name, -1) for name in encoded.dictionary.to_pylist()] + [-1])
+    return codes[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def _no_run(folder: Path, missing: list[str]) -> str:
+    if folder.is_dir():
+        return f"'{folder}' is not the folder of a finished run: it has no {', '.join(missing)}."
+    parent = folder.parent
+    guess = nearest(folder.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
+    return f"there is no run folder '{folder}'.{guess}"

@@ -69,7 +69,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config, accelerator.device)
     # Accelerate would step a prepared schedule once for each process, so it stays ours
-    schedule = make_schedule(optimizer, config.schedule, total, config.warmup_ratio)
+    schedule = make_schedule(optimizer, config, total)
     net, stepper = accelerator.prepare(model, optimizer)
     metric = config.best_metric or task.best_metric
     best = BestWeights(accelerator, model, run_folder(run), larger_is_better=metric != "loss", rows=len(held_out or ()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +33,22 @@ def make_optimizer(model: TaskModel, config: TrainConfig, device: torch.device) 
     return AdamW(settings, fused=device.type in ("cpu", "cuda", "xpu", "mps"))
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, kind: Schedule, total_steps: int, warmup_ratio: float) -> LambdaLR:
-    """Returns the schedule, to be stepped once after every optimizer step."""
-    return LambdaLR(optimizer, lambda step: lr_factor(step, kind, total_steps, math.ceil(warmup_ratio * total_steps)))
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
+    """Returns the schedule of every group, to be stepped once after every optimizer step.
+
+    The backbone's begins after the share `config.head_first` of the steps; until then only the head learns
+    (LP-FT, Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+    """
+
+    def factor(waits: int) -> Callable[[int], float]:
+        rest = total_steps - waits
+        warmup = math.ceil(config.warmup_ratio * rest)
+        return lambda step: lr_factor(step - waits, config.schedule, rest, warmup) if step >= waits else 0.0
+
+    alone = int((config.head_first or 0.0) * total_steps)
+    return LambdaLR(
+        optimizer, [factor(alone if group["name"] == "backbone" else 0) for group in optimizer.param_groups]
+    )
 
 
 def lr_factor(step: int, kind: Schedule, total_steps: int, warmup_steps: int) -> float:

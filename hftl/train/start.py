@@ -241,8 +241,8 @@ def _say_defaults(given: RunConfig, resolved: RunConfig) -> None:
     """Prints what was chosen because nothing was said."""
     chosen = {
         name: getattr(resolved.train, name)
-        for name in ("lr", "head_lr", "num_epochs")
-        if getattr(given.train, name) is None
+        for name in ("lr", "head_lr", "num_epochs", "head_first")
+        if getattr(given.train, name) is None and getattr(resolved.train, name) is not None
     }
     if chosen:
         method = given.adapt.method if given.model.pretrained else "training from scratch"

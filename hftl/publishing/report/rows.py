@@ -1,0 +1,221 @@
+"""The rows behind the numbers: opened again, checked to be the same, counted, measured and shown."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hftl.console import muted
+from hftl.data.columns import arrow_column
+from hftl.errors import HftlError, first_line
+from hftl.publishing.record import RunRecord
+from hftl.publishing.report.blocks import Example
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SHOWN = 24
+"""Errors on a page."""
+SAMPLED = 2000
+"""Rows whose length or size is measured."""
+_TEXT = 400
+_THUMBNAIL = 176
+"""Pixels of the longer side."""
+
+
+class Rows:
+    """The data of a run.
+
+    Args:
+        record: What the run left.
+        splits: The rows, where they are open already; otherwise the run's own `data.source` is opened.
+        shown: False leaves rows out, for a page that others will read.
+    """
+
+    def __init__(self, record: RunRecord, splits: Mapping[str, Dataset] | None = None, shown: bool = True) -> None:
+        self.record = record
+        self.missing = ""
+        """Why there are no rows to show, as a sentence; empty where there are."""
+        self.splits: dict[str, Dataset] = {}
+        if not shown:
+            self.missing = "Rows of the data are left out of this page, since it was made to be published."
+            return
+        try:
+            self.splits = dict(splits or _open(record))
+        except Exception as error:  # a source can fail in as many ways as there are libraries below
+            reason = str(error) if isinstance(error, HftlError) else f"{type(error).__name__}: {first_line(error)}"
+            self.missing = (
+                f"The data cannot be shown: {reason} `hftl report` looks for them as the run did: start it in the "
+                "same folder."
+            )
+            return
+        if not self._is_what_was_measured():
+            self.missing = "The data cannot be shown: the source has changed since the run, so rows may be others."
+            self.splits = {}
+
+    @property
+    def image_column(self) -> str | None:
+        """The column with images, if any."""
+        return next((name for name in self._inputs() if self._holds_images(name)), None)
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns with texts."""
+        return [name for name in self._inputs() if not self._holds_images(name)]
+
+    def class_counts(self) -> dict[str, Any]:
+        """Returns the number of rows of each class [K] by split; from the predictions where the data are gone."""
+        target = self.record.described.get("state", {}).get("target", {})
+        column, values = target.get("column"), target.get("values")
+        known = values is not None and all(column in rows.features for rows in self.splits.values())
+        if not self.splits or not known or not self.record.classes:
+            return {split: found.confusion.sum(1) for split, found in self.record.judged.items()}
+        counts = {}
+        for split, rows in self.splits.items():
+            seen = {entry["values"]: entry["counts"] for entry in arrow_column(rows, column).value_counts().to_pylist()}
+            counts[split] = np.array([seen.get(value, 0) for value in values or ()])
+        return counts
+
+    def sizes(self, split: str) -> tuple[str, dict[str, Any], int]:
+        """Returns what was measured in at most `SAMPLED` rows: its unit, values by name, and how many rows."""
+        rows = self.splits[split]
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED)).astype(int)).tolist()
+        if self.image_column:
+            found = [size for size in map(_image_size, self._images(rows, chosen)) if size]
+            return "pixels", {"width": [w for w, _ in found], "height": [h for _, h in found]}, len(found)
+        columns = self.text_columns
+        table = rows.select_columns(columns)[chosen]
+        return "words", {name: [len((text or "").split()) for text in table[name]] for name in columns}, len(chosen)
+
+    def examples(self, split: str, chosen: Any) -> list[Example]:
+        """Returns rows of a split as they are shown, by their positions in `RunRecord.judged`."""
+        judged, names = self.record.judged[split], self.record.classes
+        numbers = judged.rows[chosen].tolist()
+        images: list[str | None] = [None] * len(numbers)
+        texts: list[list[tuple[str, str]]] = [[] for _ in numbers]
+        if self.splits:
+            rows, columns = self.splits[split], self.text_columns
+            if self.image_column:
+                images = [_thumbnail(value) for value in self._images(rows, numbers)]
+            if columns:
+                table = rows.select_columns(columns)[numbers]
+                texts = [[(name, _shortened(table[name][n])) for name in columns] for n in range(len(numbers))]
+        return [
+            Example(
+                row=number,
+                label=names[judged.labels[place]],
+                prediction=names[judged.predictions[place]],
+                confidence=float(judged.confidences[place]),
+                image=image,
+                texts=text,
+            )
+            for number, place, image, text in zip(numbers, chosen, images, texts, strict=True)
+        ]
+
+    def _inputs(self) -> list[str]:
+        """Returns the columns that the task reads as inputs, as far as the data have them."""
+        if not self.splits:
+            return []
+        features = next(iter(self.splits.values())).features
+        return [name for name in _strings(self.record.described.get("state", {}).get("inputs")) if name in features]
+
+    def _holds_images(self, name: str) -> bool:
+        kind = type(next(iter(self.splits.values())).features[name]).__name__
+        # a column of paths is text by its type; a task of images alone reads no texts
+        return kind == "Image" or self.record.task.startswith("image") and "text" not in self.record.task
+
+    def _images(self, rows: Dataset, numbers: list[int]) -> list[Any]:
+        from datasets import Image
+
+        column = self.image_column or ""
+        return rows.select_columns([column]).cast_column(column, Image(decode=False))[numbers][column]
+
+    def _is_what_was_measured(self) -> bool:
+        """Whether splits are as long as the run says, and labels of predictions are those of the rows."""
+        counted = self.record.facts.get("rows", {})
+        if any(len(rows) != counted.get(split, len(rows)) for split, rows in self.splits.items()):
+            return False
+        target = self.record.described.get("state", {}).get("target", {})
+        position = {value: code for code, value in enumerate(target.get("values", []))}
+        for split, judged in self.record.judged.items():
+            if split not in self.splits or target.get("column") not in self.splits[split].features:
+                return False
+            values = arrow_column(self.splits[split], target["column"]).to_pylist()
+            if judged.rows.max(initial=0) >= len(values):
+                return False
+            codes = np.array([position.get(value, -1) for value in values])
+            if (codes[judged.rows] != judged.labels).any():
+                return False
+        return True
+
+
+def most_confident_errors(record: RunRecord, split: str) -> Any:
+    """Returns positions in `record.judged[split]` of at most `SHOWN` wrong rows, the surest first."""
+    judged = record.judged[split]
+    wrong = np.nonzero(judged.labels != judged.predictions)[0]
+    return wrong[np.argsort(-judged.confidences[wrong], kind="stable")][:SHOWN]
+
+
+def _open(record: RunRecord) -> Mapping[str, Dataset]:
+    from dataclasses import fields
+
+    from hftl.config.schema import DataConfig
+    from hftl.data.source import load_splits
+
+    # what another version of hftl called otherwise is left out: whether rows are the same is seen from their labels
+    named = {item.name: record.settings.get(f"data.{item.name}") for item in fields(DataConfig)}
+    with muted():
+        return load_splits(DataConfig(**{name: value for name, value in named.items() if value is not None}))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yields the strings in nested JSON values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
+    elif isinstance(value, dict):
+        yield from _strings(list(value.values()))
+
+
+def _shortened(text: Any) -> str:
+    text = str(text)
+    return text if len(text) <= _TEXT else text[:_TEXT] + " …"
+
+
+def _opened(value: Any) -> Any:
+    """Returns the PIL image of the library's dict of path and bytes; pixels are not read yet."""
+    from PIL import Image
+
+    return Image.open(BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
+
+
+def _image_size(value: Any) -> tuple[int, int] | None:
+    try:
+        with _opened(value) as image:
+            return image.size
+    except Exception:
+        return None  # a picture that went away is no reason to lose the page
+
+
+def _thumbnail(value: Any) -> str | None:
+    from PIL import ImageOps
+
+    out = BytesIO()
+    try:
+        with _opened(value) as image:
+            image.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))  # JPEG: decode no more than needed
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            if max(small.size) < _THUMBNAIL // 2:  # pictures of few pixels are enlarged, each pixel a square
+                scale = _THUMBNAIL // max(small.size)
+                small = small.resize((small.width * scale, small.height * scale), 0)
+            small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+            small.save(out, "JPEG", quality=82)
+    except Exception:
+        return None
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
