@@ -124,8 +124,8 @@ class TrainConfig:
     head_lr: float | None = None
     """Peak learning rate of the head; default by method and modality."""
     head_first: float | None = None
-    """Share of the steps in which the head learns alone before the backbone joins, in [0, 1); a new head would otherwise
-    disturb pretrained features (LP-FT, https://arxiv.org/abs/2202.10054). Default by method and modality."""
+    """Share of the steps in which the head learns alone before the backbone joins, in [0, 1): a new head disturbs
+    pretrained features (LP-FT, https://arxiv.org/abs/2202.10054). Default by method and modality."""
     weight_decay: float = 0.01
     """AdamW's decay, on matrices only: biases and norms are left alone."""
     batch_size_per_device: int = 32
