@@ -90,6 +90,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("runs", metavar="RUN", nargs="+", help="run folder; several are compared")
     command.add_argument("--output", help="HTML file (RUN/report.html; of several runs compare.html)")
     command.set_defaults(act=_report)
+    command = commands.add_parser("export", help="write a trained model as ONNX (fp32, int8) or a torch.export program")
+    command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
+    command.add_argument("--revision", help="branch, tag or commit of a hub id")
+    command.add_argument("--format", default="onnx", choices=("onnx", "torch"), help="(%(default)s)")
+    command.add_argument("--output", help="folder to write; export/FORMAT in the run folder by default")
+    command.add_argument("--data", help="source as in data.source; by default the run's own data")
+    command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
+    command.add_argument(
+        "--rows", type=_count, default=100, help="rows to compare with the trained model (%(default)s)"
+    )
+    command.add_argument("--no_int8", action="store_true", help="write no quantized onnx file")
+    command.set_defaults(act=_export)
 
     command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
     command.set_defaults(act=_doctor)
@@ -198,6 +210,21 @@ def _report(options: argparse.Namespace) -> None:
         print(write_report(options.runs[0], options.output))
     else:
         print(compare_reports(options.runs, options.output or "compare.html"))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from hftl.publishing.export import export_folder
+
+    export_folder(
+        options.model,
+        options.format,
+        options.output,
+        source=options.data,
+        split=options.split,
+        rows=options.rows,
+        int8=not options.no_int8,
+        revision=options.revision,
+    )
 
 
 def _doctor(options: argparse.Namespace) -> None:

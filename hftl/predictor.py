@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from hftl.config.schema import DataConfig, RunConfig, TrainConfig
 from hftl.console import muted
 from hftl.data.loader import Rows
-from hftl.errors import ArtifactError, DataError, nearest, shorten
+from hftl.errors import DataError, nearest, shorten
 from hftl.evaluation.evaluate import evaluate_rows
-from hftl.hub import bounded, explain
 from hftl.models.parts import TaskModel
-from hftl.publishing.artifact import CONFIG, artifact_folder, load_artifact
-from hftl.publishing.record import DESCRIPTION
+from hftl.publishing.artifact import load_artifact
+from hftl.publishing.place import artifact_folder, find, trained_data
 from hftl.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def load(place: str | Path, revision: str | None = None, subfolder: str = "") ->
     folder = artifact_folder(find(place, revision, subfolder))
     with muted():
         model, task = load_artifact(folder)
-    return Predictor(model, task, _data_section(folder))
+    return Predictor(model, task, trained_data(folder))
 
 
 class Predictor:
@@ -141,42 +140,6 @@ class Predictor:
                 f"{nearest(missing[0], names)}"
             )
         return self.columns
-
-
-def find(place: str | Path, revision: str | None = None, subfolder: str = "") -> Path:
-    """Returns the folder of a saved model, downloaded first where `place` is a hub id.
-
-    Raises:
-        ArtifactError: There is no such folder or repository, or hftl did not make it.
-    """
-    is_path = str(place).startswith((".", "/", "~")) or str(place).count("/") > 1
-    if is_path or Path(place).exists():
-        return Path(place).expanduser() / subfolder
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    repo, inside = str(place), f"{subfolder}/" if subfolder else ""
-    everything_else = None if subfolder else ["adapter/*"]
-    try:
-        with bounded():
-            file = hf_hub_download(repo, inside + DESCRIPTION, revision=revision)
-            commit = Path(file.removesuffix(inside + DESCRIPTION)).name
-            folder = snapshot_download(
-                repo, revision=commit, allow_patterns=[f"{inside}*"], ignore_patterns=everything_else
-            )
-    except Exception as error:
-        path = Path(place)
-        guess = nearest(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise ArtifactError(
-            f"'{place}' is not a folder here, and as a hub id: {explain(error, repo)}{guess} "
-            f"Models that hftl pushed have {inside}{DESCRIPTION}; open others with transformers or timm."
-        ) from error
-    return Path(folder) / subfolder
-
-
-def _data_section(folder: Path) -> DataConfig:
-    from hftl.config.parse import load as load_config
-
-    return load_config(folder / CONFIG).data if (folder / CONFIG).is_file() else DataConfig()
 
 
 class _Collected:

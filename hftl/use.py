@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
 from hftl.console import muted, say
-from hftl.data.columns import arrow_column
 from hftl.data.source import IMAGES, TABLES, load_splits
-from hftl.errors import DataError, nearest, shorten
+from hftl.errors import DataError, nearest
 from hftl.evaluation.evaluate import TableWriter
-from hftl.predictor import Predictor, load
+from hftl.predictor import load
+from hftl.publishing.labelled import labelled_rows
 from hftl.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -44,26 +43,9 @@ def evaluate_place(
     """
     _check_output(output)
     predictor = load(place, revision)
-    rows = labelled_rows(predictor, source, split)
+    rows = labelled_rows(predictor.task, predictor.data, source, split)
     metrics = predictor.run(predictor.encode(rows), batch_size, TableWriter(Path(output)) if output else None)
     return {f"{split}/{name}": value for name, value in metrics.items()}
-
-
-def labelled_rows(predictor: Predictor, source: str | None, split: str) -> Dataset:
-    """Returns the rows of one split with labels as in training; by default of the data that it was trained on.
-
-    Raises:
-        DataError: There are none, or they have labels that the model does not know.
-    """
-    config = predictor.data
-    if source is not None:
-        config = replace(config, source=source, train_per_class=None, validation_fraction=0.0)
-    splits = load_splits(config, training=False)
-    if split not in splits:
-        raise DataError(f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}.")
-    rows = _like_training(splits[split], predictor.task)
-    _check_labels(rows, predictor.task)
-    return rows
 
 
 def predict_to_table(
@@ -107,57 +89,6 @@ def _check_output(output: str | None) -> None:
         raise DataError(f"--output: '{output}' must end in {', '.join(allowed)}.{nearest(path.suffix, allowed)}")
     if not path.parent.is_dir():
         raise DataError(f"--output: there is no folder '{path.parent}'.")
-
-
-def _like_training(rows: Dataset, task: Task) -> Dataset:
-    """Returns rows whose labels are written as in training.
-
-    Another source may number its classes otherwise, or name them where training had numbers.
-    """
-    from datasets import ClassLabel, Value
-
-    target = task.state()["target"]
-    column = target.get("column")
-    kind = rows.features.get(column)
-    if kind is None or "values" not in target or isinstance(kind, ClassLabel) and list(kind.names) == target["names"]:
-        return rows
-    by_name = dict(zip(target["names"], target["values"], strict=True))
-    if not isinstance(kind, ClassLabel):
-        numbered = all(isinstance(value, int) for value in target["values"])
-        if not numbered or kind.dtype not in ("string", "large_string"):
-            return rows
-    unknown = sorted(_written(rows, column) - set(by_name))
-    if unknown:
-        raise DataError(
-            f"--data: the model does not know the class(es) {shorten(unknown)}; it knows {shorten(list(by_name))}."
-        )
-    features = rows.features.copy()
-    features[column] = Value("int64")
-    names = kind.names if isinstance(kind, ClassLabel) else None
-    return rows.map(lambda row: {column: by_name[names[row[column]] if names else row[column]]}, features=features)
-
-
-def _written(rows: Dataset, column: str) -> set[str]:
-    """Returns the class names that occur in a column of names or of a `ClassLabel`."""
-    kind = rows.features[column]
-    values = [value for value in arrow_column(rows, column).unique().to_pylist() if value is not None]
-    return {kind.names[value] if hasattr(kind, "names") else value for value in values}
-
-
-def _check_labels(rows: Dataset, task: Task) -> None:
-    target = task.state()["target"]
-    column = target.get("column")
-    if column not in rows.features:
-        raise DataError(f"--data: there is no label column '{column}'. Columns: {', '.join(rows.features)}.")
-    if "values" not in target:
-        return
-    known, unknown = set(target["values"]), set()
-    for start in range(0, len(rows), 10_000):
-        unknown |= set(rows.select_columns([column])[start : start + 10_000][column]) - known
-    if unknown:
-        raise DataError(
-            f"--data: column '{column}' holds labels the model does not know: {sorted(map(str, unknown))[:8]}."
-        )
 
 
 def _rows_to_predict(task: Task, given: str, pair: str | None) -> tuple[Dataset, Sequence[str] | None]:

@@ -72,6 +72,12 @@ def tokenize(
     return rows
 
 
+def token_limit(tokenizer: Any, max_length: int | None) -> int:
+    """Returns how many tokens a text may have: `max_length`, within what the tokenizer says of its model."""
+    limit = min(max_length or 10**9, tokenizer.model_max_length, 10**6)
+    return limit if limit < 10**6 else 512
+
+
 def _identity(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

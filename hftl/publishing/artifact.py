@@ -18,6 +18,7 @@ from hftl.errors import ArtifactError, HftlError, first_line, shorten
 from hftl.models.build import build_model, open_model
 from hftl.models.parts import HeadSpec, Reader, TaskModel
 from hftl.models.quiet import quiet
+from hftl.publishing.place import CONFIG, artifact_folder
 from hftl.publishing.record import DESCRIPTION
 from hftl.tasks import restore
 from hftl.tasks.task import Task
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Largest accepted difference between logits, relative to the largest logit (or absolute below 1), in float32."""
-CONFIG = "hftl_config.yaml"
 SAMPLE = "sample.safetensors"
 """In the run folder: the rows that were compared, as model inputs, with their logits. Never pushed: it is data."""
 
@@ -92,14 +92,19 @@ def compare(
             difference = float((reader(inputs) - expected).abs().max())
         differences[f"{part}/{name}"] = difference
         say(f"publish: {place} opens with {name}; largest logit difference {difference:.2g}")
-    limit = TOLERANCE * max(float(expected.abs().max()), 1.0)
+    refuse_different(differences, float(expected.abs().max()), place)
+    return differences
+
+
+def refuse_different(differences: dict[str, float], scale: float, place: str | Path) -> None:
+    """Raises ArtifactError where a difference is beyond `TOLERANCE` of logits as large as `scale`, or NaN."""
+    limit = TOLERANCE * max(scale, 1.0)
     wrong = [f"{name} {value:.3g}" for name, value in differences.items() if not value <= limit]
     if wrong:
         raise ArtifactError(
             f"{place}: what was saved is not what was trained: largest logit difference {', '.join(wrong)} "
             f"(allowed {limit:.1g}). The files are kept; please report this with the model's name."
         )
-    return differences
 
 
 def read_sample(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
@@ -137,21 +142,6 @@ def load_artifact(folder: str | Path) -> tuple[TaskModel, Task]:
             f"{shorten(spec.labels, 6)}: files of two runs are mixed here."
         )
     return model, task
-
-
-def artifact_folder(path: str | Path) -> Path:
-    """Returns the folder that holds the model itself: `path`, or `path/model`.
-
-    Raises:
-        ArtifactError: Neither is one that hftl saved.
-    """
-    folder = Path(path)
-    folder = folder / "model" if (folder / "model" / DESCRIPTION).is_file() else folder
-    if not (folder / DESCRIPTION).is_file():
-        raise ArtifactError(
-            f"'{path}' is neither a run folder nor a model folder of hftl: no {DESCRIPTION} there or in model/."
-        )
-    return folder
 
 
 def fresh_base(folder: Path) -> Any:

@@ -13,7 +13,7 @@ from hftl.data.columns import find_column, find_text_columns
 from hftl.data.image import ImageRows, unreadable_images
 from hftl.data.loader import Example
 from hftl.data.source import Splits
-from hftl.data.text import TextRows, empty_texts, tokenize
+from hftl.data.text import TextRows, empty_texts, token_limit, tokenize
 from hftl.errors import DataError
 from hftl.tasks.task import check_splits
 
@@ -91,8 +91,7 @@ class TextInputs:
         from transformers import DataCollatorWithPadding
 
         self.collator = DataCollatorWithPadding(processor)
-        limit = min(max_length or 10**9, processor.model_max_length, 10**6)
-        return tokenize(dataset, processor, self.columns, limit if limit < 10**6 else 512, keep)
+        return tokenize(dataset, processor, self.columns, token_limit(processor, max_length), keep)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """Pads to the longest text of the batch."""
