@@ -30,6 +30,8 @@ os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME.name, NO_PROXY="127.0.0.1
 os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_XET_CLIENT_RETRY_BASE_DELAY="10ms")
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_XET_CACHE"):
     os.environ.pop(_name, None)  # the user's own
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker for each core, a thread for each worker
 SHARED = Path(os.environ.get("HFTL_SHARED", ROOT.parent / "shared")) / "data"
 
 

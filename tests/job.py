@@ -1,6 +1,6 @@
-"""A job for the launcher: `torchrun --nproc_per_node N tests/job.py NAME SPEC OUT`.
+"""Jobs for the launcher: `torchrun --nproc_per_node N tests/job.py '[[NAME, SPEC, OUT], …]'`.
 
-Each job leaves JSON or tensors in OUT.
+Each job leaves JSON or tensors in OUT. One launch does several, since starting costs more than most jobs.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def gradient(spec: dict, out: Path) -> None:
         }
         steps.append(grads)
 
-    register_optimizer_step_pre_hook(keep)
+    hook = register_optimizer_step_pre_hook(keep)
     history = hftl.fit(accelerator, model, task, splits, run)
+    hook.remove()
     if accelerator.is_main_process:
         for number, grads in enumerate(steps):
             save_file(grads, out / f"step{number}.safetensors")
@@ -63,11 +64,15 @@ def _open(spec: dict, prepared: bool = True):
 
 
 if __name__ == "__main__":
-    job, spec, out = sys.argv[1:]
-    try:
-        {"gradient": gradient, "recipe": recipe}[job](json.loads(spec), Path(out))
-    finally:
-        import torch
+    from accelerate.state import AcceleratorState, GradientState
 
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    from hftl.console import leave_process_group
+
+    try:
+        for job, spec, out in json.loads(sys.argv[1]):
+            Path(out).mkdir(parents=True, exist_ok=True)
+            {"gradient": gradient, "recipe": recipe}[job](spec, Path(out))
+            AcceleratorState._reset_state(True)
+            GradientState._reset_state()
+    finally:
+        leave_process_group()

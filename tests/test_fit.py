@@ -19,15 +19,15 @@ from hftl.errors import HftlError
 from hftl.train.optim import lr_factor
 
 
-def launch(processes: int, job: str, spec: dict, out: Path) -> None:
-    """Runs a job of tests/job.py under the real launcher, on gloo."""
-    out.mkdir(parents=True, exist_ok=True)
+def launch(processes: int, jobs: list[tuple[str, dict, Path]]) -> None:
+    """Runs jobs of tests/job.py under the real launcher, on gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
+    listed = json.dumps([[job, spec, str(out)] for job, spec, out in jobs])
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "job.py"), job, json.dumps(spec), str(out)],
+        [*command, str(ROOT / "tests" / "job.py"), listed],
         capture_output=True,
         text=True,
         timeout=280,
@@ -44,6 +44,17 @@ def launch(processes: int, job: str, spec: dict, out: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+@pytest.fixture(scope="module")
+def launched(texts, images, tiny_bert, tiny_timm, tmp_path_factory) -> Path:
+    """A folder with the results of all jobs below, on one process (`1/NAME`) and on two (`2/NAME`)."""
+    root = tmp_path_factory.mktemp("launched")
+    for world in (1, 2):
+        jobs = [*_gradient_jobs(world, texts, images, tiny_bert, tiny_timm["test_resnet"], root / str(world))]
+        jobs += [*_evaluation_jobs(world, texts, tiny_bert, root / str(world))]
+        launch(world, [*jobs, _training_job(world, texts, tiny_bert, root / str(world))])
+    return root
+
+
 def flags(source, model, output, method="full", **more) -> list[str]:
     settings = {
         "data.source": source,
@@ -57,33 +68,43 @@ def flags(source, model, output, method="full", **more) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+CUTS = {1: [(8, 1), (2, 4)], 2: [(4, 1), (2, 2)]}
+"""(batch, accumulation) with effective batch 8, by number of processes."""
+
+
+def _gradient_jobs(world, texts, images, tiny_bert, tiny_resnet, root):
+    for kind, source, model in (("text", texts, tiny_bert), ("image", images, tiny_resnet)):
+        for batch, accumulation in CUTS[world]:
+            out = root / f"gradient-{kind}-{batch}"
+            options = flags(
+                source,
+                model,
+                out / "run",
+                model__dropout=0.0,
+                train__max_steps=2,
+                train__max_grad_norm=0,
+                train__lr=1e-3,
+                train__head_lr=1e-3,
+                train__head_first=0,
+                train__batch_size_per_device=batch,
+                train__gradient_accumulation_steps=accumulation,
+                train__log_every=1,
+                data__augment__crop_scale=1.0,
+            )
+            yield "gradient", {"recipe": f"{kind}_classification", "flags": options}, out
+
+
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(
-    kind, texts, images, tiny_bert, tiny_timm, tmp_path
-):
+def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(kind, launched):
     """(batch, accumulation, processes) with product 8, dropout off, pooled and stock heads, uneven text lengths."""
-    source, model = (texts, tiny_bert) if kind == "text" else (images, tiny_timm["test_resnet"])
     found = {}
-    for batch, accumulation, world in [(8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)]:
-        out = tmp_path / f"{batch}-{accumulation}-{world}"
-        options = flags(
-            source,
-            model,
-            out / "run",
-            model__dropout=0.0,
-            train__max_steps=2,
-            train__max_grad_norm=0,
-            train__lr=1e-3,
-            train__head_lr=1e-3,
-            train__batch_size_per_device=batch,
-            train__gradient_accumulation_steps=accumulation,
-            train__log_every=1,
-            data__augment__crop_scale=1.0,
-        )
-        launch(world, "gradient", {"recipe": f"{kind}_classification", "flags": options}, out)
-        found[batch, accumulation, world] = [load_file(out / f"step{step}.safetensors") for step in (0, 1)]
-        lrs = json.loads((out / "lrs.json").read_text())
-        assert len(lrs) == 2 and lrs == pytest.approx([5e-4, 1e-3])  # scheduler steps are optimizer steps on any world
+    for world, cuts in CUTS.items():
+        for batch, accumulation in cuts:
+            out = launched / str(world) / f"gradient-{kind}-{batch}"
+            found[batch, accumulation, world] = [load_file(out / f"step{step}.safetensors") for step in (0, 1)]
+            lrs = json.loads((out / "lrs.json").read_text())
+            # scheduler steps are optimizer steps on any world
+            assert len(lrs) == 2 and lrs == pytest.approx([5e-4, 1e-3])
     reference = found.pop((8, 1, 1))
     for cut, steps in found.items():
         for step, grads in enumerate(steps):
@@ -98,51 +119,56 @@ def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(
                 )
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_evaluate_as_one_over_an_uneven_test_set(method, texts, tiny_bert, tmp_path):
-    """Same weights (zero learning rate), 13 test rows: equal metrics and, row by row in order, equal predictions."""
-    results = {}
-    for world in (1, 2):
-        out = tmp_path / str(world)
+def _evaluation_jobs(world, texts, tiny_bert, root):
+    for method in ("full", "lora"):
         options = flags(
             texts,
             tiny_bert,
-            out / "run",
+            root / method / "run",
             method,
             train__num_epochs=1,
             train__lr=0,
             train__head_lr=0,
             train__weight_decay=0,
-            train__batch_size_per_device=4 // world,
+            train__batch_size_per_device=4,  # evaluation batches are as large, and rounding depends on the batch
             train__seed=0,
         )
-        # evaluation batches are as large as training ones, and rounding depends on the batch
-        options = [o.replace("batch_size_per_device=2", "batch_size_per_device=4") for o in options]
-        launch(world, "recipe", {"recipe": "text_classification", "flags": options}, out)
-        table = pq.read_table(out / "run" / "predictions.parquet").to_pylist()
-        results[world] = json.loads((out / "run" / "metrics.json").read_text()), table
+        yield "recipe", {"recipe": "text_classification", "flags": options}, root / method
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_processes_evaluate_as_one_over_an_uneven_test_set(method, launched):
+    """Same weights (zero learning rate), 13 test rows: equal metrics and, row by row in order, equal predictions."""
+    results = {}
+    for world in (1, 2):
+        run = launched / str(world) / method / "run"
+        table = pq.read_table(run / "predictions.parquet").to_pylist()
+        results[world] = json.loads((run / "metrics.json").read_text()), table
     assert results[1][0] == results[2][0]
     assert results[1][1] == results[2][1]
     assert [row["row"] for row in results[2][1] if row["split"] == "test"] == list(range(13))
 
 
-def test_training_on_two_processes_equals_one_with_the_same_effective_batch(texts, tiny_bert, tmp_path):
+def _training_job(world, texts, tiny_bert, root):
+    options = flags(
+        texts,
+        tiny_bert,
+        root / "training" / "run",
+        model__dropout=0.0,
+        train__num_epochs=2,
+        train__lr=1e-3,
+        train__head_lr=1e-3,
+        train__batch_size_per_device=8 // world,
+    )
+    return "recipe", {"recipe": "text_classification", "flags": options}, root / "training"
+
+
+def test_training_on_two_processes_equals_one_with_the_same_effective_batch(launched):
     weights = {}
     for world in (1, 2):
-        out = tmp_path / str(world)
-        options = flags(
-            texts,
-            tiny_bert,
-            out / "run",
-            model__dropout=0.0,
-            train__num_epochs=2,
-            train__lr=1e-3,
-            train__head_lr=1e-3,
-            train__batch_size_per_device=8 // world,
-        )
-        launch(world, "recipe", {"recipe": "text_classification", "flags": options}, out)
-        weights[world] = load_file(out / "run" / "model" / "model.safetensors")
-        steps = [json.loads(line) for line in (out / "run" / "history.jsonl").read_text().splitlines()]
+        run = launched / str(world) / "training" / "run"
+        weights[world] = load_file(run / "model" / "model.safetensors")
+        steps = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
         assert max(record["step"] for record in steps) == 16
     for name, value in weights[1].items():
         torch.testing.assert_close(weights[2][name], value, atol=2e-4, rtol=1e-3)
