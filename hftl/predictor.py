@@ -125,6 +125,10 @@ class Predictor:
         else:
             raise DataError(f"predict: this model takes {len(columns)} texts a row ({', '.join(columns)}), as tuples.")
         if self.task.modality != "image":
+            strange = [type(text).__name__ for texts in table.values() for text in texts if not isinstance(text, str)]
+            if strange:
+                wanted = "a text" if len(columns) == 1 else f"a tuple of {len(columns)} texts"
+                raise DataError(f"predict: this model takes {wanted} a row, not {strange[0]}.")
             return Dataset.from_dict(table)
         images = [str(image) if isinstance(image, Path) else image for image in table[columns[0]]]
         missing = [image for image in images if isinstance(image, str) and not Path(image).is_file()]

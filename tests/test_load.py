@@ -174,6 +174,8 @@ def test_a_damaged_model_is_named(text_folder, tmp_path, damage):
 def test_inputs_that_do_not_fit_are_named(text_folder, image_folder, tmp_path):
     with pytest.raises(DataError, match=r"lack the column\(s\) text; they have txt.*'txt'"):
         hftl.load(text_folder).predict([{"txt": "the cat"}])
+    with pytest.raises(DataError, match="takes a text a row, not tuple"):
+        hftl.load(text_folder).predict([("the cat", "the dog")])
     with pytest.raises(DataError, match="there is no file"):
         hftl.load(image_folder).predict([str(tmp_path / "no.png")])
 

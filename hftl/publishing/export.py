@@ -19,6 +19,7 @@ from hftl.publishing.exported import SIZES, RealRows, largest_differences, metri
 from hftl.publishing.exporters import FILES, INT8, Compute, format_problem, open_onnx, open_torch, quantize, write
 from hftl.publishing.labelled import labelled_rows
 from hftl.publishing.place import artifact_folder, find, trained_data
+from hftl.tasks.task import Task
 
 REPORT = "export.json"
 _NOT_COPIED = ("README.md", "hftl.json", "hftl_config.yaml", "model.safetensors.index.json")
@@ -89,26 +90,26 @@ def export_folder(
         },
         "measured_by": {"runtime": _runtime(format), "threads": torch.get_num_threads()},
         "files": {
-            name: {
-                "megabytes": round((folder / name).stat().st_size / 1e6, 2),
-                "largest_difference": differences[name],
-                **{f"{split}/{metric}": value for metric, value in metrics[name].items()},
-                **latency[name],
-            }
+            name: {"megabytes": round((folder / name).stat().st_size / 1e6, 2), "largest_difference": differences[name]}
+            | {f"{split}/{metric}": value for metric, value in metrics[name].items()}
+            | latency[name]
             for name in opened
         },
-    }
-    if not_quantized:
-        report["not_quantized"] = not_quantized
-    for file in source_folder.iterdir():
+    } | ({"not_quantized": not_quantized} if not_quantized else {})
+    _finish(source_folder, folder, model, task, report)
+    say(table(report, f"{split}/{task.best_metric}"))
+    say(f"export: {folder}")
+    return report
+
+
+def _finish(source: Path, folder: Path, model: TaskModel, task: Task, report: dict[str, Any]) -> None:
+    """Writes what stands beside the graph: preprocessing, a README that serves it, and last the report."""
+    for file in source.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and file.name not in _NOT_COPIED:
             shutil.copy(file, folder)
     write_export_card(folder, model, task, report)
     # last, so that nobody takes an unfinished or refused folder for a good one
     (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
-    say(table(report, f"{split}/{task.best_metric}"))
-    say(f"export: {folder}")
-    return report
 
 
 def _default_folder(folder: Path, format: str) -> Path:
