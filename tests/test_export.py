@@ -176,7 +176,7 @@ def test_the_command_prints_the_table_and_takes_other_data(runs, exports, images
     assert re.search(r"^model.pt2( +\d[\d.]+){4}$", printed, flags=re.MULTILINE)
     assert json.loads((output / "export.json").read_text())["measured_on"]["split"] == "train"
     assert {file.name for file in output.iterdir()} == {"README.md", "config.json", "export.json", "model.pt2"}
-    beside = table(exports["vit", "onnx"], "test/accuracy")
+    beside = table(exports["resnet", "onnx"], "test/accuracy")
     assert re.search(r"^model.int8.onnx( +\d[\d.]+){4}$", beside, flags=re.MULTILINE)
     assert re.search(r"^  of model.onnx +0\.\d\dx +[+-]\d\.\d{4}( +\d+\.\d\dx){2}$", beside, flags=re.MULTILINE)
 
