@@ -59,11 +59,15 @@ FLAGS = [
     "model.revision",
     "output_dir",
     "overwrite",
+    "publish.private",
+    "publish.push_to_hub",
+    "publish.verify",
     "train.batch_size_per_device",
     "train.best_metric",
     "train.early_stopping_patience",
     "train.eval_every",
     "train.gradient_accumulation_steps",
+    "train.head_first",
     "train.head_lr",
     "train.log_every",
     "train.lr",
@@ -321,6 +325,7 @@ def test_every_configuration_that_we_ship_parses():
         ("adapt.lora.alpha", [1e-3], [0, -1]),
         ("adapt.lora.dropout", [0], [1, -0.1]),
         ("train.num_epochs", [0.1, None], [0, -1]),
+        ("train.head_first", [0, 0.5, None], [-0.1, 1]),
         ("train.max_steps", [1, None], [0]),
         ("train.lr", [0, 1e-3, None], [-1e-3, math.nan, math.inf]),
         ("train.head_lr", [0, None], [-1e-3, math.nan, math.inf]),
@@ -381,7 +386,7 @@ def test_open_defaults_depend_on_method_and_modality():
 
 
 def test_given_values_are_kept_and_only_open_ones_are_filled_in():
-    given = valid(train=TrainConfig(lr=0.125, head_lr=0.5, num_epochs=2, seed=5), output_dir="here")
+    given = valid(train=TrainConfig(lr=0.125, head_lr=0.5, num_epochs=2, head_first=0, seed=5), output_dir="here")
     assert resolve(given, "image") == given
     half = valid(train=TrainConfig(num_epochs=2))
     filled = resolve(half, "text")

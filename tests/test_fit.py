@@ -269,6 +269,19 @@ def test_groups_of_the_optimizer(text_run):
             assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0.0)
 
 
+def test_the_backbone_waits_while_the_head_learns(text_run):
+    """Half of eight steps: until then the backbone has rate 0, then its own schedule begins."""
+    run = text_run("full", head_first=0.5, log_every=1)
+    run, splits, task = hftl.prepare(run, hftl.TextClassification)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    rates = [(record["lr/backbone"], record["lr/head"]) for record in history.records if "lr/head" in record]
+    assert [backbone == 0 for backbone, _ in rates] == [True] * 4 + [False] * 4
+    assert all(head > 0 for _, head in rates) and rates[5][0] == 1e-3
+
+
 @pytest.mark.parametrize(("kind", "last"), [("linear", 1 / 90), ("cosine", 0.0), ("constant", 1.0)])
 def test_schedules_rise_over_the_warm_up_and_end_where_they_should(kind, last):
     factors = [lr_factor(step, kind, 100, 10) for step in range(100)]

