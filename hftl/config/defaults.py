@@ -9,7 +9,7 @@ from hftl.config.schema import RunConfig
 
 # How these came about, and what chose them, is in RESULTS.md.
 _DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
-    ("image", "full"): {"lr": 1e-5, "head_lr": 1e-2, "num_epochs": 8, "head_first": 0.5},
+    ("image", "full"): {"lr": 1e-5, "head_lr": 5e-3, "num_epochs": 8, "head_first": 0.5},
     ("image", "frozen"): {"lr": 0.0, "head_lr": 1e-2, "num_epochs": 8},
     ("image", "lora"): {"lr": 2e-4, "head_lr": 1e-2, "num_epochs": 6},
     ("image", "scratch"): {"lr": 1e-3, "head_lr": 1e-3, "num_epochs": 5},
