@@ -103,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no_int8", action="store_true", help="write no quantized onnx file")
     command.set_defaults(act=_export)
 
+    command = commands.add_parser("demo", help="show a trained model as a page in the browser, on this machine")
+    command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
+    command.add_argument("--revision", help="branch, tag or commit of a hub id")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
+    command.add_argument("--port", type=_count, help="port to listen on; by default the first free one from 7860")
+    command.add_argument("--data", help="source of the examples, as in data.source; by default the run's own data")
+    command.set_defaults(act=_demo)
+
     command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
     command.set_defaults(act=_doctor)
     return parser
@@ -225,6 +233,12 @@ def _export(options: argparse.Namespace) -> None:
         int8=not options.no_int8,
         revision=options.revision,
     )
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from hftl.demo import serve
+
+    serve(options.model, options.host, options.port, options.revision, options.data)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import string
 import subprocess
 import sys
@@ -240,6 +241,19 @@ def text_run(texts, tiny_bert, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless browser."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def load_recipe(name: str):

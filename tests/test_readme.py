@@ -17,6 +17,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 NOT_RUN = {"pip install uv", "uv run pytest"}  # what these tests stand in
+NOT_RUN |= {"hftl demo runs/photos"}  # it serves until it is interrupted; tests/test_demo.py runs it
 QUICKSTART = "uv run hftl quickstart"
 
 

@@ -397,18 +397,6 @@ def test_a_page_that_cannot_be_drawn_loses_nothing(text_run, monkeypatch, capsys
 # looked at
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with api.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_shows_the_pages_without_complaint(chromium, made, page, tmp_path, width):
