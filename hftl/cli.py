@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(act=lambda options, launch=command: launch.print_help())
 
+    _add_commands_on_models(commands)
+
+    command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
+    command.set_defaults(act=_doctor)
+    return parser
+
+
+def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("evaluate", help="measure a trained model on a labelled split")
     command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -110,10 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--port", type=_count, help="port to listen on; by default the first free one from 7860")
     command.add_argument("--data", help="source of the examples, as in data.source; by default the run's own data")
     command.set_defaults(act=_demo)
-
-    command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
-    command.set_defaults(act=_doctor)
-    return parser
 
 
 def recipes_folder() -> Path:

@@ -125,7 +125,7 @@ def start(demo: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None)
     if not _is_loopback(host):
         say(f"demo: warning: on {host}, anyone who reaches port {port} can use this model; there is no password.")
     try:
-        demo.launch(
+        _, url, _ = demo.launch(
             server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             share=False,
@@ -141,7 +141,7 @@ def start(demo: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None)
         )
     except (OSError, ValueError) as error:  # the port was taken meanwhile, or a proxy stands before this machine
         raise ConfigError(f"--host: no page on {host}:{port}: {first_line(error)}") from error
-    return demo.local_url
+    return url
 
 
 def free_port(host: str, port: int | None = None) -> int:
@@ -249,7 +249,7 @@ def _answer(predictor: Predictor) -> Callable[..., dict[str, float]]:
             raise gradio.Error(f"Give {kind} for: {', '.join(missing)}.", print_exception=False)
         try:
             with one_at_a_time:
-                row = predictor.predict([values if len(values) > 1 else values[0]])[0]
+                row = predictor.predict([values] if len(values) > 1 else list(values))[0]
         except HftlError as error:
             raise gradio.Error(str(error), print_exception=False) from error
         return dict(zip(predictor.labels, row["probabilities"], strict=True))
@@ -276,7 +276,7 @@ def _chosen(rows: Dataset, predictor: Predictor) -> list[list[Any]]:
     rows = rows.select_columns(predictor.columns).select(list(order[:EXAMPLES]))
     if predictor.task.modality == "image":
         rows = rows.cast_column(predictor.columns[0], Image(mode=predictor.model.processor.mode))
-    return [[row[name] for name in predictor.columns] for row in rows]
+    return [list(values) for values in zip(*(rows[name] for name in predictor.columns), strict=True)]
 
 
 def _plain(text: str) -> str:

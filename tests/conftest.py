@@ -37,6 +37,7 @@ SHARED = Path(os.environ.get("HFTL_SHARED", ROOT.parent / "shared")) / "data"
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name != "test_readme.py")  # the longest first: workers end together
     for item in items:
         if item.get_closest_marker("real") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no material at {SHARED} (HFTL_SHARED)"))

@@ -319,9 +319,10 @@ def test_something_else_on_the_hub_is_noticed(hub, runs, monkeypatch):
 
 
 def test_only_finished_runs_are_pushed(hub, tmp_path):
-    with pytest.raises(ArtifactError, match="is not a run folder"):
+    with pytest.raises(ArtifactError, match="not the folder of a finished run: it has no config.yaml"):
         push(tmp_path, ID)
-    (tmp_path / "config.yaml").write_text("{}")
+    for name in ("config.yaml", "metrics.json", "report.json"):
+        (tmp_path / name).write_text("{}")
     with pytest.raises(ArtifactError, match="verified model"):
         push(tmp_path, ID)
     assert ID not in hub.store.repos
