@@ -289,3 +289,17 @@ def test_schedules_rise_over_the_warm_up_and_end_where_they_should(kind, last):
     assert max(factors) == factors[10] == 1.0
     assert factors[-1] == pytest.approx(last, abs=5e-3)
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_a_tracker_receives_configuration_history_and_test_metrics_once(text_run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = load_recipe("text_classification").main(text_run("frozen", trackers=["tensorboard"], log_every=4))
+    (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    (tested,) = events.Scalars("test/accuracy")
+    assert (tested.step, tested.value) == (8, pytest.approx(metrics["test/accuracy"]))
+    assert [event.step for event in events.Scalars("train/loss")] == [4, 8]
+    assert len(events.Scalars("validation/accuracy")) == 1
+    (config,) = folder.rglob("hparams.yml")
+    assert "train.head_lr: 0.01" in config.read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -341,3 +342,43 @@ def test_the_token_is_in_no_file_of_a_run(hub, text_run, tmp_path, monkeypatch, 
     everything = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     everything += [*hub.store.repos[ID].files.values(), "".join(capsys.readouterr()).encode()]
     assert not any(b"secretsecret" in content for content in everything)
+
+
+@pytest.mark.parametrize("hub", ["xet"], indirect=True)
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_two_processes_one_pushes_and_all_end_alike(hub, texts, tiny_bert, tmp_path, fails):
+    if fails:
+        hub.faults.append(Fault(COMMIT, 403, float("inf")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    flags = {
+        "data.source": texts,
+        "model.name": tiny_bert,
+        "output_dir": tmp_path / "run",
+        "train.max_steps": 1,
+        "train.batch_size_per_device": 8,
+        "publish.push_to_hub": ID,
+        "publish.verify": "false",
+    }
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port),
+            str(ROOT / "recipes/text_classification.py"),
+            *(f"--{name}={value}" for name, value in flags.items()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+    )
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    assert len(hub.requests("GET /api/whoami")) == 2  # before training and before the push, from one process
+    assert (tmp_path / "run/model/hftl.json").is_file()
+    if fails:
+        assert done.stderr.count("PushError: push to alice/model") == 1 and "may not write" in done.stderr
+        assert "exitcode  : 2" in done.stderr
+    else:
+        assert len(hub.requests(COMMIT)) == 1
+        assert hub.store.repos[ID].files["model.safetensors"]
