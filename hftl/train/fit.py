@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 
 def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig) -> History:
-    """Trains the parameters of `model` that `adapt` chose, and leaves it with the best weights on validation.
+    """Trains the parameters of `model` that `adapt` chose, and leaves it with the best weights on validation, if any.
 
     The loss of a step is the mean over all rows of its effective batch, whatever batch size, accumulation and
-    number of processes it is made of, so (batch, accumulation, processes) with an equal product give the same gradient.
+    number of processes it is made of, so (batch, accumulation, processes) with an equal product give the same gradient
+    where no dropout and no batch statistics are in it.
 
     Args:
         accelerator: From `start`.
