@@ -237,3 +237,26 @@ def test_two_processes_predict_the_same_table_in_order(text_folder, tmp_path):
     assert one.drop(["confidence", "probabilities"]) == two.drop(["confidence", "probabilities"])
     difference = np.array(one["probabilities"].to_pylist()) - np.array(two["probabilities"].to_pylist())
     assert abs(difference).max() < 1e-6  # this process and those of the launcher may use other numbers of threads
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"HF_TOKEN": ""}, "not logged in, or alice/model does not exist"),
+        ({"HF_TOKEN": "hf_nobody"}, "does not accept the token"),
+        ({"HF_TOKEN": "hf_bob"}, "there is no repository alice/model that this token can see"),
+    ],
+    ids=["no token", "wrong token", "someone else's"],
+)
+def test_a_private_model_without_the_right_token_says_so(hub, text_folder, environment, said, monkeypatch):
+    push(text_folder, "alice/model", private=True, verify=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ArtifactError, match=said):
+        hftl.load("alice/model")
+
+
+def test_a_model_that_cannot_be_fetched_offline_says_so(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ArtifactError, match="'alice/model' is not a folder here, and as a hub id"):
+        hftl.load("alice/model")

@@ -382,3 +382,10 @@ def test_on_two_processes_one_pushes_and_all_end_alike(hub, texts, tiny_bert, tm
     else:
         assert len(hub.requests(COMMIT)) == 1
         assert hub.store.repos[ID].files["model.safetensors"]
+
+
+@pytest.mark.parametrize("action", ["reset", 503, 429])
+def test_one_hiccup_while_the_weights_go_up_is_survived(hub, runs, action):
+    hub.faults.append(Fault(WEIGHTS, action, times=1))
+    push(runs["image-full"], ID, verify=False)
+    assert hub.store.repos[ID].files["model.safetensors"]
