@@ -24,7 +24,7 @@ def bounded() -> Iterator[None]:
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
-    before = _http._GLOBAL_CLIENT_FACTORY
+    before = _http._GLOBAL_CLIENT_FACTORY  # the user's own, perhaps; there is no public way to ask for it
 
     def factory() -> Any:
         client = before()

@@ -167,7 +167,8 @@ def _data(record: RunRecord) -> str:
         lines.append(
             f"Training rows per class: {counts['train'][fewest]} (`{fewest}`) to {counts['train'][most]} (`{most}`)."
         )
-    lines.append("Validation chose the weights that were kept; test chose nothing.")
+    if record.facts["training"]["best"]:
+        lines.append("Validation chose the weights that were kept" + ("; test did not." if "test" in rows else "."))
     return "\n".join(lines)
 
 

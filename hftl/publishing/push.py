@@ -53,8 +53,8 @@ def push(folder: str | Path, repo: str, private: bool = False, verify: bool = Tr
     if problem:
         raise PushError(_failed(problem, record, repo, private))
     with tempfile.TemporaryDirectory() as staged, bounded():
-        _stage(record, repo, Path(staged))
         try:
+            _stage(record, repo, Path(staged))
             commit = _upload(record, repo, staged)
         except Exception as error:  # whatever the libraries raise, the run is on disk and the reader needs one sentence
             raise PushError(_failed(explain(error, repo), record, repo, private)) from error
