@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hftl.config.schema import (
         AdaptConfig,
         AugmentConfig,
+        CheckpointConfig,
         DataConfig,
         LoraConfig,
         ModelConfig,
@@ -41,6 +42,7 @@ _HOMES = {
     "hftl.config.schema": (
         "AdaptConfig",
         "AugmentConfig",
+        "CheckpointConfig",
         "DataConfig",
         "LoraConfig",
         "ModelConfig",
@@ -70,6 +72,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaptConfig",
     "AugmentConfig",
+    "CheckpointConfig",
     "DataConfig",
     "HftlError",
     "ImageClassification",

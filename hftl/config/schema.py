@@ -18,6 +18,10 @@ Pooling = Literal["auto", "stock", "cls", "mean"]
 Method = Literal["full", "frozen", "lora"]
 Schedule = Literal["linear", "cosine", "constant"]
 BatchNorm = Literal["auto", "keep", "update"]
+OnError = Literal["raise", "skip"]
+OnNonfinite = Literal["stop", "skip"]
+OnOutOfMemory = Literal["halve", "raise"]
+Resume = Literal["never", "auto"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_workers: int | None = None
     """Processes that prepare batches; by default 0 on CPU and for text, up to 8 for images on an accelerator."""
+    worker_timeout: float = 300.0
+    """Seconds without a batch after which such a process is taken for hung and the run ends; 0 waits for ever."""
+    max_pixels: int = 64_000_000
+    """Largest image, width x height, that is decoded; read from the header, before any memory is taken."""
+    on_error: OnError = "raise"
+    """Rows that cannot be used (image, text or label). raise: refuse the data. skip: look at every row first, leave
+    the bad ones out and write them to quarantine.jsonl with the reason."""
+    max_skipped: float = 0.05
+    """Share of the rows of a split that may be left out before the data are refused all the same, in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,8 @@ class ModelConfig:
     """Side of the square input in pixels; the backbone's own by default."""
     dropout: float | None = None
     """Dropout probability everywhere in the model, in [0, 1); the checkpoint's own by default."""
+    trust_remote_code: bool = False
+    """Run code that a hub repository brings along. Needs `revision` as a full commit: code that nobody can change."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,28 @@ class TrainConfig:
     """Evaluations without a better best_metric after which training stops; never by default."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Accelerate trackers that receive the history beside history.jsonl."""
+    on_nonfinite: OnNonfinite = "stop"
+    """Loss or gradient that is NaN or infinite, seen before the optimizer uses it. stop: end with an error. skip: leave
+    the weights as they are in this step, at most max_nonfinite times."""
+    max_nonfinite: int = 10
+    """Steps of a run that may be skipped so."""
+    on_oom: OnOutOfMemory = "halve"
+    """Out of memory. halve: run the same step again in micro-batches of half the rows (and exchange gradients after the
+    backward pass, so that no process waits for one that tries again). raise: end with an error."""
+    timeout_minutes: float = 10.0
+    """Time after which a process that waits for another one ends with an error."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the full state of training is saved, to go on from after a stop. At its end and on a signal it always is."""
+
+    every_minutes: float | None = 15.0
+    """Minutes between saves; null: none by time."""
+    every_steps: int | None = None
+    """Steps between saves; none by steps by default."""
+    keep: int = 2
+    """Newest states that stay on disk. An older one is deleted when a newer one is complete."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +211,14 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     output_dir: str | None = None
     """The run folder; by default runs/DATA-MODEL-METHOD-sSEED."""
     overwrite: bool = False
     """Replace an existing run folder."""
+    resume: Resume = "never"
+    """auto: begin, go on from the newest valid checkpoint in the run folder, or say that the run is complete."""
     problems: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """Not an option: what the command line got wrong, kept so that it is reported with everything else."""
 
@@ -208,6 +248,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "data.seed": (0, 2**32 - 1, "0 to 4294967295"),
     "data.max_length": (2, float("inf"), "at least 2 tokens"),
     "data.num_workers": (0, float("inf"), "at least 0"),
+    "data.worker_timeout": (0, float("inf"), "at least 0 seconds"),
+    "data.max_pixels": (1, float("inf"), "at least 1"),
+    "data.max_skipped": (0, 1, "[0, 1]"),
     "model.image_size": (8, float("inf"), "at least 8 pixels"),
     "model.dropout": (0, 0.999999, "[0, 1)"),
     "adapt.lora.r": (1, float("inf"), "at least 1"),
@@ -227,6 +270,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "train.eval_every": (1, float("inf"), "at least 1"),
     "train.log_every": (1, float("inf"), "at least 1"),
     "train.early_stopping_patience": (1, float("inf"), "at least 1"),
+    "train.max_nonfinite": (1, float("inf"), "at least 1"),
+    "train.timeout_minutes": (1e-3, float("inf"), "above 0"),
+    "checkpoint.every_minutes": (1e-9, float("inf"), "above 0"),
+    "checkpoint.every_steps": (1, float("inf"), "at least 1"),
+    "checkpoint.keep": (1, float("inf"), "at least 1"),
 }
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -234,6 +282,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "adapt.method": ("full", "frozen", "lora"),
     "adapt.batch_norm": ("auto", "keep", "update"),
     "train.schedule": ("linear", "cosine", "constant"),
+    "train.on_nonfinite": ("stop", "skip"),
+    "train.on_oom": ("halve", "raise"),
+    "data.on_error": ("raise", "skip"),
+    "resume": ("never", "auto"),
 }
 
 

@@ -1,0 +1,47 @@
+"""Files that are whole or absent: written aside, flushed to the disk, renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL = ".partial"
+"""Ending of what is being written; nothing that ends so is ever read."""
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+
+    After a crash at any moment `path` is what it was before or what it was to become. (POSIX: `rename` is atomic
+    within a file system; the file is fsynced before it and the folder after it.)
+
+    Raises:
+        OSError: The disk is full, read-only or gone. `path` is as before and nothing is left beside it.
+    """
+    aside = path.with_name(path.name + PARTIAL)
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text as a whole file."""
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
