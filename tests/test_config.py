@@ -17,6 +17,7 @@ from hftl.config.parse import dump, load, parse
 from hftl.config.schema import (
     AdaptConfig,
     AugmentConfig,
+    CheckpointConfig,
     DataConfig,
     LoraConfig,
     ModelConfig,
@@ -287,12 +288,18 @@ def test_a_dumped_configuration_loads_equal(tmp_path):
             5,
             AugmentConfig(1, 0, 0.5, "rand-m9"),
             0,
+            1.5,
+            1000,
+            "skip",
+            0.5,
         ),
-        ModelConfig("ünï", False, "mean", "true", 32, 0.1),
+        ModelConfig("ünï", False, "mean", "true", 32, 0.1, True),
         AdaptConfig("lora", LoraConfig(2, 3.5, 0.25, ["a.*[0-9]", "1", "null"])),
         TrainConfig(0.5, 7, 1e-30, 3e-4, metrics=["a,b"], trackers=[], schedule="cosine", best_metric="macro_f1"),
+        CheckpointConfig(None, 7, 1),
         output_dir="12",
         overwrite=True,
+        resume="auto",
     )
     untouched = [name for name, value in leaves(run).items() if value == leaves(RunConfig())[name]]
     assert len(untouched) < len(FLAGS) / 3
