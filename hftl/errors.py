@@ -11,7 +11,14 @@ class HftlError(Exception):
 
     Args:
         problems: One sentence per problem: what is wrong, where, which value, what is allowed, what to do.
+
+    Attributes:
+        exit_code: Status that a recipe or command ends with.
+        agreed: Whether all processes raise the same one, so that it needs to be said once only.
     """
+
+    exit_code = 2
+    agreed = False
 
     def __init__(self, *problems: str) -> None:
         self.problems = list(dict.fromkeys(problems))
@@ -25,6 +32,8 @@ class HftlError(Exception):
 
 class ConfigError(HftlError):
     """A configuration value that cannot work."""
+
+    agreed = True
 
 
 class DataError(HftlError):
@@ -45,6 +54,42 @@ class ArtifactError(HftlError):
 
 class PushError(HftlError):
     """A model that did not reach the hub, or came back from there as another one."""
+
+    agreed = True
+
+
+class CheckpointError(HftlError):
+    """A state of training that cannot be written, or that does not belong to this run."""
+
+    agreed = True
+
+
+class NonfiniteError(HftlError):
+    """A loss or gradient that is NaN or infinite."""
+
+    agreed = True
+
+
+class Stopped(HftlError):
+    """A training that was asked to stop, and has saved its state."""
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: the same command goes on from here."""
+    agreed = True
+
+
+class RunComplete(Exception):
+    """Nothing is left to do: the run folder holds a finished run.
+
+    Args:
+        folder: The run folder.
+        metrics: What `main` returned then.
+    """
+
+    def __init__(self, folder: str, metrics: dict[str, float | None]) -> None:
+        self.folder = folder
+        self.metrics = metrics
+        super().__init__(f"the run in '{folder}' is complete")
 
 
 def nearest(value: str, allowed: Iterable[str], count: int = 1) -> str:

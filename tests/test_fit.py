@@ -1,47 +1,18 @@
 """Exact training: gradients, schedules, evaluation, repetition; on one process and on two."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, load_recipe
+from conftest import load_recipe
+from launch import flags, launch
 from safetensors.torch import load_file
 
 import hftl
-from hftl.errors import HftlError
 from hftl.train.optim import lr_factor
-
-
-def launch(processes: int, jobs: list[tuple[str, dict, Path]]) -> None:
-    """Runs jobs of tests/job.py under the real launcher, on gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
-    listed = json.dumps([[job, spec, str(out)] for job, spec, out in jobs])
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "job.py"), listed],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        cwd=ROOT,
-        # what `accelerate launch` would set: it must not overrule the run's own accumulation
-        env={
-            **os.environ,
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "PYTHONPATH": str(ROOT),
-        },
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +24,6 @@ def launched(texts, images, tiny_bert, tiny_timm, tmp_path_factory) -> Path:
         jobs += [*_evaluation_jobs(world, texts, tiny_bert, root / str(world))]
         launch(world, [*jobs, _training_job(world, texts, tiny_bert, root / str(world))])
     return root
-
-
-def flags(source, model, output, method="full", **more) -> list[str]:
-    settings = {
-        "data.source": source,
-        "model.name": model,
-        "output_dir": output,
-        "adapt.method": method,
-        "train.trackers": "[tensorboard]",
-        "overwrite": "true",
-        **{name.replace("__", "."): value for name, value in more.items()},
-    }
-    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 CUTS = {1: [(8, 1), (2, 4)], 2: [(4, 1), (2, 2)]}
@@ -239,16 +197,6 @@ def test_the_best_weights_are_kept_and_training_stops_early(text_run):
     assert history.best == {"step": best["step"], "metric": "validation/loss", "value": best["validation/loss"]}
     assert len(evaluations) < 30
     assert hftl.evaluate(accelerator, model, task, splits, run)["validation/loss"] == best["validation/loss"]
-
-
-def test_a_loss_that_is_not_finite_is_an_error(text_run):
-    run = text_run("full", num_epochs=20, lr=1e30, head_lr=1e30, log_every=1)
-    run, splits, task = hftl.prepare(run, hftl.TextClassification)
-    accelerator = hftl.start(run)
-    model = hftl.build_model(run, task.head)
-    hftl.adapt(model, run.adapt)
-    with pytest.raises(HftlError, match="training loss is (nan|inf) at step"):
-        hftl.fit(accelerator, model, task, splits, run)
 
 
 def test_groups_of_the_optimizer(text_run):

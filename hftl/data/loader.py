@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ class Share:
     world: int
     batch_size: int
     accumulation: int = 1
+    step_rows: int | None = None
+    """Rows of one step where they are fewer than batches x accumulation x processes hold."""
 
     @property
     def effective_batch(self) -> int:
         """Rows of one step, at most."""
-        return self.batch_size * self.accumulation * self.world
+        return self.step_rows or self.batch_size * self.accumulation * self.world
 
 
 def steps_per_epoch(rows: int, share: Share) -> int:
@@ -80,6 +83,15 @@ def train_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int
         for slot in slots[share.rank :: share.world]:
             # every process takes as many micro-batches; an empty one holds a row that counts nothing
             yield [(epoch, int(row), weight) for row in slot] or [(epoch, int(group[0]), 0.0)]
+
+
+def step_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int, steps: range) -> Iterator[list[Key]]:
+    """Yields this process's micro-batches of some steps, counted from the beginning of training."""
+    per_epoch = steps_per_epoch(rows, share)
+    for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
+        first, last = (min(max(step - epoch * per_epoch, 0), per_epoch) for step in (steps.start, steps.stop))
+        batches = train_batches(rows, lengths, share, seed, epoch)
+        yield from islice(batches, first * share.accumulation, last * share.accumulation)
 
 
 def eval_batches(rows: int, lengths: np.ndarray | None, share: Share) -> Iterator[list[Key]]:

@@ -13,6 +13,7 @@ from hftl.console import say
 from hftl.data.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
 from hftl.data.source import Splits
 from hftl.evaluation.metrics import BUILT_IN, EvaluateMetric, MeanLoss, Metric
+from hftl.models.memory import joined
 from hftl.models.parts import TaskModel
 from hftl.tasks.task import Batch, Outputs, Task
 
@@ -125,13 +126,18 @@ def predict(
         return eval_batches(len(rows), rows.lengths, share)
 
     loader = make_loader(rows, batches, task.collate, device=device, num_workers=workers)
+    limit = model.evaluation_limit
     was_training = model.training
     model.to(accelerator.device).eval()
     try:
         for batch in loader:
             batch = cast(Batch, send_to_device(batch, accelerator.device))
-            with torch.no_grad(), accelerator.autocast():
-                outputs = convert_to_fp32(dict(model(batch["inputs"])))
+
+            def forward(batch: Batch = batch) -> Outputs:
+                with torch.no_grad(), accelerator.autocast():
+                    return joined([convert_to_fp32(dict(model(piece["inputs"]))) for piece in limit.cut(batch)])
+
+            outputs = limit.retrying(forward, len(batch["index"]))
             if not bool(batch["weight"].all()):
                 outputs, batch = _without_filler(outputs, batch)
             yield outputs, batch

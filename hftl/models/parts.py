@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from hftl.models.memory import RowLimit
+
 Frozen = Literal["nothing", "statistics", "all"]
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 Reader = Callable[[dict[str, Tensor]], Tensor]
@@ -78,6 +80,7 @@ class TaskModel(nn.Module, ABC):
         self.head_modules = tuple(head_modules)
         self.backbone_root = backbone_root
         self.frozen: Frozen = "nothing"
+        self.evaluation_limit = RowLimit("evaluation")
         self.adapted = False
         """Whether `net` is peft's wrapper around the stock network."""
 

@@ -19,6 +19,7 @@ from hftl.data.columns import arrow_column
 from hftl.data.loader import Rows
 from hftl.data.source import Splits
 from hftl.errors import first_line
+from hftl.files import write_text
 from hftl.hub import redacted
 from hftl.models.parts import TaskModel
 from hftl.publishing.artifact import save_artifact
@@ -95,12 +96,13 @@ def _write(
 ) -> None:
     folder = run_folder(run)
     history = outcome.history
-    (folder / "metrics.json").write_text(json.dumps(finite(outcome.metrics), indent=2))
-    (folder / "environment.json").write_text(json.dumps(environment(accelerator), indent=2))
+    write_text(folder / "metrics.json", json.dumps(finite(outcome.metrics), indent=2))
+    write_text(folder / "environment.json", json.dumps(environment(accelerator), indent=2))
     report: dict[str, Any] = {
         "adapt": outcome.report.to_dict(),
         "training": {
             "steps": history.steps,
+            "skipped_steps": history.skipped,
             "seconds": round(history.seconds, 2),
             "best": history.best,
             **peak_memory(accelerator.device),
@@ -114,6 +116,7 @@ def _write(
     record = RunRecord(folder)
     for part in record.parts:
         write_card(record, part, folder / part)
+    _dump(report | {"complete": True}, folder)  # last: from here on `resume` has nothing to do
     say(f"publish: {folder}")
     _draw(folder, splits)
 
@@ -210,4 +213,4 @@ def _device(accelerator: Accelerator) -> str:
 
 
 def _dump(report: dict[str, Any], folder: Any) -> None:
-    (folder / "report.json").write_text(json.dumps(report, indent=2))
+    write_text(folder / "report.json", json.dumps(report, indent=2))

@@ -1,105 +1,212 @@
-"""The best weights so far: what training can change, as safetensors in the run folder."""
+"""Checkpoints on disk: folders of safetensors and JSON that are whole or absent, and known to be what was written."""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from hftl.models.parts import TaskModel
+from hftl.console import say
+from hftl.errors import CheckpointError, first_line
+from hftl.files import PARTIAL, sync, write_text
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+MANIFEST = "manifest.json"
+"""Written last: size and SHA-256 of every other file. A folder without it is not a checkpoint."""
+STATE = "state.json"
+BEST = "best.safetensors"
+_PREFIX = "step-"
 
 
-class BestWeights:
-    """Keeps the weights of the best evaluation on disk and puts them back at the end.
+class Checkpoints:
+    """The states of one run, newest `keep` of them, written by one process in the background.
+
+    A state is written aside, file by file, each flushed to the disk; then the manifest; then the folder takes its name.
+    So what has the name is complete, whatever happened at whatever moment.
 
     Args:
-        accelerator: Only its main process writes and reads; the others are sent the tensors.
-        model: The model itself, not the one that Accelerate prepared.
-        folder: The run folder.
-        larger_is_better: How metric values compare.
-        rows: Size of the validation split.
+        folder: `checkpoints/` in the run folder.
+        keep: States that stay.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, model: TaskModel, folder: Path, larger_is_better: bool, rows: int
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.latest: int | None = None
+        """Step of the newest state that is on disk for sure."""
+        self._good: list[str] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def newest(self) -> Path | None:
+        """Returns the newest valid checkpoint, and says which newer ones are not valid and why."""
+        for path in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True):
+            if path.name.endswith(PARTIAL):
+                continue
+            problem = checkpoint_problem(path)
+            if problem is None:
+                self.latest, self._good = _step(path), [path.name]
+                return path
+            say(f"resume: {path} is passed over: {problem}")
+        return None
+
+    def save(
+        self, step: int, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], best: Path | None
     ) -> None:
-        self.accelerator = accelerator
-        self.model = model
-        self.file = folder / "checkpoints" / "best" / "weights.safetensors"
-        self.sign = 1 if larger_is_better else -1
-        self.rows = rows
-        self.best: float | None = None
-        self.since = 0
-        """Evaluations since the best one."""
+        """Begins to write the state after `step`; returns when `tensors` may change again.
 
-    def offer(self, value: float) -> bool:
-        """Keeps the current weights unless they are worse than the best by more than one standard error.
+        Args:
+            step: Names the folder.
+            state: JSON values.
+            tensors: By file name without ending; copied to the CPU before this returns.
+            best: File with the weights kept so far, which travels along.
 
-        A validation split of 77 rows cannot tell 76 right answers from 75, and of weights that it cannot tell apart the
-        later ones, trained longer at a falling rate, do better on new rows (the one-standard-error rule of Breiman et
-        al. 1984, which takes the simplest of the models within one error; measured here: RESULTS.md). For metrics that
-        are not shares of rows, such as the loss, the error is unknown and taken as 0.
-
-        Returns:
-            Whether they were kept.
+        Raises:
+            CheckpointError: This state, or the one before it, cannot be written. The last good one is intact.
         """
-        if math.isnan(value):
-            self.since += 1
-            return False
-        if self.best is None or self.sign * value > self.sign * self.best:
-            self.best, self.since = value, 0
+        self.wait()
+        if step == self.latest:
+            return
+        copies = {name: {key: _copy(value) for key, value in group.items()} for name, group in tensors.items()}
+        aside = self.folder / f"{_PREFIX}{step:08d}{PARTIAL}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            if best is not None:
+                _link(best, aside / BEST)  # now: by the time the rest is written, there may be better ones
+        except OSError as error:
+            raise self._failure(step, error) from error
+        self._pending = self._writer.submit(self._write, step, aside, state, copies)
+
+    @property
+    def failed(self) -> bool:
+        """Whether what is being written in the background is known to have gone wrong; `wait` says how."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Waits for the state that is being written.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        """Ends the writing thread, when it is done with what it has."""
+        self._writer.shutdown(wait=True)
+
+    def _write(self, step: int, aside: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        from safetensors.torch import save_file
+
+        target = self.folder / f"{_PREFIX}{step:08d}"
+        try:
+            for name, group in tensors.items():
+                save_file(group, aside / f"{name}.safetensors")
+            (aside / STATE).write_text(json.dumps(state), encoding="utf-8")
+            for file in sorted(aside.iterdir()):
+                sync(file)
+            write_text(aside / MANIFEST, json.dumps({"files": _describe(aside)}, indent=2))
+            if target.exists():  # one that was passed over as damaged
+                shutil.rmtree(target)
+            os.rename(aside, target)
+            sync(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise self._failure(step, error) from error
+        self.latest = step
+        self._good = [*(name for name in self._good if name != target.name), target.name][-self.keep :]
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Deletes every state but those that are known to be good."""
+        for path in self.folder.glob(f"{_PREFIX}*"):
+            if path.name not in self._good:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _failure(self, step: int, error: BaseException) -> CheckpointError:
+        good = f"{_PREFIX}{self.latest:08d} is intact" if self.latest is not None else "there is no earlier one"
+        return CheckpointError(
+            f"checkpoint: the state after step {step} cannot be written to '{self.folder}': {_reason(error)}; {good}. "
+            "Mend the disk and run the same command with --resume auto."
+        )
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Returns why a folder is not a valid checkpoint, or None where it is one."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, said in files.items():
+            size = (folder / name).stat().st_size
+            if size != said["size"]:
+                return f"{name} has {size} bytes instead of {said['size']}"
+            if _sha256(folder / name) != said["sha256"]:
+                return f"{name} is not what was written (SHA-256 differs)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None if STATE in files else f"{STATE} is missing"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Returns the JSON part of a valid checkpoint."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def clear_partial(folder: Path) -> None:
+    """Removes what an interrupted process left half written in a run folder."""
+    for path in folder.rglob(f"*{PARTIAL}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            self.since += 1
-        if self.sign * value < self.sign * self.best - self._error():
-            return False
-        if self.accelerator.is_main_process:
-            from safetensors.torch import save_file
+            path.unlink(missing_ok=True)
 
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.file.with_suffix(".partial")
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self._moving().items()}, aside)
-            aside.replace(self.file)
-        return True
 
-    def _error(self) -> float:
-        """Returns the standard error of the best value as a share of rows (Agresti and Coull 1998), else 0."""
-        assert self.best is not None
-        if self.sign < 0 or not 0 <= self.best <= 1:
-            return 0.0
-        share = (self.best * self.rows + 2) / (self.rows + 4)
-        return math.sqrt(share * (1 - share) / self.rows)
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
 
-    def share_buffers(self) -> None:
-        """Gives all processes the running statistics of the main one, where they move: each has seen its own rows."""
-        if self.accelerator.num_processes == 1 or self.model.frozen != "nothing":
-            return
-        from accelerate.utils import broadcast
 
-        for buffer in self.model.buffers():
-            buffer.copy_(cast(Tensor, broadcast(buffer.clone(), from_process=0)))
+def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != MANIFEST
+    }
 
-    def restore(self) -> None:
-        """Puts the best weights back, on all processes."""
-        if self.best is None:
-            return
-        from accelerate.utils import broadcast
-        from safetensors.torch import load_file
 
-        saved = load_file(self.file) if self.accelerator.is_main_process else {}
-        with torch.no_grad():
-            for name, tensor in self._moving().items():
-                if name in saved:
-                    tensor.copy_(saved[name])
-                if self.accelerator.num_processes > 1:
-                    tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone(), from_process=0)))
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
-    def _moving(self) -> dict[str, Tensor]:
-        """Returns what training can change: parameters that learn, and all buffers."""
-        learning = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        return learning | dict(self.model.named_buffers())
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Returns the tensor on the CPU, in memory of its own, laid out as safetensors stores it."""
+    import torch
+
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+
+
+def _link(file: Path, target: Path) -> None:
+    """Gives a file that is replaced but never changed a second name; a copy where the disk has no such thing."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def _reason(error: BaseException) -> str:
+    return error.strerror or first_line(error) if isinstance(error, OSError) else first_line(error)

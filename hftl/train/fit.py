@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
-
-from torch import Tensor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import RunConfig
 from hftl.console import say
-from hftl.data.loader import Key, Rows, Share, default_workers, make_loader, steps_per_epoch, train_batches
+from hftl.data.loader import Key, Rows, Share, default_workers, make_loader, step_batches, steps_per_epoch
 from hftl.data.source import Splits
-from hftl.errors import HftlError
+from hftl.errors import Stopped
 from hftl.evaluation.evaluate import evaluate_rows
+from hftl.models.memory import RowLimit
 from hftl.models.parts import TaskModel
 from hftl.tasks.task import Batch, Task
-from hftl.train.checkpoint import BestWeights
+from hftl.train.agree import agree, refuse_nonfinite
+from hftl.train.best import BestWeights
+from hftl.train.gradient import StepGradient
 from hftl.train.history import History, Recorder
-from hftl.train.optim import make_optimizer, make_schedule
+from hftl.train.optim import make_optimizer, set_rates
+from hftl.train.resume import Keeper, Training, identity
 from hftl.train.start import run_folder
+from hftl.train.stop import StopRequest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,6 +37,9 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     number of processes it is made of, so (batch, accumulation, processes) with an equal product give the same gradient
     where no dropout and no batch statistics are in it.
 
+    A training that was stopped and goes on (`run.resume`) is, on a CPU and as many processes, bit for bit the one that
+    was not stopped; on another number of processes the rows of each step are the same and rounding differs.
+
     Args:
         accelerator: From `start`.
         model: From `build_model` and `adapt`; changed in place.
@@ -44,104 +51,133 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         Losses, learning rates and metrics by step.
 
     Raises:
-        HftlError: The loss is not finite.
+        NonfiniteError: Loss or gradient is NaN or infinite; the state before that step has been saved.
+        Stopped: A signal asked for it; the state has been saved.
+        CheckpointError: The state cannot be written, or belongs to another run.
+        HftlError: A single row does not fit into memory.
     """
-    config, max_length = run.train, run.data.max_length
+    from accelerate.utils import set_seed
+
+    config, folder, max_length = run.train, run_folder(run), run.data.max_length
     rows = task.encode(splits["train"], model.processor, config.seed, max_length)
     held_out = task.encode(splits["validation"], model.processor, None, max_length) if "validation" in splits else None
 
-    # plan: everything is counted in steps
-    share = Share(
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.batch_size_per_device,
-        config.gradient_accumulation_steps,
-    )
-    epoch_steps = steps_per_epoch(len(rows), share)
-    total = config.max_steps or math.ceil(epoch_steps * (config.num_epochs or 1))
-    eval_every = config.eval_every or epoch_steps
-    say(
-        f"fit: {total} steps of {share.effective_batch} rows at most ({share.batch_size} x {share.world} process(es) x "
-        f"{share.accumulation}), {epoch_steps} an epoch; evaluation every {eval_every}"
-    )
-
-    from accelerate.utils import set_seed
-
+    keeper = Keeper(accelerator, run, folder)
+    earlier = keeper.find() if run.resume == "auto" else None
+    plan = make_plan(accelerator, run, len(rows), earlier)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config, accelerator.device)
-    # Accelerate would step a prepared schedule once for each process, so it stays ours
-    schedule = make_schedule(optimizer, config, total)
     net, stepper = accelerator.prepare(model, optimizer)
     metric = config.best_metric or task.best_metric
-    best = BestWeights(accelerator, model, run_folder(run), larger_is_better=metric != "loss", rows=len(held_out or ()))
-    recorder = Recorder(accelerator, run, run_folder(run), total)
+    best = BestWeights(accelerator, model, folder, larger_is_better=metric != "loss", rows=len(held_out or ()))
+    recorder = Recorder(accelerator, run, folder, plan.total, earlier and earlier["recorder"])
+    history = recorder.history
+    limit = RowLimit("training", enabled=config.on_oom == "halve")
+    gradient = StepGradient(accelerator, net, task, limit)
+    same = identity(model, splits["train"], plan.share.effective_batch, plan.total)
+    training = Training(accelerator, model, optimizer, best, recorder, limit, same)
 
     set_seed(config.seed, device_specific=True)  # from here on, dropout differs between processes
+    if earlier:
+        keeper.load(training, earlier)
+    left = range(history.steps, history.steps if earlier and earlier["finished"] else plan.total)
     model.train()
-    summed, since = 0.0, 0
-    for batch in _micro_batches(accelerator, rows, task, run, share, total):
-        with accelerator.accumulate(net):
-            losses = task.loss(net(batch["inputs"]), batch)
-            loss = (losses * batch["weight"]).sum()
-            # weights sum to 1 over the step; undo the divisions by DDP (processes) and Accelerate (accumulation)
-            accelerator.backward(loss * share.world * share.accumulation)
-            norm = (
-                accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf)
-                if accelerator.sync_gradients
-                else None
-            )
-            stepper.step()
+    with keeper, StopRequest() as stop:
+        for micro_batches in _grouped(_loader(accelerator, rows, task, run, plan.share, left), plan.share.accumulation):
+            rates = set_rates(optimizer, config, history.steps, plan.total)
+            done = gradient(micro_batches)
+            norm = float(accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf) or 0.0)
+            loss, asked, due, failed = agree(accelerator, done.total, stop.asked, keeper.due, keeper.failed)
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if not finite and (accelerator.scaler is None or not math.isfinite(loss)):
+                if config.on_nonfinite == "stop" or history.skipped >= config.max_nonfinite:
+                    gradient.undo()
+                    keeper.save(training, wait=True)
+                    refuse_nonfinite(accelerator, done, loss, norm, history.steps + 1, rates)
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()  # it has looked at this gradient and wants to be done with it
+            else:
+                stepper.step()  # with a gradient that is not finite, the scaler of fp16 skips it and scales less
             stepper.zero_grad()
-        summed = summed + loss.detach()
-        if not accelerator.sync_gradients:
-            continue
+            recorder.advance(loss if finite else None)
 
-        lr = {group["name"]: rate for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True)}
-        if not accelerator.optimizer_step_was_skipped:
-            schedule.step()
-        recorder.advance()
-        step, since = recorder.history.steps, since + 1
-        evaluates = held_out is not None and (step % eval_every == 0 or step == total)
-        if step % config.log_every == 0 or step == total or evaluates:
-            mean = float(cast(Tensor, accelerator.reduce(summed, "sum"))) / since
-            if not math.isfinite(mean):
-                raise HftlError(
-                    f"the training loss is {mean} at step {step} (lr {lr}); lower train.lr or look at the data."
+            step, last = history.steps, history.steps == plan.total
+            evaluates = held_out is not None and (step % plan.eval_every == 0 or last)
+            if step % config.log_every == 0 or evaluates or last or not finite:
+                record = {"epoch": step / plan.epoch_steps, "train/loss": recorder.mean_loss() if finite else loss}
+                record |= {"grad_norm": norm} | {f"lr/{part}": rate for part, rate in rates.items()}
+                recorder.log(**record, **({} if finite else {"skipped_steps": history.skipped}))
+            if held_out is not None and evaluates:
+                best.share_buffers()
+                found = evaluate_rows(accelerator, model, task, held_out, run)
+                recorder.log(**{f"validation/{name}": value for name, value in found.items()})
+                if best.offer(found[metric]):
+                    history.best = {"step": step, "metric": f"validation/{metric}", "value": found[metric]}
+                if config.early_stopping_patience and best.since >= config.early_stopping_patience:
+                    say(f"fit: stopped, no better {metric} in {best.since} evaluations")
+                    last = True
+
+            if failed:
+                keeper.settle()
+            if last or asked or due or step % (run.checkpoint.every_steps or plan.total) == 0:
+                keeper.save(training, finished=last, wait=bool(last or asked))
+            if asked:
+                raise Stopped(
+                    f"stopped ({stop.reason or 'as another process was asked to'}) after step {step} of {plan.total}; "
+                    f"the state is in {folder / 'checkpoints'}. The same command with --resume auto goes on from there."
                 )
-            rates = {f"lr/{name}": float(rate) for name, rate in lr.items()}
-            recorder.log(**{"epoch": step / epoch_steps, "train/loss": mean, "grad_norm": float(norm or 0.0)}, **rates)
-            summed, since = 0.0, 0
-        if held_out is not None and evaluates:
-            best.share_buffers()
-            found = evaluate_rows(accelerator, model, task, held_out, run)
-            recorder.log(**{f"validation/{name}": value for name, value in found.items()})
-            if best.offer(found[metric]):
-                recorder.history.best = {"step": step, "metric": f"validation/{metric}", "value": found[metric]}
-            if config.early_stopping_patience and best.since >= config.early_stopping_patience:
-                say(f"fit: stopped, no better {metric} in {best.since} evaluations")
+            if last:
                 break
 
     best.restore()
-    history = recorder.close()
+    recorder.close()
     accelerator.free_memory()
     if history.best:
         say("fit: kept the weights of step {step} ({metric} {value:.4f})".format(**history.best))
     return history
 
 
-def _micro_batches(
-    accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, total_steps: int
-) -> Iterator[Batch]:
-    """Yields this process's micro-batches on its device, epoch after epoch, for `total_steps` steps."""
-    from accelerate.utils import send_to_device
+@dataclass(frozen=True)
+class Plan:
+    """What happens when; everything is counted in steps."""
 
-    device = accelerator.device
-    workers = run.data.num_workers
-    workers = default_workers(task.modality, device.type, share.world) if workers is None else workers
+    share: Share
+    epoch_steps: int
+    total: int
+    eval_every: int
+
+
+def make_plan(accelerator: Accelerator, run: RunConfig, rows: int, earlier: dict[str, Any] | None) -> Plan:
+    """Returns the plan of a training, and says it.
+
+    A training that goes on keeps the rows of each step. On fewer processes they make more micro-batches.
+    """
+    config, world = run.train, accelerator.num_processes
+    batch, accumulation = config.batch_size_per_device, config.gradient_accumulation_steps
+    step_rows = earlier["effective_batch"] if earlier else batch * accumulation * world
+    share = Share(accelerator.process_index, world, batch, -(-step_rows // (batch * world)), step_rows)
+    epoch_steps = steps_per_epoch(rows, share)
+    total = config.max_steps or math.ceil(epoch_steps * (config.num_epochs or 1))
+    eval_every = config.eval_every or epoch_steps
+    say(
+        f"fit: {total} steps of {step_rows} rows at most ({batch} x {world} process(es) x {share.accumulation}), "
+        f"{epoch_steps} an epoch; evaluation every {eval_every}"
+    )
+    return Plan(share, epoch_steps, total, eval_every)
+
+
+def _loader(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, steps: range) -> Any:
+    """Returns this process's micro-batches of some steps, on the host: a step may have to take them twice."""
+    device, workers = accelerator.device.type, run.data.num_workers
+    workers = default_workers(task.modality, device, share.world) if workers is None else workers
 
     def stream() -> Iterator[list[Key]]:
-        epochs = (train_batches(len(rows), rows.lengths, share, run.train.seed, epoch) for epoch in itertools.count())
-        return itertools.islice(itertools.chain.from_iterable(epochs), total_steps * share.accumulation)
+        return step_batches(len(rows), rows.lengths, share, run.train.seed, steps)
 
-    for batch in make_loader(rows, stream, task.collate, device=device.type, num_workers=workers):
-        yield cast(Batch, send_to_device(batch, device, non_blocking=True))
+    return make_loader(rows, stream, task.collate, device=device, num_workers=workers)
+
+
+def _grouped(batches: Any, accumulation: int) -> Iterator[list[Batch]]:
+    batches = iter(batches)
+    while group := list(islice(batches, accumulation)):
+        yield group

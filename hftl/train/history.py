@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import RunConfig, leaves
 from hftl.console import say
+from hftl.files import write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,6 +31,8 @@ class History:
     best: dict[str, Any] = field(default_factory=dict)
     """step, metric and value of the weights that were kept."""
     steps: int = 0
+    skipped: int = 0
+    """Steps that left the weights as they were, because loss or gradient were not finite."""
     seconds: float = 0.0
     """Wall time of training, evaluations included."""
 
@@ -42,33 +45,69 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Recorder:
-    """Writes a `History` while it grows. Only the main process writes; all keep the records."""
+    """Writes a `History` while it grows. Only the main process writes; all keep the records.
 
-    def __init__(self, accelerator: Accelerator, run: RunConfig, folder: Path, total_steps: int) -> None:
-        self.history = History()
+    Args:
+        accelerator: From `start`.
+        run: Uses the trackers.
+        folder: The run folder.
+        total_steps: Steps of the whole training.
+        earlier: What `state` returned when the training was stopped; history.jsonl is cut back to it.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, run: RunConfig, folder: Path, total_steps: int, earlier: dict[str, Any] | None
+    ) -> None:
+        earlier = earlier or {"history": {}, "losses": [0.0, 0]}
+        self.history = History(**earlier["history"])
+        self._losses, self._count = earlier["losses"]
         self.accelerator = accelerator
         self.total = total_steps
-        self.started = time.perf_counter()
-        self.file = (folder / "history.jsonl").open("w", encoding="utf-8") if accelerator.is_main_process else None
+        self.started = time.perf_counter() - self.history.seconds
+        self.file = None
+        if accelerator.is_main_process:
+            lines = [json.dumps(finite(record)) + "\n" for record in self.history.records]
+            write_text(folder / "history.jsonl", "".join(lines))
+            self.file = (folder / "history.jsonl").open("a", encoding="utf-8")
         if run.train.trackers:
             values = leaves(run).items()
             config = {
                 name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values
             }
             named = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
-            options = {tracker: {key: folder.name} for tracker, key in named.items() if tracker in run.train.trackers}
+            options: dict[str, Any] = {
+                tracker: {key: folder.name} for tracker, key in named.items() if tracker in run.train.trackers
+            }
+            options["tensorboard"] = {"purge_step": self.history.steps + 1} if self.history.steps else {}
             accelerator.init_trackers("hftl", config=config, init_kwargs=options)
         self.bar: Any = None
         if accelerator.is_main_process and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=total_steps, initial=self.history.steps, unit="step", dynamic_ncols=True)
 
-    def advance(self) -> None:
-        """Counts a step."""
+    def state(self) -> dict[str, Any]:
+        """Returns what another `Recorder` needs to go on, as JSON values."""
+        seconds = time.perf_counter() - self.started
+        history = {**vars(self.history), "records": [finite(record) for record in self.history.records]}
+        return {"history": {**history, "seconds": seconds}, "losses": [self._losses, self._count]}
+
+    def advance(self, loss: float | None) -> None:
+        """Counts a step and its mean loss; None for a step that left the weights as they were."""
         self.history.steps += 1
+        if loss is None:
+            self.history.skipped += 1
+        else:
+            self._losses += loss
+            self._count += 1
         if self.bar is not None:
             self.bar.update()
+
+    def mean_loss(self) -> float:
+        """Returns the mean loss of the steps since this was asked last; NaN where there were none."""
+        mean = self._losses / self._count if self._count else math.nan
+        self._losses, self._count = 0.0, 0
+        return mean
 
     def log(self, **values: float) -> None:
         """Records values at the current step."""

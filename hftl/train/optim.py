@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from hftl.config.schema import Schedule, TrainConfig
 from hftl.models.parts import TaskModel
@@ -27,28 +25,34 @@ def make_optimizer(model: TaskModel, config: TrainConfig, device: torch.device) 
             groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
     rates = {"head": config.head_lr, "backbone": config.lr}
     settings: list[dict[str, Any]] = [
-        {"name": part, "params": params, "lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0}
+        {
+            "name": part,
+            "params": params,
+            "lr": rates[part],
+            "peak_lr": rates[part],
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
         for (part, decays), params in groups.items()
     ]
     return AdamW(settings, fused=device.type in ("cpu", "cuda", "xpu", "mps"))
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
-    """Returns the schedule of every group, to be stepped once after every optimizer step.
+def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
+    """Sets every group's learning rate for `step` (from 0) and returns them by part: `head`, `backbone`.
 
-    The backbone's begins after the share `config.head_first` of the steps; until then only the head learns
-    (LP-FT, Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+    They are a pure function of the step, so nothing about them has to be remembered. The backbone's schedule begins
+    after the share `config.head_first` of the steps; until then only the head learns (LP-FT, Kumar et al. 2022,
+    https://arxiv.org/abs/2202.10054).
     """
-
-    def factor(waits: int) -> Callable[[int], float]:
+    alone = int((config.head_first or 0.0) * total_steps)
+    rates = {}
+    for group in optimizer.param_groups:
+        waits = alone if group["name"] == "backbone" else 0
         rest = total_steps - waits
         warmup = math.ceil(config.warmup_ratio * rest)
-        return lambda step: lr_factor(step - waits, config.schedule, rest, warmup) if step >= waits else 0.0
-
-    alone = int((config.head_first or 0.0) * total_steps)
-    return LambdaLR(
-        optimizer, [factor(alone if group["name"] == "backbone" else 0) for group in optimizer.param_groups]
-    )
+        factor = lr_factor(step - waits, config.schedule, rest, warmup) if step >= waits else 0.0
+        group["lr"] = rates[group["name"]] = group["peak_lr"] * factor
+    return rates
 
 
 def lr_factor(step: int, kind: Schedule, total_steps: int, warmup_steps: int) -> float:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hftl.adaptation.lora import find_targets
 from hftl.config.defaults import default_folder, resolve
-from hftl.config.parse import dump
-from hftl.config.schema import AugmentConfig, RunConfig, value_problems
+from hftl.config.parse import dump, load
+from hftl.config.schema import AugmentConfig, RunConfig, leaves, value_problems
 from hftl.console import is_main_process, muted, say
 from hftl.data.source import Splits, load_splits
-from hftl.errors import ConfigError, HftlError, nearest
+from hftl.errors import ConfigError, HftlError, RunComplete, first_line, nearest, shorten
 from hftl.evaluation.metrics import BUILT_IN, metric_problems
+from hftl.files import write_text
 from hftl.hub import name_problem, repository_problem
 from hftl.models.build import model_name_problem, skeleton
 from hftl.models.parts import HeadSpec
 from hftl.tasks.task import Task
+from hftl.train.checkpoint import clear_partial
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,6 +32,12 @@ RUN_FILES = ("config.yaml", "history.jsonl", "metrics.json", "model", "adapter",
 """What a run leaves in its folder; `--overwrite` removes these."""
 MARKER = "config.yaml"
 """Written first: only a folder that has it is ever cleared."""
+MAY_CHANGE = (
+    "checkpoint.", "data.num_workers", "data.worker_timeout", "output_dir", "overwrite", "publish.", "resume",
+    "train.batch_size_per_device", "train.gradient_accumulation_steps", "train.log_every", "train.max_nonfinite",
+    "train.on_", "train.timeout_minutes", "train.trackers",
+)  # fmt: skip
+"""Settings that may differ when a run goes on. The rows of a step stay as they were, whatever batches it is made of."""
 
 
 def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig, Splits, T]:
@@ -57,7 +67,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
         problems.append(unknown)
     elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
         problems += _target_problems(run, task.head if task else HeadSpec(stock, 2))
-    if splits:
+    if splits and not _resumes(run):  # a run that goes on keeps the rows of its steps
         problems += _batch_problems(run, len(splits["train"]))
     problems += _augment_problems(run, task)
     problems += _metric_problems(run, task)
@@ -66,6 +76,9 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
     if problems or splits is None or task is None:
         raise ConfigError(*problems)
     resolved = resolve(run, task.modality)
+    different = _resume_problems(resolved)
+    if different:
+        raise ConfigError(*different)
     _say_defaults(run, resolved)
     return resolved, splits, task
 
@@ -74,23 +87,29 @@ def start(run: RunConfig) -> Accelerator:
     """Returns the Accelerator of a run, seeds set and the run folder made.
 
     Processes, precision and sharding come from the launcher and its configuration file.
+
+    Raises:
+        RunComplete: `run.resume` is auto and the run folder holds the finished run.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 
     folder = run_folder(run)
-    # as a plugin, because the launcher's environment overrides a plain number; and by count alone, because the
-    # batches are ours and every step has all of its micro-batches
-    accumulation = GradientAccumulationPlugin(run.train.gradient_accumulation_steps, sync_with_dataloader=False)
+    # the loop accumulates; as a plugin, because the launcher's environment overrides a plain number
+    accumulation = GradientAccumulationPlugin(1, sync_with_dataloader=False)
     accelerator = Accelerator(
         gradient_accumulation_plugin=accumulation,
         log_with=[name for name in run.train.trackers if name] or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
         step_scheduler_with_optimizer=False,
     )
+    finished = finished_metrics(folder) if run.resume == "auto" and accelerator.is_main_process else None
+    finished = broadcast_object_list([finished])[0] if accelerator.num_processes > 1 else finished
+    if finished is not None:
+        raise RunComplete(str(folder), finished)
     if accelerator.is_main_process:
-        _clear(folder, run)
-        (folder / MARKER).write_text(dump(run), encoding="utf-8")
+        _make_folder(folder, run)
+        write_text(folder / MARKER, dump(run))
     accelerator.wait_for_everyone()
     set_seed(run.train.seed)
     say(
@@ -194,9 +213,11 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
 def folder_problems(run: RunConfig) -> list[str]:
     """Returns a sentence when the run folder cannot be written or holds a run that may not be replaced."""
     folder = run_folder(run)
+    if run.overwrite and run.resume == "auto":
+        return ["resume: 'auto' goes on with what is in the run folder and overwrite removes it; choose one."]
     inputs = {"model.name": run.model.name.removeprefix("local-dir:"), "data.source": run.data.source}
     try:
-        problems = _folder_problems(folder, run.overwrite)
+        problems = _folder_problems(folder, replaceable=run.overwrite or run.resume == "auto")
         for name, value in inputs.items() if not problems else ():
             path = Path(value).resolve()
             if value and path.exists() and folder.resolve() in (path, *path.parents):
@@ -206,14 +227,17 @@ def folder_problems(run: RunConfig) -> list[str]:
         return [f"output_dir: '{folder}' cannot be reached: {error.strerror}."]
 
 
-def _folder_problems(folder: Path, overwrite: bool) -> list[str]:
+def _folder_problems(folder: Path, replaceable: bool) -> list[str]:
     if folder.exists() and not folder.is_dir():
         return [f"output_dir: '{folder}' is a file."]
     found = [name for name in RUN_FILES if (folder / name).exists()]
     if found and MARKER not in found:
         return [f"output_dir: '{folder}' holds {', '.join(found)}, but no run of hftl (no {MARKER}); choose another."]
-    if found and not overwrite:
-        return [f"output_dir: '{folder}' holds a run already ({', '.join(found)}). Choose another, or say --overwrite."]
+    if found and not replaceable:
+        return [
+            f"output_dir: '{folder}' holds a run already ({', '.join(found)}). Choose another, say --resume auto to go "
+            "on with it, or --overwrite."
+        ]
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not existing.is_dir():
         return [f"output_dir: '{folder}' cannot be made: '{existing}' is a file."]
@@ -222,12 +246,49 @@ def _folder_problems(folder: Path, overwrite: bool) -> list[str]:
     return []
 
 
-def _clear(folder: Path, run: RunConfig) -> None:
-    """Makes the run folder; removes the files of an older run there, and nothing else."""
-    import shutil
+def finished_metrics(folder: Path) -> dict[str, float | None] | None:
+    """Returns the metrics of the finished run in a folder, or None where there is no run or it is not finished."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "metrics.json").read_text(encoding="utf-8")) if report.get("complete") else None
+    except (OSError, ValueError):
+        return None
 
+
+def _resumes(run: RunConfig) -> bool:
+    return run.resume == "auto" and any((run_folder(run) / "checkpoints").glob("step-*"))
+
+
+def _resume_problems(run: RunConfig) -> list[str]:
+    """Returns a sentence when the run folder holds a run with other settings, as far as they change its results."""
+    marker = run_folder(run) / MARKER
+    if run.resume != "auto" or not marker.is_file():
+        return []
+    try:
+        before = leaves(load(marker))
+    except HftlError as error:
+        return [f"resume: {marker} cannot be read: {first_line(error)} Choose another output_dir, or say --overwrite."]
+    now = leaves(run)
+    changed = [
+        f"{name} was {before[name]}, now {value}"
+        for name, value in now.items()
+        if value != before[name] and not name.startswith(MAY_CHANGE)
+    ]
+    if not changed:
+        return []
+    return [
+        f"resume: '{run_folder(run)}' holds a run with other settings ({shorten(changed, 6)}). Give it the same ones, "
+        "or choose another output_dir."
+    ]
+
+
+def _make_folder(folder: Path, run: RunConfig) -> None:
+    """Makes the run folder; removes the files of a run there that is replaced or never came to a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not run.overwrite:
+    if _resumes(run):
+        clear_partial(folder)
+        return
+    if not (run.overwrite or run.resume == "auto"):
         return
     for name in (*RUN_FILES, "predictions.parquet", "report.json", "environment.json", "tensorboard"):
         path = folder / name
@@ -235,6 +296,7 @@ def _clear(folder: Path, run: RunConfig) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    clear_partial(folder)
 
 
 def _say_defaults(given: RunConfig, resolved: RunConfig) -> None:

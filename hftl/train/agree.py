@@ -1,0 +1,46 @@
+"""What all processes must know together before the weights change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn, cast
+
+import torch
+from torch import Tensor
+
+from hftl.errors import NonfiniteError, shorten
+from hftl.train.gradient import StepLoss
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def agree(accelerator: Accelerator, loss: Tensor, *asked: bool) -> list[float]:
+    """Returns the sums over all processes of a scalar loss and of yes/no questions, in one exchange."""
+    mine = torch.stack([loss.float(), *(torch.tensor(float(each), device=loss.device) for each in asked)])
+    return cast(Tensor, accelerator.reduce(mine, "sum")).tolist()
+
+
+def refuse_nonfinite(
+    accelerator: Accelerator, done: StepLoss, loss: float, norm: float, step: int, rates: dict[str, float]
+) -> NoReturn:
+    """Raises NonfiniteError on all processes, with step, learning rates and the rows of the step.
+
+    Rows whose own loss is not finite are named where there are any, else all of the step.
+    """
+    from accelerate.utils import gather_object
+
+    pairs = [
+        (row, value)
+        for rows, losses in zip(done.rows, done.losses, strict=True)
+        for row, value in zip(rows.tolist(), losses.tolist(), strict=True)
+    ]
+    pairs = gather_object(pairs) if accelerator.num_processes > 1 else pairs
+    bad = sorted({row for row, value in pairs if value - value != 0})
+    rows = bad or sorted({row for row, _ in pairs})
+    of = "the loss of training row(s)" if bad else "every row's loss is finite, the gradient is not; training rows"
+    lr = ", ".join(f"{part} {rate:.3g}" for part, rate in rates.items())
+    raise NonfiniteError(
+        f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g} (lr: {lr}); {of} "
+        f"{shorten([str(row) for row in rows], 32)}. The weights before this step are saved. Look at these rows, start "
+        "again with a lower train.lr, or go on with --resume auto --train.on_nonfinite skip."
+    )

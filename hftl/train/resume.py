@@ -1,0 +1,214 @@
+"""Saving the state of a training and going on from it, on any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hftl.config.schema import RunConfig
+from hftl.console import say
+from hftl.errors import CheckpointError
+from hftl.models.memory import RowLimit
+from hftl.models.parts import TaskModel
+from hftl.train.best import BestWeights
+from hftl.train.checkpoint import BEST, Checkpoints, read_state
+from hftl.train.history import Recorder
+from hftl.train.state import (
+    OPTIMIZER,
+    VERSION,
+    WEIGHTS,
+    load_optimizer_tensors,
+    load_random_state,
+    moving,
+    optimizer_tensors,
+    random_state,
+    resting_fingerprint,
+    spread,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+
+@dataclass
+class Training:
+    """The parts of a running training whose state is saved."""
+
+    accelerator: Accelerator
+    model: TaskModel
+    optimizer: torch.optim.Optimizer
+    best: BestWeights
+    recorder: Recorder
+    limit: RowLimit
+    identity: dict[str, Any]
+    """What must be the same for a state to be usable: see `identity`."""
+
+
+class Keeper:
+    """Saves the state of a training when it is due, and finds the one to go on from.
+
+    Args:
+        accelerator: From `start`. Its main process reads and writes, so that no disk need be shared.
+        run: Uses `run.checkpoint`.
+        folder: The run folder.
+    """
+
+    def __init__(self, accelerator: Accelerator, run: RunConfig, folder: Path) -> None:
+        self.accelerator = accelerator
+        self.config = run.checkpoint
+        self.store = Checkpoints(folder / "checkpoints", run.checkpoint.keep)
+        self.saved_at = time.monotonic()
+        self.failure: CheckpointError | None = None
+        self._found: Path | None = None
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.store.close()
+
+    def find(self) -> dict[str, Any] | None:
+        """Returns the JSON part of the newest valid state, the same on all processes; None where there is none."""
+        self._found = self.store.newest() if self.accelerator.is_main_process else None
+        return _from_main(self.accelerator, read_state(self._found) if self._found else None)
+
+    def load(self, training: Training, state: dict[str, Any]) -> None:
+        """Puts the state that was found into all parts of the training but the recorder.
+
+        Raises:
+            CheckpointError: It belongs to another run.
+        """
+        from safetensors.torch import load_file
+
+        _refuse_other(state, training.identity)
+        accelerator, found = self.accelerator, self._found
+        read = {name: load_file(found / f"{name}.safetensors") if found else {} for name in (WEIGHTS, OPTIMIZER)}
+        spread(accelerator, moving(training.model), read[WEIGHTS])
+        load_optimizer_tensors(accelerator, training.model, training.optimizer, read[OPTIMIZER])
+        training.best.load_state(state["best"], found / BEST if found else None)
+        if accelerator.scaler is not None and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        world, before = accelerator.num_processes, len(state["processes"])
+        if world == before:
+            mine = state["processes"][accelerator.process_index]
+            load_random_state(accelerator.device, mine["random"])
+            training.limit.rows = mine["row_limit"]
+        other = "" if world == before else f" (of {before} process(es): same rows in the same steps, other rounding)"
+        say(f"resume: going on after step {state['recorder']['history']['steps']} from {found}{other}")
+
+    @property
+    def due(self) -> bool:
+        """Whether the clock of this process asks for a save."""
+        minutes = self.config.every_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save of this process is known to have gone wrong."""
+        return self.failure is not None or self.store.failed
+
+    def save(self, training: Training, *, finished: bool = False, wait: bool = False) -> None:
+        """Saves the state; all processes call it together.
+
+        Args:
+            training: What is saved.
+            finished: No step is left.
+            wait: Return when it is on the disk, rather than when it has been copied.
+
+        Raises:
+            CheckpointError: It cannot be written (with `wait`; else `failed` tells, and `settle` raises).
+        """
+        mine = {"random": random_state(self.accelerator.device), "row_limit": training.limit.rows}
+        processes = _gather(self.accelerator, mine)
+        self.saved_at = time.monotonic()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            recorder = training.recorder.state()
+            state = {
+                **training.identity,
+                "finished": finished,
+                "recorder": recorder,
+                "best": training.best.state(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "processes": processes,
+            }
+            tensors = {WEIGHTS: moving(training.model)}
+            tensors[OPTIMIZER] = optimizer_tensors(training.model, training.optimizer)
+            try:
+                self.store.save(recorder["history"]["steps"], state, tensors, training.best.kept)
+            except CheckpointError as error:
+                self.failure = error
+        if wait:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits until everything is on the disk.
+
+        Raises:
+            CheckpointError: It cannot be written; on all processes.
+        """
+        try:
+            self.store.wait()
+        except CheckpointError as error:
+            self.failure = error
+        problems = _from_main(self.accelerator, self.failure.problems if self.failure else None)
+        if problems:
+            raise CheckpointError(*problems)
+
+
+def identity(model: TaskModel, rows: Dataset, effective_batch: int, total: int) -> dict[str, Any]:
+    """Returns what a state must have in common with a run that goes on from it, as JSON values."""
+    return {
+        "version": VERSION,
+        "data": data_fingerprint(rows),
+        "backbone": resting_fingerprint(model),
+        "effective_batch": effective_batch,
+        "total": total,
+    }
+
+
+def data_fingerprint(rows: Dataset) -> str:
+    """Returns the number of rows and a hash of 64 of them, evenly spaced; of images on disk the name alone counts."""
+    picked = np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)
+    table: Any = rows.select(picked).with_format("arrow")[:]
+    digest = hashlib.sha256()
+    for row in table.to_pylist():
+        for name, value in row.items():
+            if isinstance(value, dict) and "bytes" in value:
+                value = hashlib.sha256(value["bytes"]).digest() if value["bytes"] else Path(value["path"]).name
+            digest.update(f"{name}={value!r}\n".encode(errors="backslashreplace"))
+    return f"{len(rows)} rows {digest.hexdigest()}"
+
+
+def _refuse_other(state: dict[str, Any], expected: dict[str, Any]) -> None:
+    words = {
+        "version": "was written by another version of hftl",
+        "data": "was made with other training rows",
+        "backbone": "was made with other pretrained weights",
+        "total": "belongs to a training of another length",
+    }
+    wrong = [words[name] for name in words if state.get(name) != expected[name]]
+    if wrong:
+        raise CheckpointError(
+            f"resume: the newest checkpoint {' and '.join(wrong)}. Give the run what it was started with, or choose "
+            "another output_dir."
+        )
+
+
+def _from_main(accelerator: Accelerator, value: Any) -> Any:
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def _gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    from accelerate.utils import gather_object
+
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]

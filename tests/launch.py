@@ -1,0 +1,47 @@
+"""Recipes and jobs in processes of their own, under the real launcher."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ENV = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def launch(processes: int, jobs: list[tuple[str, dict, Path]], timeout: float = 280) -> str:
+    """Runs jobs of tests/job.py, one after the other, on gloo; returns what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    listed = json.dumps([[job, spec, str(out)] for job, spec, out in jobs])
+    done = subprocess.run(
+        [*command, "--master_port", free_port(), str(ROOT / "tests" / "job.py"), listed],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        # what `accelerate launch` would set: it must not overrule the run's own accumulation
+        env={**os.environ, **ENV, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def flags(source, model, output, method="full", **more) -> list[str]:
+    """Returns the flags of a recipe; `train__lr=0` is `--train.lr=0`."""
+    settings = {
+        "data.source": source,
+        "model.name": model,
+        "output_dir": output,
+        "adapt.method": method,
+        "train.trackers": "[tensorboard]",
+        **{name.replace("__", "."): value for name, value in more.items()},
+    }
+    return [f"--{name}={value}" for name, value in settings.items()]
