@@ -74,6 +74,45 @@ def recipe(spec: dict, out: Path) -> None:
         Recorder.advance = advance
 
 
+def faulty(spec: dict, out: Path) -> None:
+    """Trains while losses of rows become NaN or memory is short; leaves what happened and the weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    import hftl
+    from hftl.train.state import moving
+
+    run, splits, task, _ = _open(spec)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    loss, forward, calls = task.loss, model.forward, []
+
+    def poisoned(outputs, batch):
+        bad = torch.isin(batch["index"], torch.tensor(spec.get("poison", []))) & model.training
+        return torch.where(bad, torch.nan, loss(outputs, batch))
+
+    def cramped(inputs):
+        rows = len(next(iter(inputs.values())))
+        most = spec.get("fits_training" if model.training else "fits_evaluation", rows)
+        if rows > most and (spec.get("on_rank") in (None, accelerator.process_index)):
+            raise torch.OutOfMemoryError("out of memory (injected)")
+        calls.append((model.training, rows))
+        return forward(inputs)
+
+    task.loss, model.forward = poisoned, cramped
+    found = {"error": None}
+    try:
+        history = hftl.fit(accelerator, model, task, splits, run)
+        found |= {"steps": history.steps, "skipped": history.skipped}
+    except hftl.HftlError as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    found["rows"] = sorted({rows for training, rows in calls if training})
+    (out / f"found{accelerator.process_index}.json").write_text(json.dumps(found))
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in moving(model).items()}
+    save_file(weights, out / f"weights{accelerator.process_index}.safetensors")
+
+
 def _open(spec: dict, prepared: bool = True):
     import hftl
     from hftl.config.parse import parse
@@ -91,7 +130,7 @@ if __name__ == "__main__":
     try:
         for job, spec, out in json.loads(sys.argv[1]):
             Path(out).mkdir(parents=True, exist_ok=True)
-            {"gradient": gradient, "recipe": recipe}[job](spec, Path(out))
+            {"gradient": gradient, "recipe": recipe, "faulty": faulty}[job](spec, Path(out))
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
     finally:

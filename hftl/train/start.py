@@ -92,13 +92,21 @@ def start(run: RunConfig) -> Accelerator:
         RunComplete: `run.resume` is auto and the run folder holds the finished run.
     """
     from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        ProjectConfiguration,
+        broadcast_object_list,
+        set_seed,
+    )
 
     folder = run_folder(run)
     # the loop accumulates; as a plugin, because the launcher's environment overrides a plain number
     accumulation = GradientAccumulationPlugin(1, sync_with_dataloader=False)
     accelerator = Accelerator(
         gradient_accumulation_plugin=accumulation,
+        # no exchange in a forward pass, which a process short of memory repeats: evaluation shares what moves
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=[name for name in run.train.trackers if name] or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
         step_scheduler_with_optimizer=False,
