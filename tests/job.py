@@ -6,8 +6,6 @@ Each job leaves JSON or tensors in OUT. One launch does several, since starting 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -51,27 +49,18 @@ def gradient(spec: dict, out: Path) -> None:
 def recipe(spec: dict, out: Path) -> None:
     """Runs a recipe's main; with `stop_after`, one process is sent a SIGTERM when it has done that many steps."""
     from conftest import load_recipe
+    from launch import stopping_after
 
     from hftl.errors import Stopped
-    from hftl.train.history import Recorder
 
     run, _, _, _ = _open(spec, prepared=False)
-    advance, wanted = Recorder.advance, spec.get("stop_after")
-
-    def stopping(recorder, loss):
-        advance(recorder, loss)
-        chosen = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        if chosen and recorder.history.steps == wanted:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    Recorder.advance = stopping
-    try:
-        load_recipe(spec["recipe"]).main(run)
-        assert not wanted, "it did not stop"
-    except Stopped:
-        assert wanted
-    finally:
-        Recorder.advance = advance
+    wanted = spec.get("stop_after")
+    with stopping_after(wanted):
+        try:
+            load_recipe(spec["recipe"]).main(run)
+            assert not wanted, "it did not stop"
+        except Stopped:
+            assert wanted
 
 
 def faulty(spec: dict, out: Path) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -45,3 +47,23 @@ def flags(source, model, output, method="full", **more) -> list[str]:
         **{name.replace("__", "."): value for name, value in more.items()},
     }
     return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@contextmanager
+def stopping_after(step: int | None):
+    """The last process sends itself a SIGTERM when it has done `step` steps."""
+    from hftl.train.history import Recorder
+
+    advance = Recorder.advance
+
+    def stopping(recorder, loss):
+        advance(recorder, loss)
+        last = int(os.environ.get("WORLD_SIZE", "1")) - 1
+        if int(os.environ.get("RANK", "0")) == last and recorder.history.steps == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Recorder.advance = stopping
+    try:
+        yield
+    finally:
+        Recorder.advance = advance

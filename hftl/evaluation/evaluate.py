@@ -13,6 +13,7 @@ from hftl.console import say
 from hftl.data.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
 from hftl.data.source import Splits
 from hftl.evaluation.metrics import BUILT_IN, EvaluateMetric, MeanLoss, Metric
+from hftl.files import PARTIAL, sync
 from hftl.models.memory import joined
 from hftl.models.parts import TaskModel
 from hftl.tasks.task import Batch, Outputs, Task
@@ -207,10 +208,14 @@ class _Labelled:
 
 
 class TableWriter:
-    """Writes rows to Parquet, CSV or JSON lines (by the ending of the file) as they come."""
+    """Writes rows to Parquet, CSV or JSON lines (by the ending of the file) as they come.
+
+    The file is whole or absent: it takes its name in `close`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.aside = path.with_name(path.name + PARTIAL)
         self.writer: Any = None
 
     def write(self, rows: list[dict[str, Any]]) -> None:
@@ -223,7 +228,7 @@ class TableWriter:
         if self.writer is None:
             from pyarrow.parquet import ParquetWriter
 
-            self.writer = ParquetWriter(self.path, table.schema)
+            self.writer = ParquetWriter(self.aside, table.schema)
         self.writer.write_table(table)
         return None
 
@@ -233,7 +238,7 @@ class TableWriter:
 
         first = self.writer is None
         if first:
-            self.writer = self.path.open("w", newline="", encoding="utf-8")
+            self.writer = self.aside.open("w", newline="", encoding="utf-8")
         if self.path.suffix == ".csv":
             table = csv.DictWriter(self.writer, rows[0])
             if first:
@@ -246,3 +251,5 @@ class TableWriter:
         """Finishes the file."""
         if self.writer is not None:
             self.writer.close()
+            sync(self.aside)
+            self.aside.replace(self.path)

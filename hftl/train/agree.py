@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def agree(accelerator: Accelerator, loss: Tensor, *asked: bool) -> list[float]:
     """Returns the sums over all processes of a scalar loss and of yes/no questions, in one exchange."""
-    mine = torch.stack([loss.float(), *(torch.tensor(float(each), device=loss.device) for each in asked)])
+    if accelerator.num_processes == 1:
+        return [float(loss), *map(float, asked)]
+    flags = torch.tensor(asked, dtype=torch.float32).to(loss.device, non_blocking=True)
+    mine = torch.cat([loss.float().reshape(1), flags])
     return cast(Tensor, accelerator.reduce(mine, "sum")).tolist()
 
 

@@ -18,7 +18,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._before: dict[int, Any] = {}
-        self._parent = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        self._parent = os.getppid() if launched else None
 
     @property
     def asked(self) -> bool:

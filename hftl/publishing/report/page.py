@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.errors import ConfigError
+from hftl.files import write_text
 from hftl.publishing.record import RunRecord
 from hftl.publishing.report.blocks import Measured, Quantity, Section
 
@@ -100,10 +101,8 @@ def _write(target: Path, title: str, about: Sequence[str], sections: Sequence[Se
         style=(here / "page.css").read_text(encoding="utf-8"),
         version=hftl.__version__,
     )
-    partial = target.with_name(target.name + ".partial")  # a page that fails half-way must not replace a whole one
     try:
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
+        write_text(target, page)
     except OSError as error:
         raise ConfigError(f"--output: '{target}' cannot be written: {error.strerror}.") from error
     return target
