@@ -16,6 +16,7 @@ from hftl.config.schema import DataConfig, RunConfig, TrainConfig
 from hftl.console import muted
 from hftl.data.loader import Rows
 from hftl.evaluation.evaluate import evaluate_rows
+from hftl.models.memory import RowLimit
 from hftl.models.parts import TaskModel
 from hftl.publishing.exporters import Compute
 from hftl.tasks.task import Task
@@ -136,6 +137,7 @@ class _Exported(nn.Module):
     def __init__(self, compute: Compute, modality: str) -> None:
         super().__init__()
         self.compute, self.modality = compute, modality
+        self.evaluation_limit = RowLimit("evaluation")
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": self.compute(inputs)}
