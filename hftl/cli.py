@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hftl.console import leave_process_group
-from hftl.errors import ConfigError, HftlError, nearest
+from hftl.errors import ConfigError, nearest
+from hftl.processes import readable
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; a problem ends it with a message and exit status 2."""
+    """Runs one command; a problem ends it with a message and the `exit_code` of its error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     try:
@@ -24,9 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         options = parser.parse_args(arguments or ["--help"])
         options.act(options)
-    except HftlError as error:
+    except Exception as raised:
+        error = readable(raised)
+        if error is None:
+            raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     finally:
         leave_process_group()
 

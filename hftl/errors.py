@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+EXIT_PEER_LOST = 76
+"""Exit status when another process of the run was lost: nothing is wrong with this one, starting again goes on."""
+
 
 class HftlError(Exception):
     """Base of all errors raised by hftl.
@@ -50,6 +53,12 @@ class AdaptError(HftlError):
 
 class ArtifactError(HftlError):
     """A saved model that cannot be opened, or does not compute what the trained one did."""
+
+
+class PeerError(HftlError):
+    """Another process of the run was lost, or did not answer in time."""
+
+    exit_code = EXIT_PEER_LOST
 
 
 class PushError(HftlError):

@@ -9,7 +9,8 @@ from typing import Any
 from hftl.config.parse import parse
 from hftl.config.schema import RunConfig
 from hftl.console import is_main_process, leave_process_group, say
-from hftl.errors import HftlError, RunComplete
+from hftl.errors import RunComplete
+from hftl.processes import readable
 
 
 def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, description: str | None = None) -> None:
@@ -23,7 +24,10 @@ def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, descriptio
     except RunComplete as complete:
         values = ", ".join(f"{name} {value}" for name, value in complete.metrics.items())
         say(f"{complete}; nothing to do ({values})")
-    except HftlError as error:
+    except Exception as raised:
+        error = readable(raised)
+        if error is None:
+            raise
         if is_main_process() or not error.agreed:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
+
+from hftl.data.workers import Batches, start_worker
+from hftl.errors import HftlError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,8 +128,9 @@ def make_loader(
     *,
     device: str,
     num_workers: int,
-) -> DataLoader[dict[str, Any]]:
-    """Returns a loader of task batches with `index` [B] int64 and `weight` [B] float32 added.
+    timeout: float = 0.0,
+) -> Batches:
+    """Returns task batches with `index` [B] int64 and `weight` [B] float32 added; to be used in a `with` block.
 
     Args:
         rows: The split.
@@ -133,19 +138,27 @@ def make_loader(
         collate: Examples -> batch of tensors, from the task.
         device: Device type that batches go to (`cpu`, `cuda`, …).
         num_workers: Processes that prepare batches.
+        timeout: Seconds without a batch after which such a process is taken for hung; 0 waits for ever.
     """
     import torch
     from torch.utils.data import DataLoader
 
-    return DataLoader(
-        _Fetching(rows),  # pyright: ignore[reportArgumentType]  torch needs no base class
-        batch_sampler=_Passes(batches),
-        collate_fn=_Collating(collate),
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=device == "cuda",
-        generator=torch.Generator().manual_seed(0),
-    )
+    passes = _Passes(batches)
+
+    def make() -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            _Fetching(rows),  # pyright: ignore[reportArgumentType]  torch needs no base class
+            batch_sampler=passes,
+            collate_fn=_Collating(collate),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=device == "cuda",
+            timeout=timeout if num_workers else 0,
+            worker_init_fn=start_worker,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    return Batches(make, passes.handed, num_workers, timeout)
 
 
 def default_workers(modality: str, device: str, processes: int) -> int:
@@ -161,9 +174,11 @@ class _Collating:
     def __init__(self, collate: Callable[[list[Example]], dict[str, Any]]) -> None:
         self.collate = collate
 
-    def __call__(self, fetched: list[tuple[Key, Example]]) -> dict[str, Any]:
+    def __call__(self, fetched: list[tuple[Key, Example]] | HftlError) -> dict[str, Any] | HftlError:
         import torch
 
+        if isinstance(fetched, HftlError):
+            return fetched
         batch = self.collate([example for _, example in fetched])
         batch["index"] = torch.tensor([row for (_, row, _), _ in fetched])
         batch["weight"] = torch.tensor([weight for (_, _, weight), _ in fetched], dtype=torch.float32)
@@ -171,13 +186,16 @@ class _Collating:
 
 
 class _Passes:
-    """A batch sampler that asks for its batches anew on every pass."""
+    """A batch sampler that asks for its batches anew on every pass, and notes the rows that go out."""
 
-    def __init__(self, batches: Callable[[], Any]) -> None:
+    def __init__(self, batches: Callable[[], Iterator[list[Key]]]) -> None:
         self.batches = batches
+        self.handed: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return iter(self.batches())
+        for keys in self.batches():
+            self.handed.append([row for _, row, _ in keys])
+            yield keys
 
 
 class _Fetching:
@@ -189,5 +207,8 @@ class _Fetching:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, keys: list[Key]) -> list[tuple[Key, Example]]:
-        return list(zip(keys, self.rows.fetch([row for _, row, _ in keys], keys[0][0]), strict=True))
+    def __getitems__(self, keys: list[Key]) -> list[tuple[Key, Example]] | HftlError:
+        try:
+            return list(zip(keys, self.rows.fetch([row for _, row, _ in keys], keys[0][0]), strict=True))
+        except HftlError as error:
+            return error  # sent like a batch, and raised by `Batches`: torch would bury it in a worker's traceback

@@ -10,6 +10,7 @@ import numpy as np
 from hftl.console import say
 from hftl.data.loader import Example
 from hftl.errors import shorten
+from hftl.processes import in_turns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,7 +45,6 @@ def tokenize(
         max_length: Tokens beyond this are cut (the longer text of a pair first).
         keep: Columns that stay beside the token ids (labels).
     """
-    from accelerate import PartialState
     from datasets.fingerprint import Hasher
 
     keep = [name for name in keep if name in dataset.column_names]
@@ -57,7 +57,7 @@ def tokenize(
     # the library would hash the tokenizer by pickling it, which changes once it has been used
     manner = [tokenizer.model_input_names, tokenizer.truncation_side, "hftl 1"]
     key = [dataset._fingerprint, _identity(tokenizer), manner, list(columns), max_length, keep]
-    with PartialState().main_process_first():
+    with in_turns("tokenize"):
         encoded = dataset.map(
             encode,
             batched=True,

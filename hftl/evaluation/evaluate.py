@@ -12,6 +12,7 @@ from hftl.config.schema import RunConfig
 from hftl.console import say
 from hftl.data.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
 from hftl.data.source import Splits
+from hftl.data.workers import Batches
 from hftl.evaluation.metrics import BUILT_IN, EvaluateMetric, MeanLoss, Metric
 from hftl.files import PARTIAL, sync
 from hftl.models.memory import joined
@@ -87,17 +88,18 @@ def evaluate_rows(
     metrics: list[Metric] = [*task.metrics(), *others]
     in_order = _InOrder(writer)
     pending: list[tuple[int, dict[str, Any]]] = []
-    for number, (outputs, batch) in enumerate(predict(accelerator, model, task, rows, run), start=1):
-        if "labels" in batch and len(batch["index"]):
-            loss.update_losses(task.loss(outputs, batch))
-            for metric in metrics:
-                metric.update(outputs, batch)
-        if collect:
-            decoded = _with_labels(task, outputs, batch)
-            pending += zip(batch["index"].tolist(), decoded, strict=True)
-            if number % _GATHER_EVERY == 0:
-                in_order.add(_gather(accelerator, pending))
-                pending = []
+    with evaluation_batches(accelerator, task, rows, run) as batches:
+        for number, (outputs, batch) in enumerate(predict(accelerator, model, batches), start=1):
+            if "labels" in batch and len(batch["index"]):
+                loss.update_losses(task.loss(outputs, batch))
+                for metric in metrics:
+                    metric.update(outputs, batch)
+            if collect:
+                decoded = _with_labels(task, outputs, batch)
+                pending += zip(batch["index"].tolist(), decoded, strict=True)
+                if number % _GATHER_EVERY == 0:
+                    in_order.add(_gather(accelerator, pending))
+                    pending = []
     if collect:
         in_order.add(_gather(accelerator, pending))
     found: dict[str, float] = {}
@@ -109,29 +111,28 @@ def evaluate_rows(
     return found
 
 
-def predict(
-    accelerator: Accelerator, model: TaskModel, task: Task, rows: Rows, run: RunConfig
-) -> Iterator[tuple[Outputs, Batch]]:
-    """Yields float32 outputs and batch of this process's share of `rows`, filler rows removed.
-
-    Every process yields equally often.
-    """
-    from accelerate.utils import convert_to_fp32, send_to_device
-
+def evaluation_batches(accelerator: Accelerator, task: Task, rows: Rows, run: RunConfig) -> Batches:
+    """Returns this process's share of one pass over `rows`; every process has as many batches."""
     share = Share(accelerator.process_index, accelerator.num_processes, run.train.batch_size_per_device)
-    device = accelerator.device.type
-    workers = run.data.num_workers
-    workers = default_workers(model.modality, device, accelerator.num_processes) if workers is None else workers
+    device, workers = accelerator.device.type, run.data.num_workers
+    workers = default_workers(task.modality, device, accelerator.num_processes) if workers is None else workers
 
     def batches() -> Iterator[list[Key]]:
         return eval_batches(len(rows), rows.lengths, share)
 
-    loader = make_loader(rows, batches, task.collate, device=device, num_workers=workers)
+    timeout = run.data.worker_timeout
+    return make_loader(rows, batches, task.collate, device=device, num_workers=workers, timeout=timeout)
+
+
+def predict(accelerator: Accelerator, model: TaskModel, batches: Batches) -> Iterator[tuple[Outputs, Batch]]:
+    """Yields float32 outputs and batch for each of `batches`, filler rows removed."""
+    from accelerate.utils import convert_to_fp32, send_to_device
+
     limit = model.evaluation_limit
     was_training = model.training
     model.to(accelerator.device).eval()
     try:
-        for batch in loader:
+        for batch in batches:
             batch = cast(Batch, send_to_device(batch, accelerator.device))
 
             def forward(batch: Batch = batch) -> Outputs:

@@ -22,6 +22,7 @@ from hftl.errors import first_line
 from hftl.files import write_text
 from hftl.hub import redacted
 from hftl.models.parts import TaskModel
+from hftl.processes import together
 from hftl.publishing.artifact import save_artifact
 from hftl.publishing.card import write_card
 from hftl.publishing.push import push_once
@@ -77,10 +78,10 @@ def publish(
     held_out = next(split for split in ("test", "validation", "train") if split in splits)
     few = splits[held_out].select(range(min(8, len(splits[held_out]))))
     sample = task.encode(few, model.processor, None, run.data.max_length)  # on all processes: tokenizing takes turns
-    if accelerator.is_main_process:
-        _write(accelerator, model, task, splits, run, outcome, sample)
-    _tell_trackers(accelerator, outcome)
-    accelerator.wait_for_everyone()
+    with together("save the model"):
+        if accelerator.is_main_process:
+            _write(accelerator, model, task, splits, run, outcome, sample)
+        _tell_trackers(accelerator, outcome)
     if run.publish.push_to_hub:
         push_once(accelerator, run_folder(run), run.publish)
 

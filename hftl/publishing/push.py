@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from hftl.config.schema import PublishConfig
 from hftl.console import say
 from hftl.errors import ArtifactError, PushError
 from hftl.hub import bounded, explain, name_problem, repository_problem
+from hftl.processes import together
 from hftl.publishing.artifact import adapter_reader, compare, fresh_base, load_artifact, read_sample
 from hftl.publishing.card import write_card
 from hftl.publishing.record import DESCRIPTION, RunRecord
@@ -20,8 +20,6 @@ from hftl.publishing.report import REPORT, write_report
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-LIMIT_H = 3
-"""Hours after which processes that wait for the one that pushes give up."""
 BESIDE = ("metrics.json", "report.json")
 """Files of the run folder that go along. What holds rows stays: predictions, the comparison sample, errors shown."""
 
@@ -65,27 +63,22 @@ def push(folder: str | Path, repo: str, private: bool = False, verify: bool = Tr
 
 
 def push_once(accelerator: Accelerator, folder: Path, config: PublishConfig) -> None:
-    """Pushes from the main process. The others wait, `LIMIT_H` hours at most, and fail when it fails.
+    """Pushes from the main process. The others wait as long as it is alive, and fail when it fails.
 
     Raises:
         PushError: On all processes alike.
     """
-    import torch
+    from accelerate.utils import broadcast_object_list
 
     failure: list[tuple[type[Exception], list[str]] | None] = [None]
-    # a group of its own: the usual one would give up after minutes, and NCCL's barrier needs a free GPU
-    waiting: Any = (
-        torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=LIMIT_H))
-        if accelerator.num_processes > 1
-        else None
-    )
-    if accelerator.is_main_process:
-        try:
-            push(folder, str(config.push_to_hub), config.private, config.verify)
-        except (ArtifactError, PushError) as error:
-            failure = [(type(error), error.problems)]
-    if waiting is not None:
-        torch.distributed.broadcast_object_list(failure, src=0, group=waiting)
+    with together("push"):
+        if accelerator.is_main_process:
+            try:
+                push(folder, str(config.push_to_hub), config.private, config.verify)
+            except (ArtifactError, PushError) as error:
+                failure = [(type(error), error.problems)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(failure, from_process=0)
     if failure[0]:
         kind, problems = failure[0]
         raise kind(*problems)

@@ -12,6 +12,7 @@ from hftl.config.schema import RunConfig
 from hftl.console import say
 from hftl.data.loader import Key, Rows, Share, default_workers, make_loader, step_batches, steps_per_epoch
 from hftl.data.source import Splits
+from hftl.data.workers import Batches
 from hftl.errors import Stopped
 from hftl.evaluation.evaluate import evaluate_rows
 from hftl.models.memory import RowLimit
@@ -82,8 +83,8 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         keeper.load(training, earlier)
     left = range(history.steps, history.steps if earlier and earlier["finished"] else plan.total)
     model.train()
-    with keeper, StopRequest() as stop:
-        for micro_batches in _grouped(_loader(accelerator, rows, task, run, plan.share, left), plan.share.accumulation):
+    with keeper, StopRequest() as stop, _loader(accelerator, rows, task, run, plan.share, left) as batches:
+        for micro_batches in _grouped(batches, plan.share.accumulation):
             rates = set_rates(optimizer, config, history.steps, plan.total)
             done = gradient(micro_batches)
             norm = float(accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf) or 0.0)
@@ -166,7 +167,7 @@ def make_plan(accelerator: Accelerator, run: RunConfig, rows: int, earlier: dict
     return Plan(share, epoch_steps, total, eval_every)
 
 
-def _loader(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, steps: range) -> Any:
+def _loader(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, steps: range) -> Batches:
     """Returns this process's micro-batches of some steps, on the host: a step may have to take them twice."""
     device, workers = accelerator.device.type, run.data.num_workers
     workers = default_workers(task.modality, device, share.world) if workers is None else workers
@@ -174,7 +175,7 @@ def _loader(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, sh
     def stream() -> Iterator[list[Key]]:
         return step_batches(len(rows), rows.lengths, share, run.train.seed, steps)
 
-    return make_loader(rows, stream, task.collate, device=device, num_workers=workers)
+    return make_loader(rows, stream, task.collate, device=device, num_workers=workers, timeout=run.data.worker_timeout)
 
 
 def _grouped(batches: Any, accumulation: int) -> Iterator[list[Batch]]:

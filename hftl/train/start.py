@@ -21,6 +21,7 @@ from hftl.files import write_text
 from hftl.hub import name_problem, repository_problem
 from hftl.models.build import model_name_problem, skeleton
 from hftl.models.parts import HeadSpec
+from hftl.processes import group_options, together
 from hftl.tasks.task import Task
 from hftl.train.checkpoint import clear_partial
 
@@ -105,20 +106,23 @@ def start(run: RunConfig) -> Accelerator:
     accumulation = GradientAccumulationPlugin(1, sync_with_dataloader=False)
     accelerator = Accelerator(
         gradient_accumulation_plugin=accumulation,
-        # no exchange in a forward pass, which a process short of memory repeats: evaluation shares what moves
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=[name for name in run.train.trackers if name] or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
         step_scheduler_with_optimizer=False,
+        # no exchange in a forward pass, which a process short of memory repeats: evaluation shares what moves
+        kwargs_handlers=[
+            group_options(run.train.timeout_minutes),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
     finished = finished_metrics(folder) if run.resume == "auto" and accelerator.is_main_process else None
     finished = broadcast_object_list([finished])[0] if accelerator.num_processes > 1 else finished
     if finished is not None:
         raise RunComplete(str(folder), finished)
-    if accelerator.is_main_process:
-        _make_folder(folder, run)
-        write_text(folder / MARKER, dump(run))
-    accelerator.wait_for_everyone()
+    with together("make the run folder"):
+        if accelerator.is_main_process:
+            _make_folder(folder, run)
+            write_text(folder / MARKER, dump(run))
     set_seed(run.train.seed)
     say(
         f"start: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
