@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from hftl.tasks.task import SupervisedTask, Task
     from hftl.tasks.text_classification import TextClassification
     from hftl.train.fit import fit
-    from hftl.train.start import prepare, run_folder, start
+    from hftl.train.folder import run_folder
+    from hftl.train.start import prepare, start
 
 _HOMES = {
     "hftl.config.schema": (
@@ -59,7 +60,8 @@ _HOMES = {
     "hftl.tasks.image_classification": ("ImageClassification",),
     "hftl.tasks.text_classification": ("TextClassification",),
     "hftl.adaptation.apply": ("adapt",),
-    "hftl.train.start": ("prepare", "run_folder", "start"),
+    "hftl.train.folder": ("run_folder",),
+    "hftl.train.start": ("prepare", "start"),
     "hftl.recipe": ("run_recipe",),
     "hftl.train.fit": ("fit",),
     "hftl.evaluation.evaluate": ("evaluate",),

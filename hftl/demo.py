@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.console import muted, say
 from hftl.data.columns import arrow_column
+from hftl.data.image_file import decode_image
 from hftl.data.source import load_splits
 from hftl.errors import ArtifactError, ConfigError, DataError, HftlError, first_line, shorten
 from hftl.predictor import Predictor, load
@@ -184,14 +185,14 @@ def example_rows(predictor: Predictor, source: str | None = None) -> tuple[list[
         config = replace(config, source=source, train_per_class=None, validation_fraction=0.0)
     try:
         with muted():
-            splits = load_splits(config, training=False)
+            splits = load_splits(config, training=False, leave_out=predictor.left_out if source is None else None)
         wanted = ("test", "validation") if source is None else ("test", "validation", "train")
         split = next((name for name in wanted if name in splits), None)
         if split is None:
             say(f"demo: no examples: {config.source} has no test or validation rows.")
             return [], ""
         rows = _chosen(splits[split], predictor)
-    except (HftlError, OSError) as error:  # OSError: an image that is none
+    except (HftlError, OSError) as error:
         say(f"demo: no examples: {first_line(error)}")
         return [], ""
     return rows, f"Examples from the {split} split"
@@ -275,7 +276,9 @@ def _chosen(rows: Dataset, predictor: Predictor) -> list[list[Any]]:
         order = [position for _, position in sorted(turns)]
     rows = rows.select_columns(predictor.columns).select(list(order[:EXAMPLES]))
     if predictor.task.modality == "image":
-        rows = rows.cast_column(predictor.columns[0], Image(mode=predictor.model.processor.mode))
+        column, processor = predictor.columns[0], predictor.model.processor
+        stored = rows.cast_column(column, Image(decode=False))[column]
+        return [[decode_image(image, processor.mode, predictor.data.max_pixels)] for image in stored]
     return [list(values) for values in zip(*(rows[name] for name in predictor.columns), strict=True)]
 
 

@@ -13,7 +13,7 @@ from hftl.errors import DataError, nearest, shorten
 from hftl.evaluation.evaluate import evaluate_rows
 from hftl.models.parts import TaskModel
 from hftl.publishing.artifact import load_artifact
-from hftl.publishing.place import artifact_folder, find, trained_data
+from hftl.publishing.place import artifact_folder, find, rows_left_out, trained_data
 from hftl.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def load(place: str | Path, revision: str | None = None, subfolder: str = "") ->
     folder = artifact_folder(find(place, revision, subfolder))
     with muted():
         model, task = load_artifact(folder)
-    return Predictor(model, task, trained_data(folder))
+    return Predictor(model, task, trained_data(folder), rows_left_out(folder))
 
 
 class Predictor:
@@ -44,12 +44,16 @@ class Predictor:
         model: In eval mode.
         task: How rows become inputs, and outputs readable rows.
         data: The data section of the run that trained it.
+        left_out: The rows of those data that the run could not use, by split and number.
     """
 
-    def __init__(self, model: TaskModel, task: Task, data: DataConfig) -> None:
+    def __init__(
+        self, model: TaskModel, task: Task, data: DataConfig, left_out: Mapping[str, Mapping[int, Any]] | None = None
+    ) -> None:
         self.model = model
         self.task = task
         self.data = data
+        self.left_out = left_out or {}
 
     @property
     def labels(self) -> list[str]:
@@ -71,7 +75,7 @@ class Predictor:
             batch_size: Inputs at a time.
 
         Raises:
-            DataError: The inputs do not fit the model.
+            DataError: The inputs do not fit the model, or an image cannot be decoded; its position and path are named.
         """
         rows = self._dataset(inputs)
         found = _Collected()

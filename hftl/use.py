@@ -43,7 +43,7 @@ def evaluate_place(
     """
     _check_output(output)
     predictor = load(place, revision)
-    rows = labelled_rows(predictor.task, predictor.data, source, split)
+    rows = labelled_rows(predictor.task, predictor.data, source, split, predictor.left_out)
     metrics = predictor.run(predictor.encode(rows), batch_size, TableWriter(Path(output)) if output else None)
     return {f"{split}/{name}": value for name, value in metrics.items()}
 
@@ -68,7 +68,8 @@ def predict_to_table(
 
     Raises:
         ArtifactError: The model does not open.
-        DataError: The input does not fit the model.
+        DataError: The input does not fit the model, or holds an image that cannot be decoded, which is named: a table
+            with a row for each input has no place for one that was not looked at.
     """
     _check_output(output)
     predictor = load(place, revision)

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hftl.config.schema import RunConfig, leaves
+from hftl.config.schema import NO_OPTIONS, RunConfig, leaves
 from hftl.errors import ConfigError, first_line, nearest
 
 # What `transformers.TrainingArguments` and others call them.
@@ -62,8 +62,7 @@ def dump(run: RunConfig) -> str:
     """Returns `run` as YAML that `parse` reads back to an equal configuration."""
     import yaml
 
-    values = asdict(run)
-    values.pop("problems")
+    values = {name: value for name, value in asdict(run).items() if name not in NO_OPTIONS}
     return yaml.safe_dump(values, sort_keys=False)
 
 
@@ -83,7 +82,7 @@ def _parser(defaults: RunConfig, description: str) -> Any:
         formatter_class=_help_formatter(),
     )
     parser.add_argument("--config", action="config", help="YAML file with any subset of the fields below")
-    parser.add_class_arguments(type(defaults), skip={"problems"})
+    parser.add_class_arguments(type(defaults), skip=set(NO_OPTIONS))
     parser.set_defaults(leaves(defaults))
     return parser
 

@@ -221,6 +221,12 @@ class RunConfig:
     """auto: begin, go on from the newest valid checkpoint in the run folder, or say that the run is complete."""
     problems: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """Not an option: what the command line got wrong, kept so that it is reported with everything else."""
+    quarantine: tuple[dict[str, Any], ...] = field(default=(), repr=False, compare=False)
+    """Not an option: the rows that `prepare` left out, kept until `start` has a folder to write them to."""
+
+
+NO_OPTIONS = ("problems", "quarantine")
+"""Fields of `RunConfig` that nobody sets."""
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -229,9 +235,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
     for item in fields(config):
         value, name = getattr(config, item.name), prefix + item.name
         out |= leaves(value, name + ".") if is_dataclass(value) else {name: value}
-    if not prefix:
-        out.pop("problems", None)
-    return out
+    return out if prefix else {name: value for name, value in out.items() if name not in NO_OPTIONS}
 
 
 def value_problems(run: RunConfig) -> list[str]:

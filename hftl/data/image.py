@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
-from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hftl.config.schema import AugmentConfig
+from hftl.config.schema import AugmentConfig, DataConfig
+from hftl.console import say
+from hftl.data.image_file import Stored, check_header, decode_image, place, quiet_pillow
 from hftl.data.loader import Example
+from hftl.data.quarantine import BadRow
 from hftl.errors import DataError, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_AT_ONCE = 64
+"""Images in memory, undecoded, while all are looked at."""
+_SAY_EVERY = 10.0
+"""Seconds between two lines on how far that is."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,27 @@ class ImageRows:
         column: The image column.
         processor: The backbone's expectations.
         training_seed: Seed of the augmentation, or None for the deterministic evaluation transform.
+        max_pixels: Largest image that is decoded, width x height.
+        split: Its name, for messages. Row numbers there count the rows of `dataset`, from 0.
     """
 
     lengths = None
 
-    def __init__(self, dataset: Dataset, column: str, processor: ImageProcessor, training_seed: int | None) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        column: str,
+        processor: ImageProcessor,
+        training_seed: int | None,
+        max_pixels: int = DataConfig.max_pixels,
+        split: str = "",
+    ) -> None:
         from datasets import Image
 
         self.dataset = dataset.cast_column(column, Image(decode=False))
-        self.decoder = Image(mode=processor.mode)
+        self.mode = processor.mode
+        self.max_pixels = max_pixels
+        self.split = split
         self.column = column
         self.seed = training_seed
         self.transform = processor.transform(training_seed is not None)
@@ -84,7 +103,7 @@ class ImageRows:
         table = self.dataset[list(rows)]
         columns = [name for name in table if name != self.column]
         examples = []
-        with untouched_rng():
+        with untouched_rng(), quiet_pillow():
             for position, row in enumerate(rows):
                 image = self._decode(table[self.column][position], row)
                 if self.seed is not None:
@@ -93,13 +112,13 @@ class ImageRows:
                 examples.append({"pixel_values": pixels} | {name: table[name][position] for name in columns})
         return examples
 
-    def _decode(self, value: Any, row: int) -> Any:
-        """Returns the PIL image of `value`, the library's dict of path and bytes, or None where there is no image."""
+    def _decode(self, stored: Stored, row: int) -> Any:
+        """Returns the PIL image of a row, or raises a `DataError` that names it."""
         try:
-            return self.decoder.decode_example(value)
-        except Exception as error:
-            where = (value or {}).get("path") or "stored in the table"
-            raise DataError(f"row {row}: the image ({where}) cannot be decoded: {error}") from error
+            return decode_image(stored, self.mode, self.max_pixels)
+        except DataError as error:
+            where = f"{self.split} row {row}".strip()
+            raise DataError(f"{where}: the image ({place(stored)}) cannot be decoded: {error}.") from error
 
 
 def seed_for_sample(seed: int, epoch: int, row: int) -> None:
@@ -129,33 +148,54 @@ def untouched_rng() -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def unreadable_images(dataset: Dataset, column: str, split: str) -> list[str]:
+def unreadable_images(dataset: Dataset, column: str, split: str, max_pixels: int) -> list[str]:
     """Returns a sentence when images of a split are missing or not images. Only headers are read."""
-    from datasets import Image
-
-    rows = dataset.select_columns([column]).cast_column(column, Image(decode=False))
-    bad: list[str] = []
-    with ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(rows), 1000):
-            values = rows[start : start + 1000][column]
-            for offset, reason in enumerate(pool.map(_header_problem, values)):
-                if reason:
-                    bad.append(
-                        f"row {start + offset} ({(values[offset] or {}).get('path') or 'in the table'}): {reason}"
-                    )
+    bad = [
+        f"row {row} ({place(stored)}): {reason}"
+        for row, stored, reason in _refused(dataset, column, lambda stored: check_header(stored, max_pixels))
+    ]
     if not bad:
         return []
-    return [f"data.source: {split} has {len(bad)} unreadable image(s): {shorten(bad, 5)}. Repair or remove them."]
+    return [
+        f"data.source: {split} has {len(bad)} unreadable image(s): {shorten(bad, 5)}. Repair or remove them, or leave "
+        "them out with --data.on_error skip."
+    ]
 
 
-def _header_problem(value: dict[str, Any] | None) -> str | None:
-    from PIL import Image as PILImage
+def broken_images(dataset: Dataset, column: str, split: str, max_pixels: int) -> dict[int, BadRow]:
+    """Returns the rows of a split whose images are missing or cannot be decoded, by number. All are decoded."""
+    found = _refused(dataset, column, lambda stored: decode_image(stored, "RGB", max_pixels), progress=split)
+    return {row: BadRow(reason, column, place(stored), (stored or {}).get("path")) for row, stored, reason in found}
 
-    if value is None:
-        return "no image"
-    try:
-        source = BytesIO(value["bytes"]) if value.get("bytes") is not None else Path(value["path"])
-        with PILImage.open(source):
-            return None
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+
+def _refused(
+    dataset: Dataset, column: str, look: Callable[[Stored], Any], progress: str = ""
+) -> Iterator[tuple[int, Stored, str]]:
+    """Yields number, image and reason of each row that `look` raises a `DataError` for; several at a time.
+
+    Args:
+        dataset: Rows of a split.
+        column: The image column.
+        look: Decodes an image, or a part of it.
+        progress: The split as it is called in the lines said now and then; none are said without.
+    """
+    from datasets import Image
+
+    def reason(stored: Stored) -> str | None:
+        try:
+            look(stored)
+        except DataError as error:
+            return str(error)
+        return None
+
+    rows = dataset.select_columns([column]).cast_column(column, Image(decode=False))
+    said = monotonic()
+    with quiet_pillow(), ThreadPoolExecutor(8) as pool:
+        for start in range(0, len(rows), _AT_ONCE):
+            if progress and monotonic() - said > _SAY_EVERY:
+                say(f"data: {progress}: looked at {start:,} of {len(rows):,} images")
+                said = monotonic()
+            values = rows[start : start + _AT_ONCE][column]
+            for offset, found in enumerate(pool.map(reason, values)):
+                if found:
+                    yield start + offset, values[offset], found

@@ -139,6 +139,9 @@ def make_loader(
         device: Device type that batches go to (`cpu`, `cuda`, …).
         num_workers: Processes that prepare batches.
         timeout: Seconds without a batch after which such a process is taken for hung; 0 waits for ever.
+
+    Raises:
+        HftlError: While iterating: a row cannot be used. The same error with any number of workers.
     """
     import torch
     from torch.utils.data import DataLoader

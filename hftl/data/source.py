@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hftl.config.schema import DataConfig
 from hftl.console import say
 from hftl.data.columns import find_column, label_codes
+from hftl.data.quarantine import without
 from hftl.errors import DataError, first_line, nearest, shorten
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Splits(Mapping[str, "Dataset"]):
     config: DataConfig
     class_names: list[str] | None = None
     """Names of integer labels where they stand beside the tables (labels.json), else None."""
+    lenient: bool = False
+    """Rows that cannot be used are no reason for a task to refuse these: they will be looked for and left out."""
 
     def __getitem__(self, split: str) -> Dataset:
         return self.sets[split]
@@ -48,7 +51,9 @@ class Splits(Mapping[str, "Dataset"]):
         return len(self.sets)
 
 
-def load_splits(config: DataConfig, *, training: bool = True) -> Splits:
+def load_splits(
+    config: DataConfig, *, training: bool = True, leave_out: Mapping[str, Mapping[int, Any]] | None = None
+) -> Splits:
     """Returns the rows that `config` names, cut into splits; nothing is copied into memory.
 
     A missing validation split is cut from train: stratified by label where there is one, seeded by
@@ -57,6 +62,7 @@ def load_splits(config: DataConfig, *, training: bool = True) -> Splits:
     Args:
         config: The data section of a run.
         training: Whether training rows are needed; a model can be evaluated on a source that has none.
+        leave_out: Numbers of rows that are not used, by split; they count the rows of the source's own splits.
 
     Raises:
         DataError: The source does not exist, holds nothing readable, or has no training rows.
@@ -64,6 +70,7 @@ def load_splits(config: DataConfig, *, training: bool = True) -> Splits:
     _bars_on_terminals_only()
     try:
         sets = {name: rows for name, rows in _open(config).items() if len(rows)}
+        sets = without(sets, leave_out or {})
     except OSError as error:
         raise DataError(f"data.source: '{config.source}' cannot be read: {error.strerror or error}.") from error
     if not sets or training and "train" not in sets:

@@ -88,15 +88,21 @@ def _identity(tokenizer: Any) -> str:
     return fresh.to_str()
 
 
+def empty_rows(dataset: Dataset, column: str) -> list[int]:
+    """Returns the numbers of the rows whose text is empty or missing."""
+    empty: list[int] = []
+    rows = dataset.select_columns([column])
+    for start in range(0, len(rows), 10_000):
+        values = rows[start : start + 10_000][column]
+        empty += [start + i for i, text in enumerate(values) if not isinstance(text, str) or not text.strip()]
+    return empty
+
+
 def empty_texts(dataset: Dataset, columns: Sequence[str], split: str) -> list[str]:
     """Returns a sentence for each text column of a split that has empty or missing texts."""
     problems = []
     for column in columns:
-        empty: list[int] = []
-        rows = dataset.select_columns([column])
-        for start in range(0, len(rows), 10_000):
-            values = rows[start : start + 10_000][column]
-            empty += [start + i for i, text in enumerate(values) if not isinstance(text, str) or not text.strip()]
+        empty = empty_rows(dataset, column)
         if empty:
             where = shorten([str(row) for row in empty], 8)
             problems.append(f"data.source: {split} column '{column}' has {len(empty)} empty text(s), at row {where}.")

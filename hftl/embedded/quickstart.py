@@ -32,7 +32,8 @@ from hftl.models.parts import TaskModel
 from hftl.publishing.publish import Outcome, publish
 from hftl.tasks.image_classification import ImageClassification
 from hftl.train.fit import fit
-from hftl.train.start import folder_problems, prepare, start
+from hftl.train.folder import folder_problems
+from hftl.train.start import prepare, start
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -161,6 +161,10 @@ def _data(record: RunRecord) -> str:
         + ", ".join(f"{split} {count}" for split, count in rows.items())
         + " rows."
     ]
+    left_out = record.facts.get("left_out")
+    if left_out:
+        listed = ", ".join(f"{split} {count}" for split, count in left_out.items())
+        lines.append(f"Rows of the source that could not be used, and were left out: {listed}.")
     if counts:
         fewest = min(counts["train"], key=lambda name: counts["train"][name])
         most = max(counts["train"], key=lambda name: counts["train"][name])

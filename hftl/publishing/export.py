@@ -18,7 +18,7 @@ from hftl.publishing.export_card import describe_inputs, write_export_card
 from hftl.publishing.exported import SIZES, RealRows, largest_differences, metrics_of, milliseconds, table
 from hftl.publishing.exporters import FILES, INT8, Compute, format_problem, open_onnx, open_torch, quantize, write
 from hftl.publishing.labelled import labelled_rows
-from hftl.publishing.place import artifact_folder, find, trained_data
+from hftl.publishing.place import artifact_folder, find, rows_left_out, trained_data
 from hftl.tasks.task import Task
 
 REPORT = "export.json"
@@ -68,7 +68,7 @@ def export_folder(
     _check_folder(target)
     model, task = load_artifact(source_folder)
     data = trained_data(source_folder)
-    dataset = labelled_rows(task, data, source, split)
+    dataset = labelled_rows(task, data, source, split, rows_left_out(source_folder))
     with muted():
         encoded = task.encode(dataset, model.processor, None, data.max_length)
     real = RealRows(task, encoded, rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
 from hftl.data.columns import arrow_column
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def labelled_rows(task: Task, trained: DataConfig, source: str | None, split: str) -> Dataset:
+def labelled_rows(
+    task: Task,
+    trained: DataConfig,
+    source: str | None,
+    split: str,
+    left_out: Mapping[str, Mapping[int, Any]] | None = None,
+) -> Dataset:
     """Returns the rows of one split with labels that the model knows.
 
     Args:
@@ -23,6 +30,8 @@ def labelled_rows(task: Task, trained: DataConfig, source: str | None, split: st
         trained: The data section that it was trained with.
         source: As `data.source`; the data that it was trained on where None.
         split: `train`, `validation` or `test`.
+        left_out: The rows that training left out, by split and number; they are left out of its own data again. In
+            other data every row counts, and one that cannot be used is an error that names it.
 
     Raises:
         DataError: The data cannot be read, lack the split, or have labels that the model does not know.
@@ -30,7 +39,7 @@ def labelled_rows(task: Task, trained: DataConfig, source: str | None, split: st
     config = trained
     if source is not None:
         config = replace(config, source=source, train_per_class=None, validation_fraction=0.0)
-    splits = load_splits(config, training=False)
+    splits = load_splits(config, training=False, leave_out=left_out if source is None else None)
     if split not in splits:
         raise DataError(f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}.")
     rows = _like_training(splits[split], task)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hftl.config.parse import load
 from hftl.config.schema import DataConfig
+from hftl.data.quarantine import read_quarantine
 from hftl.errors import ArtifactError, nearest
 from hftl.hub import bounded, explain
 from hftl.publishing.record import DESCRIPTION
@@ -32,6 +34,11 @@ def artifact_folder(path: str | Path) -> Path:
 def trained_data(folder: Path) -> DataConfig:
     """Returns the data section of the run that made the model in `folder`."""
     return load(folder / CONFIG).data if (folder / CONFIG).is_file() else DataConfig()
+
+
+def rows_left_out(folder: Path) -> dict[str, dict[int, Any]]:
+    """Returns the rows that the run of the model in `folder` left out, by split and number; none away from its run."""
+    return read_quarantine(folder.parent) if (folder.parent / "config.yaml").is_file() else {}
 
 
 def find(place: str | Path, revision: str | None = None, subfolder: str = "") -> Path:

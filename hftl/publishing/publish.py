@@ -17,6 +17,7 @@ from hftl.config.schema import RunConfig
 from hftl.console import say
 from hftl.data.columns import arrow_column
 from hftl.data.loader import Rows
+from hftl.data.quarantine import left_out
 from hftl.data.source import Splits
 from hftl.errors import first_line
 from hftl.files import write_text
@@ -29,8 +30,8 @@ from hftl.publishing.push import push_once
 from hftl.publishing.record import RunRecord
 from hftl.publishing.report import write_report
 from hftl.tasks.task import Task
+from hftl.train.folder import run_folder
 from hftl.train.history import History, finite
-from hftl.train.start import run_folder
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,7 @@ def _write(
             **peak_memory(accelerator.device),
         },
         "rows": {split: len(rows) for split, rows in splits.items()},
+        "left_out": left_out(run.quarantine),
         "classes": _class_counts(splits, task),
     }
     _dump(report, folder)  # before the comparison: a mismatch must not lose it

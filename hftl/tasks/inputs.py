@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hftl.config.schema import DataConfig
 from hftl.console import say
 from hftl.data.columns import find_column, find_text_columns
-from hftl.data.image import ImageRows, unreadable_images
+from hftl.data.image import ImageRows, broken_images, unreadable_images
 from hftl.data.loader import Example
+from hftl.data.quarantine import BadRow, BadRows
 from hftl.data.source import Splits
-from hftl.data.text import TextRows, empty_texts, token_limit, tokenize
+from hftl.data.text import TextRows, empty_rows, empty_texts, token_limit, tokenize
 from hftl.errors import DataError
 from hftl.tasks.task import check_splits
 
@@ -22,13 +24,20 @@ if TYPE_CHECKING:
 
 
 class ImageInputs:
-    """One image a row -> `pixel_values` [B, C, H, W]."""
+    """One image a row -> `pixel_values` [B, C, H, W].
+
+    Args:
+        column: The image column.
+        max_pixels: Largest image that is decoded, width x height; a saved model keeps the limit it was trained with.
+    """
 
     modality = "image"
 
-    def __init__(self, column: str) -> None:
+    def __init__(self, column: str, max_pixels: int = DataConfig.max_pixels) -> None:
         self.column = column
+        self.max_pixels = max_pixels
         self.problems: list[str] = []
+        self.split_of: dict[str, str] = {}
 
     @classmethod
     def find(cls, splits: Splits) -> ImageInputs:
@@ -38,8 +47,13 @@ class ImageInputs:
         except DataError as error:
             return _broken(cls("image"), error)
         say(f"data: images from column '{column.name}' ({column.why})")
-        found = cls(column.name)
-        found.problems = check_splits(splits, lambda rows, split: unreadable_images(rows, column.name, split))
+        limit = splits.config.max_pixels
+        found = cls(column.name, limit)
+        found.split_of = {rows._fingerprint: split for split, rows in splits.items()}
+        if not splits.lenient:
+            found.problems = check_splits(
+                splits, lambda rows, split: unreadable_images(rows, column.name, split, limit)
+            )
         return found
 
     def encode(
@@ -47,15 +61,20 @@ class ImageInputs:
     ) -> ImageRows:
         """Returns rows whose images are decoded and transformed when fetched. `max_length` does not apply."""
         columns = [self.column, *(name for name in keep if name in dataset.column_names)]
-        return ImageRows(dataset.select_columns(columns), self.column, processor, seed)
+        split = self.split_of.get(dataset._fingerprint, "")
+        return ImageRows(dataset.select_columns(columns), self.column, processor, seed, self.max_pixels, split)
+
+    def bad_rows(self, splits: Splits) -> BadRows:
+        """Decodes every image and returns the rows where that fails."""
+        return {split: broken_images(rows, self.column, split, self.max_pixels) for split, rows in splits.items()}
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
         """Stacks images of equal size."""
         return {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
 
     def state(self) -> dict[str, Any]:
-        """Returns the column."""
-        return {"column": self.column}
+        """Returns column and limit."""
+        return {"column": self.column, "max_pixels": self.max_pixels}
 
 
 class TextInputs:
@@ -81,7 +100,8 @@ class TextInputs:
         if pair:
             say(f"data: second text of each pair from column '{pair.name}' ({pair.why})")
         found = cls([text.name, *([pair.name] if pair else [])])
-        found.problems = check_splits(splits, lambda rows, split: empty_texts(rows, found.columns, split))
+        if not splits.lenient:
+            found.problems = check_splits(splits, lambda rows, split: empty_texts(rows, found.columns, split))
         return found
 
     def encode(
@@ -98,6 +118,14 @@ class TextInputs:
         names = ("input_ids", "token_type_ids")
         padded = self.collator([{name: example[name] for name in names if name in example} for example in examples])
         return dict(padded)
+
+    def bad_rows(self, splits: Splits) -> BadRows:
+        """Returns the rows where a text is empty or missing."""
+        found: dict[str, dict[int, BadRow]] = {}
+        for split, rows in splits.items():
+            empty = {row: column for column in reversed(self.columns) for row in empty_rows(rows, column)}
+            found[split] = {row: BadRow("no text", column) for row, column in empty.items()}
+        return found
 
     def state(self) -> dict[str, Any]:
         """Returns the columns."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from hftl.console import say
 from hftl.data.columns import arrow_column, find_column
 from hftl.data.loader import Example
+from hftl.data.quarantine import BadRow, BadRows
 from hftl.data.source import Splits
 from hftl.errors import DataError, shorten
 from hftl.evaluation.metrics import ClassificationMetrics, Metric
@@ -85,6 +86,21 @@ class SingleLabel:
             for b, row in zip(best, shares.tolist(), strict=True)
         ]
 
+    def bad_rows(self, splits: Splits) -> BadRows:
+        """Returns the rows without a label, and the held-out rows of classes that train lacks."""
+        values = {split: _label_values(rows, self.column) for split, rows in splits.items()}
+        known = {value for value in values["train"] if value is not None}
+        return {
+            split: {row: self._bad(value) for row, value in enumerate(found) if value not in known}
+            for split, found in values.items()
+        }
+
+    def _bad(self, value: Any) -> BadRow:
+        if value is None:
+            return BadRow("no label", self.column)
+        name = str(self.names[self.ids[value]] if value in self.ids else value)
+        return BadRow("label that train lacks", self.column, name)
+
     def state(self) -> dict[str, Any]:
         """Returns column, names and values."""
         return {"column": self.column, "names": self.names, "values": self.values}
@@ -98,10 +114,21 @@ def _counts(rows: Dataset, column: str) -> dict[Any, int]:
     counts: dict[Any, int] = {}
     for entry in counted:
         value = entry["values"]
-        missing = value is None or value == "" or value == -1 and "ClassLabel" in str(rows.features[column])
-        key = None if missing else value
+        key = None if _is_missing(value, rows, column) else value
         counts[key] = counts.get(key, 0) + entry["counts"]
     return counts
+
+
+def _is_missing(value: Any, rows: Dataset, column: str) -> bool:
+    return value is None or value == "" or value == -1 and "ClassLabel" in str(rows.features[column])
+
+
+def _label_values(rows: Dataset, column: str) -> list[Any]:
+    """Returns the label of each row, None where it is missing."""
+    if column not in rows.features:
+        return [None] * len(rows)
+    values = arrow_column(rows, column).to_pylist()
+    return [None if _is_missing(value, rows, column) else value for value in values]
 
 
 def _classes(splits: Splits, column: str, seen: dict[Any, int]) -> tuple[list[Any], list[str], str]:
@@ -124,7 +151,7 @@ def _problems(splits: Splits, column: str, seen: dict[str, dict[Any, int]], targ
     real = any(isinstance(value, float) and not value.is_integer() for value in present)
     if real:
         out.append(f"data.label_column: '{column}' holds real numbers, not classes; is this a regression?")
-    for split, counts in seen.items():
+    for split, counts in seen.items() if not splits.lenient else ():
         if None in counts:
             out.append(f"data.source: {split} has {counts[None]} row(s) without a label in column '{column}'.")
         unseen = [value for value in counts if value is not None and value not in present]

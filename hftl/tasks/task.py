@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from hftl.data.loader import Example, Rows
+from hftl.data.quarantine import BadRows, judge_rows
 from hftl.data.source import Splits
 from hftl.errors import DataError
 from hftl.evaluation.metrics import Metric
@@ -149,6 +150,8 @@ class Target(Protocol):
 class SupervisedTask:
     """Inputs and a target, joined. Built-in tasks and most of yours are this class with a constructor of their own.
 
+    Inputs and targets that have the method of `hftl.data.quarantine.Judge` are asked which rows cannot be used.
+
     Raises:
         DataError: Everything that inputs and target found wrong with the data.
     """
@@ -186,6 +189,10 @@ class SupervisedTask:
     def decode(self, outputs: Outputs) -> list[dict[str, Any]]:
         """See `Task.decode`."""
         return self.target.decode(outputs)
+
+    def bad_rows(self, splits: Splits) -> BadRows:
+        """Returns the rows that inputs or target cannot use, for `data.on_error skip`."""
+        return judge_rows(splits, [self.inputs, self.target])
 
     def state(self) -> dict[str, Any]:
         """See `Task.state`."""

@@ -20,11 +20,11 @@ from hftl.models.parts import TaskModel
 from hftl.tasks.task import Batch, Task
 from hftl.train.agree import agree, refuse_nonfinite
 from hftl.train.best import BestWeights
+from hftl.train.folder import run_folder
 from hftl.train.gradient import StepGradient
 from hftl.train.history import History, Recorder
 from hftl.train.optim import make_optimizer, set_rates
 from hftl.train.resume import Keeper, Training, identity
-from hftl.train.start import run_folder
 from hftl.train.stop import StopRequest
 
 if TYPE_CHECKING:

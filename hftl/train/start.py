@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from hftl.adaptation.lora import find_targets
-from hftl.config.defaults import default_folder, resolve
-from hftl.config.parse import dump, load
-from hftl.config.schema import AugmentConfig, RunConfig, leaves, value_problems
+from hftl.config.defaults import resolve
+from hftl.config.parse import dump
+from hftl.config.schema import AugmentConfig, RunConfig, value_problems
 from hftl.console import is_main_process, muted, say
+from hftl.data.quarantine import BadRows, Judge, announce, records, refuse_many, write_quarantine
 from hftl.data.source import Splits, load_splits
-from hftl.errors import ConfigError, HftlError, RunComplete, first_line, nearest, shorten
+from hftl.errors import ConfigError, DataError, HftlError, RunComplete, nearest
 from hftl.evaluation.metrics import BUILT_IN, metric_problems
 from hftl.files import write_text
 from hftl.hub import name_problem, repository_problem
@@ -23,22 +23,20 @@ from hftl.models.build import model_name_problem, skeleton
 from hftl.models.parts import HeadSpec
 from hftl.processes import group_options, together
 from hftl.tasks.task import Task
-from hftl.train.checkpoint import clear_partial
+from hftl.train.folder import (
+    MARKER,
+    finished_metrics,
+    folder_problems,
+    make_folder,
+    resume_problems,
+    resumes,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T", bound=Task)
-RUN_FILES = ("config.yaml", "history.jsonl", "metrics.json", "model", "adapter", "checkpoints")
-"""What a run leaves in its folder; `--overwrite` removes these."""
-MARKER = "config.yaml"
-"""Written first: only a folder that has it is ever cleared."""
-MAY_CHANGE = (
-    "checkpoint.", "data.num_workers", "data.worker_timeout", "output_dir", "overwrite", "publish.", "resume",
-    "train.batch_size_per_device", "train.gradient_accumulation_steps", "train.log_every", "train.max_nonfinite",
-    "train.on_", "train.timeout_minutes", "train.trackers",
-)  # fmt: skip
-"""Settings that may differ when a run goes on. The rows of a step stay as they were, whatever batches it is made of."""
 
 
 def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig, Splits, T]:
@@ -56,9 +54,10 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
     """
     problems = [*run.problems, *value_problems(run)]
     splits, task = None, None
-    if run.data.source:
+    bad: BadRows = {}
+    if run.data.source and not any(problem.startswith("data.max_") for problem in problems):
         try:
-            splits = load_splits(run.data)
+            splits, bad = _open_data(run, make_task)
             task = make_task(splits)
         except HftlError as error:
             problems += error.problems
@@ -68,7 +67,7 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
         problems.append(unknown)
     elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
         problems += _target_problems(run, task.head if task else HeadSpec(stock, 2))
-    if splits and not _resumes(run):  # a run that goes on keeps the rows of its steps
+    if splits and not resumes(run):  # a run that goes on keeps the rows of its steps
         problems += _batch_problems(run, len(splits["train"]))
     problems += _augment_problems(run, task)
     problems += _metric_problems(run, task)
@@ -76,8 +75,8 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
     problems += _hub_problems(run, otherwise_fine=not problems)
     if problems or splits is None or task is None:
         raise ConfigError(*problems)
-    resolved = resolve(run, task.modality)
-    different = _resume_problems(resolved)
+    resolved = replace(resolve(run, task.modality), quarantine=records(bad))
+    different = resume_problems(resolved)
     if different:
         raise ConfigError(*different)
     _say_defaults(run, resolved)
@@ -87,10 +86,12 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
 def start(run: RunConfig) -> Accelerator:
     """Returns the Accelerator of a run, seeds set and the run folder made.
 
-    Processes, precision and sharding come from the launcher and its configuration file.
+    Processes, precision and sharding come from the launcher and its configuration file. Rows that `prepare` left out
+    are written to quarantine.jsonl.
 
     Raises:
         RunComplete: `run.resume` is auto and the run folder holds the finished run.
+        DataError: Processes left out different rows.
     """
     from accelerate import Accelerator
     from accelerate.utils import (
@@ -121,8 +122,10 @@ def start(run: RunConfig) -> Accelerator:
         raise RunComplete(str(folder), finished)
     with together("make the run folder"):
         if accelerator.is_main_process:
-            _make_folder(folder, run)
+            make_folder(folder, run)
             write_text(folder / MARKER, dump(run))
+            write_quarantine(folder, run.quarantine)
+    _agree(accelerator, run)
     set_seed(run.train.seed)
     say(
         f"start: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
@@ -131,9 +134,40 @@ def start(run: RunConfig) -> Accelerator:
     return accelerator
 
 
-def run_folder(run: RunConfig) -> Path:
-    """Returns the run folder."""
-    return Path(run.output_dir or default_folder(run))
+def _open_data(run: RunConfig, make_task: Callable[[Splits], Task]) -> tuple[Splits, BadRows]:
+    """Returns the splits and, with `data.on_error skip`, the rows that were left out.
+
+    Rows are judged as the source has them, and left out before anything is cut off. Every process judges for itself:
+    there is no process group yet, and a cache could not know whether a file has changed meanwhile.
+    """
+    config = run.data
+    if config.on_error != "skip":
+        return load_splits(config), {}
+    with muted():  # said once, on the rows that remain
+        everything = load_splits(replace(config, validation_fraction=0.0, train_per_class=None))
+        judge = make_task(replace(everything, lenient=True))
+    if not isinstance(judge, Judge):
+        raise ConfigError("data.on_error: this task cannot say which rows are of no use (bad_rows); say raise.")
+    bad = judge.bad_rows(everything)
+    sizes = {split: len(rows) for split, rows in everything.items()}
+    refuse_many(bad, sizes, config.max_skipped)
+    announce(bad, sizes, run_folder(run))
+    return load_splits(config, leave_out=bad), bad
+
+
+def _agree(accelerator: Accelerator, run: RunConfig) -> None:
+    """Holds processes to the same rows: a file that one of them could not read would put them out of step."""
+    from accelerate.utils import gather_object
+
+    if run.data.on_error != "skip" or accelerator.num_processes == 1:
+        return
+    left = gather_object([[(row["split"], row["row"]) for row in run.quarantine]])
+    if any(rows != left[0] for rows in left):
+        counts = ", ".join(str(len(rows)) for rows in left)
+        raise DataError(
+            f"data.on_error: the processes left out different rows (so many each: {counts}); some of the data cannot "
+            "be read from everywhere. Look at the disk or the network that holds them, and start again."
+        )
 
 
 def _target_problems(run: RunConfig, head: HeadSpec) -> list[str]:
@@ -220,95 +254,6 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
                 f"train.metrics too.{nearest(wanted, computed)}"
             )
     return problems
-
-
-def folder_problems(run: RunConfig) -> list[str]:
-    """Returns a sentence when the run folder cannot be written or holds a run that may not be replaced."""
-    folder = run_folder(run)
-    if run.overwrite and run.resume == "auto":
-        return ["resume: 'auto' goes on with what is in the run folder and overwrite removes it; choose one."]
-    inputs = {"model.name": run.model.name.removeprefix("local-dir:"), "data.source": run.data.source}
-    try:
-        problems = _folder_problems(folder, replaceable=run.overwrite or run.resume == "auto")
-        for name, value in inputs.items() if not problems else ():
-            path = Path(value).resolve()
-            if value and path.exists() and folder.resolve() in (path, *path.parents):
-                return [f"output_dir: '{folder}' holds {name} ('{value}'); choose a folder outside of it."]
-        return problems
-    except OSError as error:
-        return [f"output_dir: '{folder}' cannot be reached: {error.strerror}."]
-
-
-def _folder_problems(folder: Path, replaceable: bool) -> list[str]:
-    if folder.exists() and not folder.is_dir():
-        return [f"output_dir: '{folder}' is a file."]
-    found = [name for name in RUN_FILES if (folder / name).exists()]
-    if found and MARKER not in found:
-        return [f"output_dir: '{folder}' holds {', '.join(found)}, but no run of hftl (no {MARKER}); choose another."]
-    if found and not replaceable:
-        return [
-            f"output_dir: '{folder}' holds a run already ({', '.join(found)}). Choose another, say --resume auto to go "
-            "on with it, or --overwrite."
-        ]
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    if not existing.is_dir():
-        return [f"output_dir: '{folder}' cannot be made: '{existing}' is a file."]
-    if not os.access(existing, os.W_OK):
-        return [f"output_dir: '{folder}' cannot be written: no write permission in '{existing}'."]
-    return []
-
-
-def finished_metrics(folder: Path) -> dict[str, float | None] | None:
-    """Returns the metrics of the finished run in a folder, or None where there is no run or it is not finished."""
-    try:
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8")) if report.get("complete") else None
-    except (OSError, ValueError):
-        return None
-
-
-def _resumes(run: RunConfig) -> bool:
-    return run.resume == "auto" and any((run_folder(run) / "checkpoints").glob("step-*"))
-
-
-def _resume_problems(run: RunConfig) -> list[str]:
-    """Returns a sentence when the run folder holds a run with other settings, as far as they change its results."""
-    marker = run_folder(run) / MARKER
-    if run.resume != "auto" or not marker.is_file():
-        return []
-    try:
-        before = leaves(load(marker))
-    except HftlError as error:
-        return [f"resume: {marker} cannot be read: {first_line(error)} Choose another output_dir, or say --overwrite."]
-    now = leaves(run)
-    changed = [
-        f"{name} was {before[name]}, now {value}"
-        for name, value in now.items()
-        if value != before[name] and not name.startswith(MAY_CHANGE)
-    ]
-    if not changed:
-        return []
-    return [
-        f"resume: '{run_folder(run)}' holds a run with other settings ({shorten(changed, 6)}). Give it the same ones, "
-        "or choose another output_dir."
-    ]
-
-
-def _make_folder(folder: Path, run: RunConfig) -> None:
-    """Makes the run folder; removes the files of a run there that is replaced or never came to a checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if _resumes(run):
-        clear_partial(folder)
-        return
-    if not (run.overwrite or run.resume == "auto"):
-        return
-    for name in (*RUN_FILES, "predictions.parquet", "report.json", "environment.json", "tensorboard"):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    clear_partial(folder)
 
 
 def _say_defaults(given: RunConfig, resolved: RunConfig) -> None:

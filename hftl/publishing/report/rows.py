@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hftl.config.schema import DataConfig
 from hftl.console import muted
 from hftl.data.columns import arrow_column
-from hftl.errors import HftlError, first_line
+from hftl.data.image_file import Stored, check_header, decode_image
+from hftl.errors import DataError, HftlError, first_line
 from hftl.publishing.record import RunRecord
 from hftl.publishing.report.blocks import Example
 
@@ -85,7 +87,8 @@ class Rows:
         rows = self.splits[split]
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED)).astype(int)).tolist()
         if self.image_column:
-            found = [size for size in map(_image_size, self._images(rows, chosen)) if size]
+            sizes = [_image_size(stored, self._max_pixels) for stored in self._images(rows, chosen)]
+            found = [size for size in sizes if size]
             return "pixels", {"width": [w for w, _ in found], "height": [h for _, h in found]}, len(found)
         columns = self.text_columns
         table = rows.select_columns(columns)[chosen]
@@ -100,7 +103,7 @@ class Rows:
         if self.splits:
             rows, columns = self.splits[split], self.text_columns
             if self.image_column:
-                images = [_thumbnail(value) for value in self._images(rows, numbers)]
+                images = [_thumbnail(stored, self._max_pixels) for stored in self._images(rows, numbers)]
             if columns:
                 table = rows.select_columns(columns)[numbers]
                 texts = [[(name, _shortened(table[name][n])) for name in columns] for n in range(len(numbers))]
@@ -115,6 +118,10 @@ class Rows:
             )
             for number, place, image, text in zip(numbers, chosen, images, texts, strict=True)
         ]
+
+    @property
+    def _max_pixels(self) -> int:
+        return self.record.settings.get("data.max_pixels") or DataConfig.max_pixels
 
     def _inputs(self) -> list[str]:
         """Returns the columns that the task reads as inputs, as far as the data have them."""
@@ -163,13 +170,14 @@ def most_confident_errors(record: RunRecord, split: str) -> Any:
 def _open(record: RunRecord) -> Mapping[str, Dataset]:
     from dataclasses import fields
 
-    from hftl.config.schema import DataConfig
+    from hftl.data.quarantine import read_quarantine
     from hftl.data.source import load_splits
 
     # what another version of hftl called otherwise is left out: whether rows are the same is seen from their labels
     named = {item.name: record.settings.get(f"data.{item.name}") for item in fields(DataConfig)}
     with muted():
-        return load_splits(DataConfig(**{name: value for name, value in named.items() if value is not None}))
+        config = DataConfig(**{name: value for name, value in named.items() if value is not None})
+        return load_splits(config, leave_out=read_quarantine(record.folder))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -188,34 +196,22 @@ def _shortened(text: Any) -> str:
     return text if len(text) <= _TEXT else text[:_TEXT] + " …"
 
 
-def _opened(value: Any) -> Any:
-    """Returns the PIL image of the library's dict of path and bytes; pixels are not read yet."""
-    from PIL import Image
-
-    return Image.open(BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"])
-
-
-def _image_size(value: Any) -> tuple[int, int] | None:
+def _image_size(stored: Stored, max_pixels: int) -> tuple[int, int] | None:
     try:
-        with _opened(value) as image:
-            return image.size
-    except Exception:
+        return check_header(stored, max_pixels)
+    except DataError:
         return None  # a picture that went away is no reason to lose the page
 
 
-def _thumbnail(value: Any) -> str | None:
-    from PIL import ImageOps
-
-    out = BytesIO()
+def _thumbnail(stored: Stored, max_pixels: int) -> str | None:
     try:
-        with _opened(value) as image:
-            image.draft("RGB", (2 * _THUMBNAIL, 2 * _THUMBNAIL))  # JPEG: decode no more than needed
-            small = ImageOps.exif_transpose(image).convert("RGB")
-            if max(small.size) < _THUMBNAIL // 2:  # pictures of few pixels are enlarged, each pixel a square
-                scale = _THUMBNAIL // max(small.size)
-                small = small.resize((small.width * scale, small.height * scale), 0)
-            small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-            small.save(out, "JPEG", quality=82)
-    except Exception:
+        small = decode_image(stored, "RGB", max_pixels)
+    except DataError:
         return None
+    if max(small.size) < _THUMBNAIL // 2:  # pictures of few pixels are enlarged, each pixel a square
+        scale = _THUMBNAIL // max(small.size)
+        small = small.resize((small.width * scale, small.height * scale), 0)
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    out = BytesIO()
+    small.save(out, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
