@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hftl.shown import shown
+
 _muted = 0
 
 
@@ -21,7 +23,7 @@ def is_main_process() -> bool:
 def say(message: str = "") -> None:
     """Prints `message` on the main process, at once (log files must not lag behind)."""
     if is_main_process() and not _muted:
-        print(message, flush=True)
+        print(shown(message), flush=True)
 
 
 @contextmanager

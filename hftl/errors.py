@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from hftl.shown import shown
+
 EXIT_PEER_LOST = 76
 """Exit status when another process of the run was lost: nothing is wrong with this one, starting again goes on."""
 
@@ -24,7 +26,7 @@ class HftlError(Exception):
     agreed = False
 
     def __init__(self, *problems: str) -> None:
-        self.problems = list(dict.fromkeys(problems))
+        self.problems = list(dict.fromkeys(map(shown, problems)))
         super().__init__(self._message())
 
     def _message(self) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hftl import shown
 from hftl.errors import first_line
 
 CONNECT_TIMEOUT_S = 20.0
@@ -102,9 +103,7 @@ def redacted(text: str) -> str:
     from huggingface_hub import get_token
 
     token = get_token()
-    if token:
-        text = text.replace(token, "hf_***")
-    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "hf_***", text)
+    return shown.redacted(text.replace(token, "hf_***") if token else text)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -13,6 +13,7 @@ from hftl.errors import DataError, nearest
 from hftl.evaluation.evaluate import TableWriter
 from hftl.predictor import load
 from hftl.publishing.labelled import labelled_rows
+from hftl.shown import shown
 from hftl.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -106,15 +107,15 @@ def _rows_to_predict(task: Task, given: str, pair: str | None) -> tuple[Dataset,
             raise DataError(f"INPUT: no images in '{given}'.")
         return Dataset.from_dict({inputs["column"]: files}).cast_column(inputs["column"], Image()), files
     if path.suffix.lower() in TABLES and path.is_file():
-        rows = load_splits(DataConfig(source=given, validation_fraction=0.0))["train"]  # one file is one split
+        column = inputs["column"] if task.modality == "image" else None
+        data = DataConfig(source=given, validation_fraction=0.0, image_column=column)
+        rows = load_splits(data)["train"]  # one file is one split
         needed = inputs.get("columns") or [inputs["column"]]
         missing = [name for name in needed if name not in rows.features]
         if missing:
             raise DataError(
                 f"INPUT: '{given}' lacks column(s) {', '.join(missing)}. Columns: {', '.join(rows.features)}."
             )
-        if task.modality == "image":
-            rows = rows.cast_column(inputs["column"], Image())
         return rows.select_columns(needed), None
     if task.modality == "image":
         state = "is not" if path.exists() else "does not exist; give"
@@ -153,6 +154,11 @@ class _Named:
         self.writer.close()
 
 
+def _cell(value: Any) -> str:
+    """Returns a value as one cell of a line, whatever its text would tell the terminal."""
+    return shown(str(value)).replace("\t", " ").replace("\n", " ")
+
+
 class _Terminal:
     """Prints rows as tab-separated columns."""
 
@@ -162,11 +168,11 @@ class _Terminal:
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Prints rows; the first ones with a header."""
         for row in rows:
-            shown = {name: value for name, value in row.items() if not isinstance(value, list)}
+            cells = {name: value for name, value in row.items() if not isinstance(value, list)}
             if not self.started:
-                print("\t".join(shown))
+                print("\t".join(cells))
                 self.started = True
-            print("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in shown.values()))
+            print("\t".join(f"{value:.4f}" if isinstance(value, float) else _cell(value) for value in cells.values()))
 
     def close(self) -> None:
         """Nothing to finish."""

@@ -197,7 +197,7 @@ def test_a_source_without_training_rows_serves_evaluation_only(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("train.csv", "", "No columns"),
+        ("train.csv", "", "is empty"),
         ("train.csv", "text,label\n", "no rows"),
         ("train.csv", 'a,b\n1,"x\n', "EOF inside string"),
         ("train.parquet", "x", "Parquet"),
@@ -219,7 +219,7 @@ def test_tables_that_name_no_split_are_refused_by_name(tmp_path):
         load(tmp_path)
     write(tmp_path / "train.csv", ROWS)
     write(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"mixes \.csv, \.jsonl"):
+    with pytest.raises(DataError, match=r"train\.csv, train\.jsonl in .* could each be train"):
         load(tmp_path)
 
 
@@ -233,9 +233,8 @@ STRING, INTEGER = Value("string"), Value("int64")
     ("role", "features", "name", "why"),
     [
         ("image", {"photo": Image(), "label": INTEGER}, "photo", "the only Image column"),
-        ("image", {"image": STRING, "label": STRING}, "image", "by its name"),
         ("image", {"a": Image(), "image": Image()}, "image", "by its name"),
-        ("image", {"where": STRING, "label": INTEGER}, "where", "the only column that can hold images"),
+        ("image", {"image": STRING, "where": Image()}, "where", "the only Image column"),
         ("text", {"title": STRING, "Review": STRING, "label": INTEGER}, "Review", "by its name"),
         ("text", {"content": STRING, "text": STRING}, "text", "by its name"),
         ("text", {"remark": STRING, "stars": INTEGER}, "remark", "the only column that can hold text"),
@@ -254,7 +253,7 @@ def test_a_column_is_found_by_type_or_name_with_the_reason(role, features, name,
     [
         ("text", {"title": STRING, "body": STRING, "label": INTEGER}),
         ("image", {"left": Image(), "right": Image()}),
-        ("image", {"front": STRING, "back": STRING}),
+        ("image", {"front": STRING, "image": STRING}),  # texts, until load_splits has seen that they are paths
         ("label", {"text": STRING, "size": INTEGER, "stars": INTEGER}),
         ("label", {"a": ClassLabel(2), "b": ClassLabel(2)}),
     ],

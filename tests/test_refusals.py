@@ -174,7 +174,8 @@ def test_many_unreadable_images_are_counted_not_listed(image_run, image_copy):
 
 
 def test_missing_image_files_of_a_table_are_named(image_run, images, tmp_path):
-    there, gone = images / "train/red/00.png", tmp_path / "gone.png"
+    there, gone = tmp_path / "there.png", tmp_path / "gone.png"
+    there.write_bytes((images / "train/red/00.png").read_bytes())
     lines = ["image,label", *(f"{file},{label}" for file in (there, gone) for label in "xyxy")]
     (tmp_path / "table.csv").write_text("\n".join(lines))
     run = with_data(image_run(batch_size_per_device=2), source=str(tmp_path / "table.csv"), validation_fraction=0.0)

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features
 
-# In the order in which they win over each other.
-_NAMES: dict[str, tuple[str, ...]] = {
+NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "img", "picture", "photo", "pixel_values", "image_path", "file_name", "path"),
     "text": ("text", "sentence", "content", "document", "review", "question", "utterance", "tweet", "comment"),
     "label": ("label", "labels", "class", "target", "category", "fine_label", "intent", "y"),
 }
+"""Usual names of columns by role, in the order in which they win over each other."""
+INPUTS = ("input_ids", "token_type_ids", "attention_mask", "pixel_values")
+"""What models call their inputs; a label column of such a name would take the place of an input."""
 _PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -51,14 +53,16 @@ def find_column(role: str, features: Features, given: str | None) -> Column:
     listing = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items())
     flag = f"data.{role}_column"
     if given is not None:
+        if role == "label" and given in INPUTS:
+            raise DataError(f"{flag}: '{given}' is what models call an input; rename the column.")
         if given in features:
             return Column(given, f"named by {flag}")
         raise DataError(f"{flag}: there is no column '{given}'.{nearest(given, features)} Columns: {listing}.")
     fitting = [name for name, kind in features.items() if _fits(role, kind)]
     if role == "text":  # a column of class names holds text too, but is spoken for
-        fitting = [name for name in fitting if name.lower() not in _NAMES["label"]] or fitting
+        fitting = [name for name in fitting if name.lower() not in NAMES["label"]]
     typed = [name for name in fitting if _type_name(features[name]) in ("Image", "ClassLabel")]
-    known = [name for name in _NAMES[role] if name in {f.lower() for f in fitting}]
+    known = [name for name in NAMES[role] if name in {f.lower() for f in fitting}]
     by_name = [name for name in fitting if known and name.lower() == known[0]]
     if len(typed) == 1:
         return Column(typed[0], f"the only {_type_name(features[typed[0]])} column")
@@ -67,7 +71,11 @@ def find_column(role: str, features: Features, given: str | None) -> Column:
     if len(fitting) == 1 and role != "label":
         return Column(fitting[0], f"the only column that can hold {'images' if role == 'image' else 'text'}")
     if not fitting or role == "label":
-        raise DataError(f"{flag}: no {role} column found. Columns: {listing}. Say --{flag} NAME.")
+        paths = "string" in listing and role == "image"
+        hint = (
+            " Texts are paths of images where they end in .png, .jpg …, relative to the data's folder." if paths else ""
+        )
+        raise DataError(f"{flag}: no {role} column found. Columns: {listing}.{hint} Say --{flag} NAME.")
     raise DataError(f"{flag}: {' and '.join(fitting)} could each be the {role}. Columns: {listing}. Say --{flag} NAME.")
 
 
@@ -119,8 +127,8 @@ def label_codes(rows: Dataset, column: str) -> Any:
 
 def _fits(role: str, kind: Any) -> bool:
     name = _type_name(kind)
-    if role == "image":
-        return name == "Image" or name in ("string", "large_string")
+    if role == "image":  # columns of paths are images by now, where their paths may be opened
+        return name == "Image"
     if role == "text":
         return name in ("string", "large_string")
     return name == "ClassLabel" or name in ("string", "large_string", "bool", "float32", "float64") or "int" in name

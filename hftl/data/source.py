@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 from hftl.config.schema import DataConfig
 from hftl.console import say
 from hftl.data.columns import find_column, label_codes
+from hftl.data.given import GIVEN, given_rows
+from hftl.data.label_names import check_labels, names_beside
+from hftl.data.paths import IMAGES, check_stored, with_images
 from hftl.data.quarantine import without
+from hftl.data.tables import TABLES, files_of_split, open_tables
 from hftl.errors import DataError, first_line, nearest, shorten
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 EMBEDDED = ("digits",)
 
 
@@ -52,7 +54,11 @@ class Splits(Mapping[str, "Dataset"]):
 
 
 def load_splits(
-    config: DataConfig, *, training: bool = True, leave_out: Mapping[str, Mapping[int, Any]] | None = None
+    config: DataConfig,
+    *,
+    training: bool = True,
+    rows: Any = None,
+    leave_out: Mapping[str, Mapping[int, Any]] | None = None,
 ) -> Splits:
     """Returns the rows that `config` names, cut into splits; nothing is copied into memory.
 
@@ -62,21 +68,27 @@ def load_splits(
     Args:
         config: The data section of a run.
         training: Whether training rows are needed; a model can be evaluated on a source that has none.
+        rows: Rows from Python in place of `config.source`, as `given_rows` takes them; paths of images in them are
+            the caller's own.
         leave_out: Numbers of rows that are not used, by split; they count the rows of the source's own splits.
 
     Raises:
-        DataError: The source does not exist, holds nothing readable, or has no training rows.
+        DataError: The source does not exist, holds nothing readable, names files outside of it, or has no training
+            rows.
     """
     _bars_on_terminals_only()
     try:
-        sets = {name: rows for name, rows in _open(config).items() if len(rows)}
-        sets = without(sets, leave_out or {})
+        opened = _open(config) if rows is None else _given(rows, config)
+        sets = without({name: part for name, part in opened.items() if len(part)}, leave_out or {})
     except OSError as error:
         raise DataError(f"data.source: '{config.source}' cannot be read: {error.strerror or error}.") from error
     if not sets or training and "train" not in sets:
         wanted, found = "training rows" if sets else "rows", shorten(list(sets)) or "none"
         raise DataError(f"data.source: '{config.source}' has no {wanted} (splits found: {found}).")
-    splits = Splits(sets, config, _names_beside(config.source))
+    folder = _folder_of(config.source)
+    splits = Splits(sets, config, names_beside(folder) if folder else None)
+    if "train" in sets:
+        check_labels(sets["train"], config.label_column, splits.class_names)
     if "train" in sets:
         sets = _cut_validation(splits)
         sets["train"] = _keep_few(sets["train"], config)
@@ -100,19 +112,30 @@ def _open(config: DataConfig) -> Mapping[str, Dataset]:
     if source.startswith("embedded:"):
         return _embedded(source.removeprefix("embedded:"))
     path = Path(source).expanduser()
+    if source.startswith(GIVEN):
+        raise DataError(
+            f"data.source: '{source}' are rows that were given from Python; they cannot be opened again by name. "
+            "Give other data by a file, folder or hub id."
+        )
     if path.is_file():
         if path.suffix.lower() not in TABLES:
             raise DataError(
                 f"data.source: '{source}' is a {path.suffix or 'nameless'} file; allowed: {', '.join(TABLES)}."
             )
-        return _tables({"train": [path]})
+        return with_images(open_tables({"train": [path]}), config, path.parent)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, config)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.parent.is_dir() and "/" in source:
         parent = path.parent if path.parent.is_dir() else Path(".")
         guess = nearest(path.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
         raise DataError(f"data.source: '{source}' does not exist.{guess}")
     return _hub(config)
+
+
+def _given(rows: Any, config: DataConfig) -> Mapping[str, Dataset]:
+    """Opens rows from Python, whose paths are those of the code that gives them: only addresses are refused."""
+    opened = _named(given_rows(rows))
+    return with_images(opened, config, Path.cwd(), within=Path("/")) if opened else {}
 
 
 def _hub(config: DataConfig) -> Mapping[str, Dataset]:
@@ -126,10 +149,10 @@ def _hub(config: DataConfig) -> Mapping[str, Dataset]:
             f"data.source: '{config.source}' is not a local folder or file, and as a hub id it failed: "
             f"{type(error).__name__}: {first_line(error)}.{nearest(config.source, here)}"
         ) from error
-    return _named(loaded)
+    return with_images(_named(loaded), config, None)
 
 
-def _named(loaded: DatasetDict) -> dict[str, Dataset]:
+def _named(loaded: Mapping[Any, Dataset]) -> dict[str, Dataset]:
     """Renames splits to our three names; others (e.g. `unsupervised`) are left out, and that is said."""
     out: dict[str, Dataset] = {}
     for name, rows in loaded.items():
@@ -143,57 +166,45 @@ def _named(loaded: DatasetDict) -> dict[str, Dataset]:
 
 def _split_of(name: str) -> str | None:
     """Returns the split a folder or file name stands for: `val` -> validation, `train-00000-of-00002` -> train."""
-    first = re.split(r"[^a-z]+", name.lower())[0]
+    first = _first_word(name)
     return next((ours for ours, names in SPLIT_NAMES.items() if first in names), None)
 
 
-def _folder(path: Path) -> Mapping[str, Dataset]:
+def _first_word(name: str) -> str:
+    return re.split(r"[^a-z]+", name.lower())[0]
+
+
+def _folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
     from datasets import DatasetDict, load_from_disk
 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = load_from_disk(str(path))
-        return _named(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
-    tables: dict[str, list[Path]] = {}
+        try:
+            loaded = load_from_disk(str(path))
+        except Exception as error:
+            raise DataError(f"data.source: cannot read the saved data set '{path}': {first_line(error)}") from error
+        return with_images(_named(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}, config, path)
+    tables: dict[str, dict[str, list[Path]]] = {}
+    others: list[Path] = []
     for file in sorted(path.iterdir()):
-        beside = file.name in ("labels.json", "metadata.csv", "metadata.jsonl")
+        beside = file.name in ("labels.json", *METADATA)
         if file.is_file() and file.suffix.lower() in TABLES and not beside:
-            tables.setdefault(_split_of(file.stem) or file.stem, []).append(file)
-    named = {name: files for name, files in tables.items() if name in SPLIT_NAMES}
-    if named or tables and not _split_folders(path):
-        if not named and len(tables) > 1:
-            names = shorten([file.name for files in tables.values() for file in files])
+            split, word = _split_of(file.stem), _first_word(file.stem)
+            if split:
+                tables.setdefault(split, {}).setdefault(word, []).append(file)
+            else:
+                others.append(file)
+    if tables or others and not _split_folders(path):
+        if not tables and len(others) > 1:
+            names = shorten([file.name for file in others])
             raise DataError(
                 f"data.source: no table in '{path}' is named after a split ({names}); name one train, or give one file."
             )
-        for file in (file for name, files in tables.items() if named and name not in named for file in files):
+        found = {split: files_of_split(path, split, files) for split, files in tables.items()}
+        left = {file for files in tables.values() for several in files.values() for file in several}
+        for file in sorted({*others, *left} - {file for files in found.values() for file in files} if found else ()):
             say(f"data: '{file.name}' is not used")
-        return _tables(named or {"train": next(iter(tables.values()))})
+        return with_images(open_tables(found or {"train": others}), config, path)
     return _images(path)
-
-
-def _tables(files: Mapping[str, list[Path]]) -> Mapping[str, Dataset]:
-    from datasets import load_dataset
-
-    out: dict[str, Dataset] = {}
-    for split, paths in files.items():
-        kinds = {path.suffix.lower() for path in paths}
-        if len(kinds) > 1:
-            raise DataError(
-                f"data.source: split {split} mixes {', '.join(sorted(kinds))} files: "
-                f"{shorten([path.name for path in paths])}."
-            )
-        kind = kinds.pop()
-        # only an empty cell is missing: "None", "NA" and "null" are words and class names
-        options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if TABLES[kind] == "csv" else {}
-        options |= {"sep": "\t"} if kind == ".tsv" else {}
-        try:
-            names = [glob.escape(str(path)) for path in paths]
-            out[split] = load_dataset(TABLES[kind], data_files={split: names}, split=split, **options)
-        except Exception as error:
-            reason = first_line(error.__cause__ or error)
-            reason = "it holds no rows" if "corresponds to no data" in reason else reason
-            raise DataError(f"data.source: cannot read {shorten([str(p) for p in paths])}: {reason}") from error
-    return out
 
 
 def _images(path: Path) -> Mapping[str, Dataset]:
@@ -208,12 +219,35 @@ def _images(path: Path) -> Mapping[str, Dataset]:
         if not any(file.suffix.lower() in IMAGES for file in folder.rglob("*")):
             found = shorten(sorted({file.suffix or file.name for file in folder.rglob("*") if file.is_file()}))
             raise DataError(f"data.source: no images in {folder} (file types found: {found or 'none'}).")
-    patterns = {split: f"{glob.escape(str(folder.resolve()))}/**" for split, folder in folders.items()}
+    patterns = {split: _patterns(folder) for split, folder in folders.items()}
     # the library leaves labels out of a split until it has seen two classes; folders of classes have them for sure
     class_folders = all(_has_class_folders(folder) for folder in folders.values())
     labels: dict[str, Any] = {"drop_labels": False} if class_folders else {}
-    # one call, because classes are numbered over all the splits that are read together
-    return load_dataset("imagefolder", data_files=patterns, **labels)
+    try:
+        # one call, because classes are numbered over all the splits that are read together
+        loaded = load_dataset("imagefolder", data_files=patterns, **labels)
+    except Exception as error:  # of metadata files, mostly
+        raise DataError(f"data.source: cannot read '{path}': {first_line(error.__cause__ or error)}") from error
+    named = any("metadata." in pattern for patterns_of in patterns.values() for pattern in patterns_of)
+    for split, folder in folders.items():
+        columns = [name for name, kind in loaded[split].features.items() if type(kind).__name__ == "Image"]
+        for column in columns:
+            problems = check_stored({split: loaded[split]}, column, folder, follow=not named)
+            if problems:
+                raise DataError(*problems)
+    return loaded
+
+
+def _patterns(folder: Path) -> list[str]:
+    """Returns patterns for the images of a folder, and for the tables that describe them.
+
+    The library would also unpack what zip files it finds.
+    """
+    root = glob.escape(str(folder.resolve()))
+    seen = [file for file in folder.rglob("*") if not file.name.startswith(".")]
+    endings = sorted({file.suffix for file in seen if file.suffix.lower() in IMAGES})
+    beside = sorted({file.name for file in seen if file.name in METADATA})
+    return [f"{root}/**/*{ending}" for ending in endings] + [f"{root}/**/{name}" for name in beside]
 
 
 def _has_class_folders(folder: Path) -> bool:
@@ -242,18 +276,12 @@ def _embedded(name: str) -> Mapping[str, Dataset]:
     return load_digits()
 
 
-def _names_beside(source: str) -> list[str] | None:
+def _folder_of(source: str) -> Path | None:
+    """Returns the folder of local data: where labels.json stands, and where images of tables lie."""
     path = Path(source).expanduser()
-    file = (path if path.is_dir() else path.parent) / "labels.json"
-    if source.startswith("embedded:") or not path.exists() or not file.is_file():
+    if source.startswith("embedded:") or not path.exists():
         return None
-    try:
-        names = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"data.source: {file} is not valid JSON: {error}.") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f"data.source: {file} must hold a list of class names, in the order of the label numbers.")
-    return names
+    return path if path.is_dir() else path.parent
 
 
 def _cut_validation(splits: Splits) -> dict[str, Dataset]:

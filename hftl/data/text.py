@@ -15,13 +15,16 @@ from hftl.processes import in_turns
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LENGTH = "hftl_length"
+"""Column with the number of tokens; `length` may be the user's own, a label perhaps."""
+
 
 class TextRows:
     """Rows with token ids; `lengths` [N] int32 counts tokens, so that like lengths share a batch."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset.remove_columns("length")
-        self.lengths = np.asarray(dataset.with_format("numpy", columns=["length"])["length"][:], dtype=np.int32)
+        self.dataset = dataset.remove_columns(LENGTH)
+        self.lengths = np.asarray(dataset.with_format("numpy", columns=[LENGTH])[LENGTH][:], dtype=np.int32)
         self.columns = [name for name in self.dataset.column_names]
 
     def __len__(self) -> int:
@@ -52,10 +55,10 @@ def tokenize(
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [[text if isinstance(text, str) else "" for text in batch[name]] for name in columns]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
-        return dict(encoded) | {"length": [len(ids) for ids in encoded["input_ids"]]}
+        return dict(encoded) | {LENGTH: [len(ids) for ids in encoded["input_ids"]]}
 
     # the library would hash the tokenizer by pickling it, which changes once it has been used
-    manner = [tokenizer.model_input_names, tokenizer.truncation_side, "hftl 1"]
+    manner = [tokenizer.model_input_names, tokenizer.truncation_side, "hftl 2"]
     key = [dataset._fingerprint, _identity(tokenizer), manner, list(columns), max_length, keep]
     with in_turns("tokenize"):
         encoded = dataset.map(

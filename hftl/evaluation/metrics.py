@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -154,13 +155,20 @@ class EvaluateMetric:
 
 
 def load_evaluate(name: str) -> Any:
-    """Returns the `evaluate` module `name`.
+    """Returns the `evaluate` module `name`: one of the library's own, or a script on this machine.
+
+    A module is a script that is run. Those without an owner are Hugging Face's; `user/name` is anybody's code, at a
+    branch that its owner can change, so it is not fetched.
 
     Raises:
+        ValueError: The name is a script of somebody on the hub.
         Exception: Whatever the library raises when the name is unknown or the hub cannot be reached.
     """
     import evaluate
 
+    path = Path(name)
+    if "/" in name and not path.is_file() and not (path / f"{path.name}.py").is_file():
+        raise ValueError(f"'{name}' is code of somebody on the hub; download it, read it, and name the file here")
     return evaluate.load(name)
 
 

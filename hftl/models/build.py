@@ -44,9 +44,17 @@ def model_name_problem(name: str, stock: str) -> str | None:
         from hftl.models.timm_model import timm_name_problem
 
         return timm_name_problem(name)
-    from hftl.models.text_model import text_name_problem
+    from hftl.models.checkpoint_files import text_name_problem
 
     return text_name_problem(name)
+
+
+def trust_problems(run: RunConfig) -> list[str]:
+    """Returns what is wrong with the settings of trust in code that a model brings along."""
+    from hftl.models.remote_code import trust_problem
+
+    problem = trust_problem(run.model) if run.model.name else None
+    return [problem] if problem else []
 
 
 def skeleton(run: RunConfig, spec: HeadSpec) -> TaskModel:

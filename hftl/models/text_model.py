@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ from torch import Tensor, nn
 
 from hftl.config.schema import ModelConfig
 from hftl.console import say
-from hftl.errors import ModelError, first_line, nearest, shorten
-from hftl.hub import cached_commit
+from hftl.errors import ModelError, first_line, shorten
+from hftl.models.checkpoint_files import file_beside, pooling_of, read_json, source_of, text_name_problem
 from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
 from hftl.models.quiet import quiet
+from hftl.models.remote_code import check_files, check_own_code, only_pickled
 
 _DROPOUTS = (
     "hidden_dropout_prob",
@@ -26,6 +26,8 @@ _DROPOUTS = (
     "mlp_dropout",
 )
 
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _POOLED = "PooledTextForSequenceClassification"
 
 
@@ -33,6 +35,8 @@ class TextModel(TaskModel):
     """A transformers network with a new head."""
 
     modality = "text"
+    trusted = False
+    """Whether the network is of code that the checkpoint brought along."""
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the stock class's outputs, from `input_ids` and `attention_mask` [B, T]."""
@@ -50,9 +54,14 @@ class TextModel(TaskModel):
 
         auto = getattr(transformers, self.spec.stock)
         with quiet():
+            options: dict[str, Any] = {"revision": revision, "code_revision": revision} if revision else {}
+            if is_pooled(self.net) and not Path(place).is_dir():
+                from hftl.models import modeling_pooled_text
+
+                check_own_code(str(place), revision or "main", Path(modeling_pooled_text.__file__))
             # the folder's own file, not the class in this process: that is what a reader elsewhere will run
-            options = {"revision": revision, "code_revision": revision} if revision else {}
-            net = auto.from_pretrained(place, trust_remote_code=is_pooled(self.net), **options).eval()
+            trust = is_pooled(self.net) or self.trusted
+            net = auto.from_pretrained(place, trust_remote_code=trust, use_safetensors=True, **options).eval()
         return {"transformers": lambda inputs: net(**inputs).logits}
 
     def stock_labels(self) -> list[str]:
@@ -85,7 +94,10 @@ def build_text(config: ModelConfig, spec: HeadSpec) -> TextModel:
     try:
         with quiet():
             return _build(config, spec)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        pickled = next((file for file in _PICKLES if config.pretrained and file_beside(config, file)), None)
+        if pickled and not any(file_beside(config, file) for file in _SAFE):
+            raise ModelError(only_pickled(config.name, pickled)) from error
         first = first_line(error)
         raise ModelError(
             f"model.name: '{config.name}' cannot be built as {spec.stock}: {type(error).__name__}: {first}"
@@ -93,13 +105,16 @@ def build_text(config: ModelConfig, spec: HeadSpec) -> TextModel:
 
 
 def open_text(folder: Path, spec: HeadSpec) -> TextModel:
-    """Returns the model in a folder written by `TextModel.save`, its head as trained."""
+    """Returns the model in a folder written by `TextModel.save`, its head as trained. No code in the folder runs."""
     import transformers
 
     register_pooled()
+    check_files(ModelConfig(name=str(folder)), lambda file: read_json(ModelConfig(name=str(folder)), file))
     with quiet():
-        net = getattr(transformers, spec.stock).from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        # our pooled class is the one registered above, whatever file lies in the folder
+        options = {"trust_remote_code": False, "use_safetensors": True}
+        net = getattr(transformers, spec.stock).from_pretrained(folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     root = net.base_model_prefix
     source = Source(str(folder), None, True, "transformers")
     return TextModel(net, tokenizer, source, spec, _head_modules(net, set(), root), root)
@@ -109,32 +124,42 @@ def _build(config: ModelConfig, spec: HeadSpec) -> TextModel:
     import transformers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.name, revision=config.revision)
-    pooling, why = _pooling(config)
+    check_files(config, lambda file: read_json(config, file))
+    tokenizer = AutoTokenizer.from_pretrained(config.name, **_trust(config))
+    pooling, why = pooling_of(config)
     say(f"model: features of {config.name} by {pooling} ({why})")
     kind, net_config = _class_and_config(config, spec, pooling)
     if config.pretrained:
         net, new = _load(kind, config.name, config.revision, net_config)
+    elif pooling != "stock" or not kind.__module__.startswith("transformers."):
+        net, new = kind(net_config), set()
     else:
-        auto = kind if pooling != "stock" else getattr(transformers, spec.stock)
-        net = auto(net_config) if pooling != "stock" else auto.from_config(net_config)
-        new = set()
+        net, new = getattr(transformers, spec.stock).from_config(net_config, trust_remote_code=False), set()
     net = net.float()
     root = net.base_model_prefix
     head = _head_modules(net, new, root)
     kept = [name for name, _ in net.named_parameters() if name not in new and _under(name, head)]
     if config.pretrained and kept:
         _reinitialise(net, head)  # the checkpoint's own head answers another question
-    source = _source(config)
-    return TextModel(net, tokenizer, source, spec, head, root)
+    model = TextModel(net, tokenizer, source_of(config), spec, head, root)
+    model.trusted = not kind.__module__.startswith(("transformers.", "hftl."))
+    return model
+
+
+def _trust(config: ModelConfig) -> dict[str, Any]:
+    """Returns what transformers is told of revision and trust; told nothing, it would ask on the terminal."""
+    trust = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    return trust | ({"code_revision": config.revision} if config.trust_remote_code else {})
 
 
 def _load(kind: Any, name: str, revision: str | None, config: Any) -> tuple[Any, set[str]]:
     """Returns the network with the checkpoint's weights, and the names of parameters that these did not provide."""
     if kind.__name__ == _POOLED:  # its own loader, because a checkpoint may hold its backbone under another name
-        net = kind.from_backbone(name, config, revision=revision)
+        options = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
+        net = kind.from_backbone(name, config, **options)
         return net, {key for key, _ in net.named_parameters() if not key.startswith("backbone.")}
     options = {"revision": revision, "config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options |= {"use_safetensors": True}
     net, info = kind.from_pretrained(name, **options)
     new = _new_keys(info)
     lost = [key for key in new if key.startswith(net.base_model_prefix + ".") and "pooler" not in key]
@@ -158,7 +183,7 @@ def _class_and_config(config: ModelConfig, spec: HeadSpec, pooling: str) -> tupl
         if spec.labels
         else {"num_labels": spec.num_outputs}
     )
-    base = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    base = AutoConfig.from_pretrained(config.name, **_trust(config))
     if config.dropout is not None:
         for name in _DROPOUTS:
             if getattr(base, name, None) is not None:
@@ -168,6 +193,13 @@ def _class_and_config(config: ModelConfig, spec: HeadSpec, pooling: str) -> tupl
         for key, value in names.items():
             setattr(base, key, value)
         auto = getattr(transformers, spec.stock)
+        brought = (getattr(base, "auto_map", None) or {}).get(spec.stock)
+        if brought and config.trust_remote_code:
+            from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+            kind = get_class_from_dynamic_module(brought, config.name, revision=config.revision)
+            kind.register_for_auto_class(spec.stock)  # so that its file goes where its weights go
+            return kind, base
         try:
             return auto._model_mapping[type(base)], base
         except KeyError:
@@ -204,40 +236,6 @@ def register_pooled() -> None:
     PooledTextForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 
-def _pooling(config: ModelConfig) -> tuple[str, str]:
-    """Returns how features are read (`stock`, `cls` or `mean`), and why."""
-    if config.pooling != "auto":
-        return config.pooling, "model.pooling"
-    declared = _read_json(config, "1_Pooling/config.json")
-    if declared is None:
-        return "stock", "the checkpoint does not say how it pools"
-    mode = declared.get("pooling_mode")
-    if declared.get("pooling_mode_mean_tokens") or mode == "mean":
-        return "mean", "the checkpoint's 1_Pooling says so"
-    if declared.get("pooling_mode_cls_token") or mode == "cls":
-        return "cls", "the checkpoint's 1_Pooling says so"
-    return "stock", "the checkpoint's 1_Pooling names a way that hftl does not have"
-
-
-def _read_json(config: ModelConfig, file: str) -> dict[str, Any] | None:
-    path = _file(config, file)
-    return json.loads(Path(path).read_text()) if path else None
-
-
-def _file(config: ModelConfig, file: str) -> str | None:
-    """Returns the path of a file beside the checkpoint, or None where there is none."""
-    from transformers.utils import cached_file
-
-    return cached_file(
-        config.name,
-        file,
-        revision=config.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-
-
 def _new_keys(info: Any) -> set[str]:
     """Returns the parameters that the checkpoint did not provide, from transformers' loading report."""
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
@@ -263,35 +261,3 @@ def _reinitialise(net: Any, modules: list[str]) -> None:
         for part in module.modules():
             part._is_hf_initialized = False
             net._init_weights(part)
-
-
-def text_name_problem(name: str) -> str | None:
-    """Returns what is wrong with a checkpoint name that needs no network to see; None if nothing."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return None if (path / "config.json").is_file() else f"model.name: '{name}' is a folder without config.json."
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        return f"model.name: the folder '{name}' does not exist.{nearest(path.name, siblings)}"
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        return f"model.name: '{name}' is neither a folder nor a hub id: {error}"
-    return None
-
-
-def _source(config: ModelConfig) -> Source:
-    """Returns where the checkpoint came from, with what its card says of licence and language."""
-    from huggingface_hub import ModelCard
-
-    hub_id = None if Path(config.name).expanduser().is_dir() else config.name
-    revision = config.revision or (cached_commit(hub_id, None) if hub_id else None)
-    card = _file(config, "README.md")
-    try:
-        said = ModelCard.load(card).data.to_dict() if card else {}
-    except ValueError:  # a card that does not parse says nothing
-        said = {}
-    licence = said.get("license") if isinstance(said.get("license"), str) else None
-    return Source(config.name, revision, config.pretrained, "transformers", hub_id, licence, said.get("language"))

@@ -16,6 +16,7 @@ from hftl.errors import ModelError, nearest
 from hftl.hub import cached_commit
 from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
 from hftl.models.quiet import quiet
+from hftl.models.remote_code import only_pickled
 
 
 class TimmModel(TaskModel):
@@ -78,7 +79,9 @@ class TimmModel(TaskModel):
             say(f"publish: timm {timm.__version__} does not read safetensors from local-dir: folders; newer ones do")
             by_timm = _create(name, pretrained=True).eval()
         with quiet():
-            by_transformers = AutoModelForImageClassification.from_pretrained(place, revision=revision).eval()
+            by_transformers = AutoModelForImageClassification.from_pretrained(
+                place, revision=revision, trust_remote_code=False, use_safetensors=True
+            ).eval()
         return {
             "timm": lambda inputs: by_timm(inputs["pixel_values"]),
             "transformers": lambda inputs: by_transformers(**inputs).logits,
@@ -137,6 +140,8 @@ def create_network(config: ModelConfig, num_outputs: int) -> Any:
         args["img_size"] = config.image_size
     try:
         net = _create(name, pretrained=config.pretrained, num_classes=num_outputs, **args)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(
             f"model.name: '{config.name}' cannot be built"
@@ -213,13 +218,61 @@ def timm_name_problem(name: str) -> str | None:
 
 
 def _create(name: str, **options: Any) -> Any:
-    """Calls timm's factory; a folder's safetensors are named outright: timm 1.0.19 unpickles whatever it finds."""
+    """Calls timm's factory, which would take a pickle where there is nothing better: here there must be safetensors."""
     import timm
 
-    weights = Path(name.removeprefix("local-dir:")) / "model.safetensors"
-    if name.startswith("local-dir:") and options.get("pretrained") and weights.is_file():
-        options["pretrained_cfg_overlay"] = {"source": "", "file": str(weights)}
+    if options.get("pretrained"):
+        weights = _safe_weights(name)
+        if weights is not None:  # a folder: timm 1.0.19 unpickles whatever it finds
+            options["pretrained_cfg_overlay"] = {"source": "", "file": str(weights)}
     return timm.create_model(name, **options)
+
+
+def _safe_weights(name: str) -> Path | None:
+    """Makes sure that the pretrained weights are safetensors; returns their file where `name` is a folder.
+
+    Raises:
+        ModelError: There is a pickle only.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from timm.models._hub import load_model_config_from_hf
+
+    kind, _, rest = name.partition(":")
+    if kind == "local-dir":
+        weights = Path(rest) / "model.safetensors"
+        if not weights.is_file():
+            files = [
+                file.name for file in Path(rest).iterdir() if file.suffix in (".bin", ".pth", ".pt", ".npz", ".tar")
+            ]
+            raise ModelError(
+                only_pickled(name, files[0]) if files else f"model.name: '{rest}' holds no model.safetensors."
+            )
+        return weights
+    described: Any = load_model_config_from_hf(rest)[0] if rest else _pretrained_cfg(name)
+    repo, _, revision = (rest or described.get("hf_hub_id") or "").partition("@")
+    file = described.get("hf_hub_filename") or "pytorch_model.bin"
+    if not repo:
+        raise ModelError(only_pickled(name, described.get("url") or "no address"))
+    safe = file if file.endswith(".safetensors") else None
+    tried = [safe] if safe else ["model.safetensors", *([file.rpartition(".")[0] + ".safetensors"])]
+    for attempt in tried:
+        try:
+            hf_hub_download(repo, attempt, revision=revision or None)
+            return None  # timm looks for the same names first
+        except LocalEntryNotFoundError:
+            if attempt == tried[-1]:
+                raise
+        except EntryNotFoundError:
+            continue
+    raise ModelError(only_pickled(name, file))
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    import timm
+
+    found = timm.get_pretrained_cfg(name)
+    return found.to_dict() if found else {}
 
 
 def _recorded_args(name: str) -> dict[str, Any]:

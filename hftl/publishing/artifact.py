@@ -15,6 +15,7 @@ from hftl.config.parse import dump, load
 from hftl.config.schema import RunConfig
 from hftl.console import muted, say
 from hftl.errors import ArtifactError, HftlError, first_line, shorten
+from hftl.hub import redacted
 from hftl.models.build import build_model, open_model
 from hftl.models.parts import HeadSpec, Reader, TaskModel
 from hftl.models.quiet import quiet
@@ -155,6 +156,8 @@ def fresh_base(folder: Path) -> Any:
 
 
 def _open_adapter(folder: Path, described: dict[str, Any], spec: HeadSpec) -> TaskModel:
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ArtifactError(f"{folder} has no adapter_model.safetensors; a pickle (.bin) is never opened.")
     model = _base_model(folder, described, spec)
     try:
         opened = adapted_net(model.net, folder)
@@ -199,6 +202,7 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], HeadSpec, Task]:
 
 def _at_revision(config: Any, base: dict[str, Any]) -> Any:
     """Returns the model section of a run, pinned to the commit that the base model had then."""
+    config = replace(config, trust_remote_code=False)  # a folder cannot say that its own code is to be trusted
     if not base.get("hub_id") or not base.get("revision"):
         return config
     if base["library"] == "timm":
@@ -254,5 +258,5 @@ def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> Non
         "class": type(model.net).__name__,
         "method": run.adapt.method,
     }
-    (folder / CONFIG).write_text(dump(run), encoding="utf-8")
-    (folder / DESCRIPTION).write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / CONFIG).write_text(redacted(dump(run)), encoding="utf-8")
+    (folder / DESCRIPTION).write_text(redacted(json.dumps(described, indent=2, ensure_ascii=False)), encoding="utf-8")

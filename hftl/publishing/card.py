@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from hftl.errors import shorten
 from hftl.evaluation.intervals import wilson
 from hftl.publishing.record import RunRecord
+from hftl.shown import shown
 
 WEAK_F1, FEW_ROWS = 0.5, 20
 """Classes below this F1, or with fewer test rows than this, are named under "Limits"."""
@@ -33,7 +35,7 @@ def write_card(record: RunRecord, part: str, into: Path, repo: str | None = None
     sections = [
         f"# {_title(record)}\n\n{_summary(record)}",
         f"## Use\n\n{_use(record, part, repo)}",
-        f"## Labels\n\n{shorten(_labels(record), 200) or 'none'}",
+        f"## Labels\n\n{shorten([_plain(label) for label in _labels(record)], 200) or 'none'}",
         f"## Data\n\n{_data(record)}",
         f"## Results\n\n{_results(record)}",
         f"## Limits\n\n{_limits(record)}",
@@ -91,7 +93,7 @@ def _summary(record: RunRecord) -> str:
     method = _METHODS.get(record.described["method"], record.described["method"])
     name = f"`{base['hub_id'] or record.settings['model.name']}`"
     revision = f" (revision `{base['revision']}`)" if base["revision"] else ""
-    return f"{method} trained on `{record.settings['data.source']}`, starting from {start} of {name}{revision}."
+    return f"{method} trained on {_code(record.settings['data.source'])}, starting from {start} of {name}{revision}."
 
 
 def _use(record: RunRecord, part: str, repo: str | None) -> str:
@@ -157,7 +159,7 @@ def _data(record: RunRecord) -> str:
     rows = record.facts["rows"]
     counts = record.facts.get("classes", {})
     lines = [
-        f"`{record.settings['data.source']}`: "
+        f"{_code(record.settings['data.source'])}: "
         + ", ".join(f"{split} {count}" for split, count in rows.items())
         + " rows."
     ]
@@ -169,7 +171,8 @@ def _data(record: RunRecord) -> str:
         fewest = min(counts["train"], key=lambda name: counts["train"][name])
         most = max(counts["train"], key=lambda name: counts["train"][name])
         lines.append(
-            f"Training rows per class: {counts['train'][fewest]} (`{fewest}`) to {counts['train'][most]} (`{most}`)."
+            f"Training rows per class: {counts['train'][fewest]} ({_code(fewest)}) to "
+            f"{counts['train'][most]} ({_code(most)})."
         )
     if record.facts["training"]["best"]:
         lines.append("Validation chose the weights that were kept" + ("; test did not." if "test" in rows else "."))
@@ -222,8 +225,8 @@ def _limits(record: RunRecord) -> str:
     if "test" not in record.judged:
         return "Measured on one test split; other data may differ."
     scores = _scores(record)
-    weak = [f"{label} ({f1:.2f})" for label, rows, _, _, f1, _ in scores if rows and f1 < WEAK_F1]
-    few = [f"{label} ({rows})" for label, rows, *_ in scores if rows < FEW_ROWS]
+    weak = [f"{_plain(label)} ({f1:.2f})" for label, rows, _, _, f1, _ in scores if rows and f1 < WEAK_F1]
+    few = [f"{_plain(label)} ({rows})" for label, rows, *_ in scores if rows < FEW_ROWS]
     lines = [
         f"- Measured on {int(record.judged['test'].confusion.sum())} test rows of one data set; other data may differ."
     ]
@@ -288,7 +291,18 @@ def _slug(source: str) -> str:
 
 def _cell(text: str) -> str:
     """Returns text that stays inside one cell of a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Returns text from data as Markdown shows it: no markup, no link, no line or cell of its own."""
+    text = shown(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """Returns text from data as code within a line."""
+    return "`" + shown(" ".join(text.split())).replace("`", "'") + "`"
 
 
 def _is_hub_id(source: str) -> bool:

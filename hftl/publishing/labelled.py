@@ -38,7 +38,8 @@ def labelled_rows(
     """
     config = trained
     if source is not None:
-        config = replace(config, source=source, train_per_class=None, validation_fraction=0.0)
+        column = task.state()["inputs"].get("column") if task.modality == "image" else None
+        config = replace(config, source=source, train_per_class=None, validation_fraction=0.0, image_column=column)
     splits = load_splits(config, training=False, leave_out=left_out if source is None else None)
     if split not in splits:
         raise DataError(f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}.")

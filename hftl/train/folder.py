@@ -12,6 +12,7 @@ from hftl.config.parse import load
 from hftl.config.schema import RunConfig, leaves
 from hftl.data.quarantine import FILE as QUARANTINE
 from hftl.errors import HftlError, first_line, shorten
+from hftl.hub import redacted
 from hftl.train.checkpoint import clear_partial
 
 RUN_FILES = ("config.yaml", QUARANTINE, "history.jsonl", "metrics.json", "model", "adapter", "checkpoints")
@@ -94,7 +95,7 @@ def resume_problems(run: RunConfig) -> list[str]:
     changed = [
         f"{name} was {before[name]}, now {value}"
         for name, value in now.items()
-        if value != before[name] and not name.startswith(MAY_CHANGE)
+        if redacted(str(value)) != str(before[name]) and not name.startswith(MAY_CHANGE)
     ]
     if not changed:
         return []

@@ -6,20 +6,21 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hftl.adaptation.lora import find_targets
 from hftl.config.defaults import resolve
 from hftl.config.parse import dump
 from hftl.config.schema import AugmentConfig, RunConfig, value_problems
 from hftl.console import is_main_process, muted, say
+from hftl.data.given import GIVEN, given_rows
 from hftl.data.quarantine import BadRows, Judge, announce, records, refuse_many, write_quarantine
 from hftl.data.source import Splits, load_splits
 from hftl.errors import ConfigError, DataError, HftlError, RunComplete, nearest
 from hftl.evaluation.metrics import BUILT_IN, metric_problems
 from hftl.files import write_text
-from hftl.hub import name_problem, repository_problem
-from hftl.models.build import model_name_problem, skeleton
+from hftl.hub import name_problem, redacted, repository_problem
+from hftl.models.build import model_name_problem, skeleton, trust_problems
 from hftl.models.parts import HeadSpec
 from hftl.processes import group_options, together
 from hftl.tasks.task import Task
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Task)
 
 
-def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig, Splits, T]:
+def prepare(run: RunConfig, make_task: Callable[[Splits], T], rows: Any = None) -> tuple[RunConfig, Splits, T]:
     """Opens the data, binds the task to it, and checks everything that can be known before a device is touched.
 
     Args:
         run: The configuration as given.
         make_task: A task class, or anything that makes a task from splits.
+        rows: Rows from Python in place of `run.data.source`, which is then only their name: a `DatasetDict`, or a
+            mapping of split names to data sets or iterables of rows (see `hftl.data.given.given_rows`).
 
     Returns:
         The configuration with all defaults filled in, the splits, and the task.
@@ -52,17 +55,21 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
     Raises:
         ConfigError: Every problem of configuration, data and model, in one message.
     """
+    if rows is not None:
+        run = replace(run, data=replace(run.data, source=GIVEN + (Path(run.data.source).name or "rows")))
     problems = [*run.problems, *value_problems(run)]
     splits, task = None, None
     bad: BadRows = {}
     if run.data.source and not any(problem.startswith("data.max_") for problem in problems):
         try:
-            splits, bad = _open_data(run, make_task)
+            rows = None if rows is None else given_rows(rows)  # once: a stream cannot be read again
+            splits, bad = _open_data(run, make_task, rows)
             task = make_task(splits)
         except HftlError as error:
             problems += error.problems
     stock = getattr(make_task, "stock", None) or (task.head.stock if task else None)
     unknown = model_name_problem(run.model.name, stock) if stock and run.model.name else None
+    problems += trust_problems(run)
     if unknown:
         problems.append(unknown)
     elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
@@ -75,6 +82,8 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T]) -> tuple[RunConfig
     problems += _hub_problems(run, otherwise_fine=not problems)
     if problems or splits is None or task is None:
         raise ConfigError(*problems)
+    # opened by now; what trackers and files are told needs no credentials
+    run = replace(run, data=replace(run.data, source=redacted(run.data.source)))
     resolved = replace(resolve(run, task.modality), quarantine=records(bad))
     different = resume_problems(resolved)
     if different:
@@ -123,7 +132,7 @@ def start(run: RunConfig) -> Accelerator:
     with together("make the run folder"):
         if accelerator.is_main_process:
             make_folder(folder, run)
-            write_text(folder / MARKER, dump(run))
+            write_text(folder / MARKER, redacted(dump(run)))
             write_quarantine(folder, run.quarantine)
     _agree(accelerator, run)
     set_seed(run.train.seed)
@@ -134,7 +143,7 @@ def start(run: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _open_data(run: RunConfig, make_task: Callable[[Splits], Task]) -> tuple[Splits, BadRows]:
+def _open_data(run: RunConfig, make_task: Callable[[Splits], Task], rows: Any) -> tuple[Splits, BadRows]:
     """Returns the splits and, with `data.on_error skip`, the rows that were left out.
 
     Rows are judged as the source has them, and left out before anything is cut off. Every process judges for itself:
@@ -142,9 +151,9 @@ def _open_data(run: RunConfig, make_task: Callable[[Splits], Task]) -> tuple[Spl
     """
     config = run.data
     if config.on_error != "skip":
-        return load_splits(config), {}
+        return load_splits(config, rows=rows), {}
     with muted():  # said once, on the rows that remain
-        everything = load_splits(replace(config, validation_fraction=0.0, train_per_class=None))
+        everything = load_splits(replace(config, validation_fraction=0.0, train_per_class=None), rows=rows)
         judge = make_task(replace(everything, lenient=True))
     if not isinstance(judge, Judge):
         raise ConfigError("data.on_error: this task cannot say which rows are of no use (bad_rows); say raise.")
@@ -152,7 +161,7 @@ def _open_data(run: RunConfig, make_task: Callable[[Splits], Task]) -> tuple[Spl
     sizes = {split: len(rows) for split, rows in everything.items()}
     refuse_many(bad, sizes, config.max_skipped)
     announce(bad, sizes, run_folder(run))
-    return load_splits(config, leave_out=bad), bad
+    return load_splits(config, rows=rows, leave_out=bad), bad
 
 
 def _agree(accelerator: Accelerator, run: RunConfig) -> None:

@@ -10,6 +10,7 @@ from hftl.errors import ConfigError
 from hftl.files import write_text
 from hftl.publishing.record import RunRecord
 from hftl.publishing.report.blocks import Measured, Quantity, Section
+from hftl.shown import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,7 +103,7 @@ def _write(target: Path, title: str, about: Sequence[str], sections: Sequence[Se
         version=hftl.__version__,
     )
     try:
-        write_text(target, page)
+        write_text(target, shown(page))
     except OSError as error:
         raise ConfigError(f"--output: '{target}' cannot be written: {error.strerror}.") from error
     return target

@@ -1,0 +1,111 @@
+# ruff: noqa: E501  (literal tables)
+"""Mutated tables and names: whatever the bytes are, what comes out of the readers is data or an error of ours."""
+
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hftl.config.schema import DataConfig
+from hftl.console import muted
+from hftl.data.source import load_splits
+from hftl.errors import HftlError
+from hftl.tasks import TextClassification
+
+ROWS = [{"text": f"row {number} a\u00e9", "label": "ab"[number % 2], "n": number} for number in range(6)]
+
+
+def _seeds() -> dict[str, bytes]:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    lines = ["text,label,n", *(f'"{row["text"]}",{row["label"]},{row["n"]}' for row in ROWS)]
+    return {
+        "train.csv": "\n".join(lines).encode(),
+        "train.tsv": "\n".join(lines).replace(",", "\t").encode(),
+        "train.jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
+        "train.json": json.dumps(ROWS).encode(),
+        "train.parquet": sink.getvalue().to_pybytes(),
+        "labels.json": b'["a", "b"]',
+    }
+
+
+SEEDS = _seeds()
+PIECES = [
+    *(bytes([byte]) for byte in range(256)),
+    *(b"\xef\xbb\xbf", b"\xff\xfe", b"\r\n", b"\r", b'""', b'","', b"\t", b";", b"\x00", b"null", b"NaN", b"1e999", b"[", b"{"),
+    *(b"}", b"]", b"9" * 30, b"-", b"true", b'"\\ud800"', b"\xe2\x82", b"text", b"label", b"PAR1", b"\xc0\x80", b"[" * 2000),
+]  # fmt: skip
+CHANGE = st.tuples(
+    st.sampled_from(["insert", "replace", "delete", "repeat", "cut"]), st.floats(0, 1), st.sampled_from(PIECES)
+)
+TRIED: Counter[str] = Counter()
+
+
+def mutated(content: bytes, changes) -> bytes:
+    for kind, place, piece in changes:
+        at = int(place * len(content))
+        before, after = content[:at], content[at:]
+        content = {
+            "insert": before + piece + after,
+            "replace": before + piece + after[len(piece) :],
+            "delete": before + after[len(piece) :],
+            "repeat": before + after[:40] + after,
+            "cut": before,
+        }[kind]
+    return content
+
+
+def read(name: str, content: bytes) -> None:
+    """Reads a folder with one table of these bytes, as a run does; only our own errors may come out of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "labels.json":
+            (Path(folder) / "train.csv").write_bytes(SEEDS["train.csv"])
+        (Path(folder) / name).write_bytes(content)
+        TRIED[name] += 1
+        try:
+            with muted(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                TextClassification(load_splits(DataConfig(source=folder, validation_fraction=0.25)))
+            TRIED["read"] += 1
+        except HftlError as error:
+            assert all(problem and "\x00" not in problem for problem in error.problems)
+            TRIED["refused"] += 1
+
+
+def fuzz(examples: int) -> None:
+    @settings(
+        max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.sampled_from(sorted(SEEDS)), st.lists(CHANGE, min_size=1, max_size=3))
+    def changed(name, changes):
+        read(name, mutated(SEEDS[name], changes))
+
+    TRIED.clear()
+    begin = time.perf_counter()
+    changed()
+    print(f"\nfuzz: {examples} examples in {time.perf_counter() - begin:.0f} s: {dict(TRIED)}")
+    assert sum(TRIED[name] for name in SEEDS) >= examples * 0.99 and TRIED["read"] and TRIED["refused"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+
+
+def test_two_hundred_mutated_tables_are_read_or_refused():
+    fuzz(200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_thousands_of_mutated_tables_are_read_or_refused():
+    fuzz(int(os.environ.get("HFTL_FUZZ", "5000")))

@@ -1,0 +1,236 @@
+# ruff: noqa: E501  (a line of the launched program)
+"""Rows given from Python: written once, so that streams are counted, ordered and shared exactly."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset
+from PIL import Image as PILImage
+
+import hftl
+from hftl.config.schema import DataConfig
+from hftl.data.source import load_splits
+from hftl.errors import ConfigError, DataError
+from hftl.tasks import ImageClassification, TextClassification
+
+JOB = """
+import sys, json, hftl
+from pathlib import Path
+
+name, model, out = sys.argv[1:]
+words = ["cat dog", "bread rice", "saw hammer"]
+read = {}
+
+def stream(split, count):
+    for number in range(count):
+        read[split] = read.get(split, 0) + 1
+        yield {"text": f"the {words[number % 3]} " * (1 + number % 5), "label": "xyz"[number % 3], "id": number}
+
+rows = {"train": stream("train", 1003), "dev": stream("dev", 101), "test": stream("test", 333)}
+run = hftl.RunConfig(
+    model=hftl.ModelConfig(name=model),
+    adapt=hftl.AdaptConfig(method="frozen"),
+    train=hftl.TrainConfig(max_steps=3, lr=0.0, head_lr=0.0, batch_size_per_device=16, trackers=[], seed=0),
+    output_dir=out,
+)
+run, splits, task = hftl.prepare(run, hftl.TextClassification, rows=rows)
+accelerator = hftl.start(run)
+model = hftl.build_model(run, task.head)
+report = hftl.adapt(model, run.adapt)
+history = hftl.fit(accelerator, model, task, splits, run)
+metrics = hftl.evaluate(accelerator, model, task, splits, run, Path(out) / "predictions.parquet")
+hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+from hftl.data.given import _launch
+told = {"launch": _launch(), "read": read, "ids": splits["train"]["id"][:], "print": splits["train"]._fingerprint, "source": run.data.source}
+(Path(out) / f"process{accelerator.process_index}.json").write_text(json.dumps(told))
+accelerator.wait_for_everyone()
+from hftl.console import leave_process_group
+leave_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_bert, tmp_path_factory):
+    """Run folders of the same stream of 1,003 rows on one process (`1`) and on two (`2`)."""
+    import os
+    import socket
+
+    root = tmp_path_factory.mktemp("streams")
+    (root / "job.py").write_text(JOB)
+    for world in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(world),
+            "--master_port",
+            port,
+        ]
+        done = subprocess.run(
+            [*launcher, str(root / "job.py"), "job", tiny_bert, str(root / str(world))],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "ACCELERATE_USE_CPU": "true",
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            },
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return root
+
+
+@pytest.mark.slow
+def test_a_stream_is_the_same_on_one_process_and_on_two(launched):
+    facts = {world: json.loads((launched / world / "report.json").read_text()) for world in "12"}
+    assert facts["1"]["rows"] == facts["2"]["rows"] == {"train": 1003, "validation": 101, "test": 333}
+    metrics = {world: json.loads((launched / world / "metrics.json").read_text()) for world in "12"}
+    assert metrics["1"].keys() == metrics["2"].keys()
+    for name, value in metrics["1"].items():
+        assert metrics["2"][name] == pytest.approx(value, abs=1e-6), name
+    tables = [pq.read_table(launched / world / "predictions.parquet").to_pylist() for world in "12"]
+    assert [(row["split"], row["row"], row["prediction"]) for row in tables[0]] == [
+        (row["split"], row["row"], row["prediction"]) for row in tables[1]
+    ]
+
+
+@pytest.mark.slow
+def test_no_row_of_a_stream_is_read_twice_or_lost(launched):
+    told = [json.loads((launched / "2" / f"process{number}.json").read_text()) for number in (0, 1)]
+    assert told[0]["launch"] == told[1]["launch"]
+    for process in told:
+        assert process["ids"] == list(range(1003)) and process["source"] == "python:rows"
+    # for each split one of the processes has read all rows, and the other none
+    for split, count in {"train": 1003, "dev": 101, "test": 333}.items():
+        assert sorted(process["read"].get(split, 0) for process in told) == [0, count]
+    assert told[0]["print"] == told[1]["print"] == json.loads((launched / "1/process0.json").read_text())["print"]
+
+
+@pytest.mark.slow
+def test_a_run_on_rows_from_python_says_that_they_cannot_be_opened_again(launched, texts):
+    from hftl.publishing.report import write_report
+    from hftl.use import evaluate_place
+
+    with pytest.raises(
+        DataError, match="'python:rows' are rows that were given from Python; they cannot be opened again"
+    ):
+        evaluate_place(str(launched / "1"))
+    page = write_report(launched / "1", launched / "again.html").read_text()
+    assert "given from Python" in page
+    assert hftl.load(launched / "1").predict(["the cat"])[0]["prediction"] in "xyz"
+
+
+def rows(count, **more):
+    return ({"text": f"row {number}", "label": "ab"[number % 2], **more} for number in range(count))
+
+
+def load(given, **options):
+    return load_splits(DataConfig(**{"validation_fraction": 0.0} | options), rows=given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: rows(5),
+        lambda: list(rows(5)),
+        lambda: {"train": rows(5)},
+        lambda: {"training": Dataset.from_list(list(rows(5)))},
+        lambda: DatasetDict(train=Dataset.from_list(list(rows(5)))),
+        lambda: {"train": IterableDataset.from_generator(rows, gen_kwargs={"count": 5})},
+    ],
+)
+def test_rows_may_be_given_in_many_forms(given, capsys):
+    splits = load(given())
+    assert splits["train"].to_list() == list(rows(5)) and list(splits) == ["train"]
+    assert TextClassification(splits).head.labels == ("a", "b")
+
+
+def test_a_validation_split_is_cut_from_a_stream_as_from_a_file(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(100)))
+    from_file = load_splits(DataConfig(source=str(tmp_path), validation_fraction=0.2))
+    given = load(rows(100), validation_fraction=0.2)
+    assert {name: part.to_list() for name, part in given.items()} == {
+        n: part.to_list() for n, part in from_file.items()
+    }
+
+
+def test_images_of_a_stream_keep_their_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+
+    def stream():
+        for number, each in enumerate(pixels):
+            yield {"image": PILImage.fromarray(each), "label": number % 2}
+
+    for given in (stream(), IterableDataset.from_generator(stream, features=features)):
+        splits = load({"train": given})
+        assert all(np.array_equal(np.asarray(a), b) for a, b in zip(splits["train"]["image"], pixels, strict=True))
+        ImageClassification(splits)
+
+
+def test_paths_in_rows_are_the_callers_own_and_addresses_are_refused(tmp_path, monkeypatch):
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    found = load([{"image": "a.png", "label": 0}, {"image": str(tmp_path / "a.png"), "label": 1}])
+    assert [image.size for image in found["train"]["image"]] == [(8, 8)] * 2
+    with pytest.raises(DataError, match="row 1 .* is an address"):
+        load([{"image": "a.png", "label": 0}, {"image": "http://metadata.invalid/a.png", "label": 1}])
+
+
+def broken():
+    yield from rows(3)
+    raise RuntimeError("the stream ended early")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (lambda: broken(), "'train' fails after 3 row(s): RuntimeError: the stream ended early"),
+        (lambda: [*rows(3), "text"], "row 3 of 'train' is a str, not a mapping"),
+        (lambda: [*rows(1000), {"text": "x", "label": "a", "more": 1}], "row 1000 of 'train' has column(s) more"),
+        (
+            lambda: [*rows(1000, n=1), {"text": "x", "label": "a", "n": "one"}],
+            "rows 1000 to 1000 of 'train' do not fit one type",
+        ),
+        (lambda: {"train": "text"}, "'train' is a str; give a datasets.Dataset or an iterable"),
+        (lambda: {"train": 3}, "'train' is a int; give"),
+        (lambda: [], "has no rows (splits found: none)"),
+        (lambda: {"test": rows(3)}, "has no training rows (splits found: test)"),
+    ],
+)
+def test_bad_rows_are_refused_with_their_number(given, reason):
+    with pytest.raises(DataError) as caught:
+        load(given())
+    assert reason in str(caught.value)
+
+
+def test_a_problem_with_rows_comes_with_all_others(text_run):
+    run = replace(text_run(batch_size_per_device=0), data=DataConfig(source="my rows"))
+    with pytest.raises(ConfigError) as caught:
+        hftl.prepare(run, TextClassification, rows=broken())
+    assert len(caught.value.problems) == 2 and "train.batch_size_per_device" in str(caught.value)
+
+
+def test_the_files_of_streams_go_when_the_process_ends():
+    code = (
+        "from hftl.data.given import given_rows\n"
+        "found = given_rows([{'text': 'a', 'label': 'b'}])['train']\n"
+        "print(found.cache_files[0]['filename'])"
+    )
+    from conftest import run_python
+
+    assert not Path(run_python(code).strip().splitlines()[-1]).exists()

@@ -1,0 +1,155 @@
+"""No file of a run holds a secret or a pickle: every byte that a run writes is looked at."""
+
+import pickletools
+import shlex
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import load_recipe
+
+import hftl
+from hftl.config.schema import DataConfig, RunConfig
+from hftl.console import say
+from hftl.errors import DataError
+from hftl.shown import redacted, shown
+
+TOKEN, KEY, PASSWORD = "hf_Sup3rS3cretTokenOfAlice", "wandb-0123456789abcdef0123456789", "pa55word-of-the-store"
+SECRETS = (TOKEN, KEY, PASSWORD)
+TEXTUAL = (".json", ".jsonl", ".yaml", ".yml", ".md", ".html", ".txt", ".py", ".jinja", ".lock", "")
+BINARY = (".safetensors", ".parquet", ".arrow", ".onnx")
+
+
+@pytest.fixture
+def secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("STORE_PASSWORD", PASSWORD)
+    arguments = ["train.py", "--data.source", f"https://alice:{TOKEN}@huggingface.co/x", f"--note={PASSWORD}", TOKEN]
+    monkeypatch.setattr(sys, "argv", arguments)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, or a zip with pickles in it as torch.save writes."""
+    content = path.read_bytes()
+    if zipfile.is_zipfile(path):
+        return True
+    if content[:1] not in (b"\x80", b"(", b"]", b"}", b"c"):
+        return False
+    try:
+        return any(opcode.name == "STOP" for opcode, _, _ in pickletools.genops(content))
+    except Exception:
+        return content[:1] == b"\x80" and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+
+
+def look_at(*folders: Path) -> int:
+    """Returns how many files there are, after looking for secrets and pickles in each."""
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    for file in files:
+        content = file.read_bytes()
+        for secret in SECRETS:
+            assert secret.encode() not in content, f"{file} holds {secret}"
+            assert secret.encode("utf-16-le") not in content, file
+        assert not is_pickle(file), f"{file} is a pickle"
+        known = file.suffix in (*TEXTUAL, *BINARY) or "tfevents" in file.name or file.name.startswith("cache-")
+        assert known, f"{file} is of a kind that is not expected"
+    return len(files)
+
+
+def test_the_proof_would_find_what_it_looks_for(tmp_path):
+    import pickle
+
+    import torch
+
+    torch.save({"a": torch.zeros(2)}, tmp_path / "zip.json")
+    (tmp_path / "old.json").write_bytes(pickle.dumps([1], protocol=0))
+    (tmp_path / "new.json").write_bytes(pickle.dumps({"a": 1}))
+    (tmp_path / "no.json").write_text('{"a": 1}')
+    assert {file.name for file in tmp_path.iterdir() if is_pickle(file)} == {"zip.json", "old.json", "new.json"}
+    (tmp_path / "told").mkdir()
+    (tmp_path / "told" / "a.json").write_text(f"x{KEY}y")
+    with pytest.raises(AssertionError, match="holds"):
+        look_at(tmp_path / "told")
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_no_file_of_a_run_holds_a_secret_or_a_pickle(kind, text_run, image_run, secrets, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    make = {"text": text_run, "image": image_run}[kind]
+    run = make(method="lora", trackers=["tensorboard"])
+    load_recipe(f"{kind}_classification").main(run)
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    assert look_at(tmp_path / "run", tmp_path / "cache") > 12
+    printed = "".join(capfd.readouterr())
+    assert not any(secret in printed for secret in SECRETS)
+    command = (tmp_path / "run" / "environment.json").read_text()
+    assert "https://***@huggingface.co/x" in command and "--note=***" in command
+    assert any("tfevents" in file.name for file in (tmp_path / "run").rglob("*"))
+
+
+def test_settings_are_stored_without_what_is_secret(text_run, secrets, tmp_path):
+    rows = [{"text": f"row {n}", "label": "ab"[n % 2]} for n in range(8)]
+    run = text_run(batch_size_per_device=2, trackers=["tensorboard"])
+    run = replace(run, data=DataConfig(source=f"{PASSWORD}-{TOKEN}", validation_fraction=0.25))
+    run, splits, task = hftl.prepare(run, hftl.TextClassification, rows={"train": rows, "test": rows})
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    report = hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    metrics = hftl.evaluate(accelerator, model, task, splits, run)
+    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    assert look_at(tmp_path / "run") > 10
+    hftl.load(tmp_path / "run").predict("row")
+
+
+def test_a_pushed_run_holds_no_secret_and_no_pickle(hub, text_run, tmp_path, monkeypatch):
+    from huggingface_hub import snapshot_download
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    run = text_run("lora")
+    load_recipe("text_classification").main(run)
+    hftl.push(tmp_path / "run", "alice/model")
+    folder = Path(snapshot_download("alice/model", local_dir=tmp_path / "pushed"))
+    for file in folder.rglob("*"):
+        if file.is_file() and ".cache" not in file.parts:
+            assert (
+                b"hf_alice" not in file.read_bytes() and KEY.encode() not in file.read_bytes() and not is_pickle(file)
+            )
+
+
+def test_what_is_printed_and_raised_tells_no_secret(secrets, capsys):
+    source = f"https://alice:{TOKEN}@example.org/{PASSWORD}/data"
+    say(f"data: {source} {KEY}")
+    with pytest.raises(DataError) as caught:
+        hftl.load_splits(DataConfig(source=source))
+    with pytest.raises(hftl.HftlError) as together:
+        hftl.prepare(RunConfig(DataConfig(source=source)), hftl.TextClassification)
+    printed = capsys.readouterr().out + str(caught.value) + str(together.value) + repr(together.value.problems)
+    assert not any(secret in printed for secret in SECRETS) and "https://***@example.org/***/data" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        (f"x {TOKEN} y", "x hf_*** y"),
+        ("https://user:secret@host/path", "https://***@host/path"),
+        ("https://host/a@b mail me@example.org", "https://host/a@b mail me@example.org"),
+        (shlex.join(["a", "--k", "hf_abcdefghijkl"]), "a --k hf_***"),
+        ("hf-hub:timm/x hf_x", "hf-hub:timm/x hf_x"),
+    ],
+)
+def test_only_what_is_secret_is_taken_out(text, clean, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert redacted(text) == clean
+
+
+@pytest.mark.parametrize(
+    "command", ["\x1b]0;owned\x07", "\x1b[2J", "\r", "\x9b31m", "\u202eevil", "\x00", "\x7f", "\u2066"]
+)
+def test_characters_that_command_a_terminal_are_written_out(command, capsys):
+    say(f"data: labels {command}cat")
+    text = capsys.readouterr().out + str(DataError(f"label {command}dog"))
+    assert command not in text and "cat" in text and "dog" in text and "\\" in text
+    assert shown("tab\tnewline\n\u00e9\U0001f642") == "tab\tnewline\n\u00e9\U0001f642"
