@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Sequence
 
 from hftl.shown import shown
@@ -75,6 +77,12 @@ class CheckpointError(HftlError):
     agreed = True
 
 
+class DiskError(HftlError):
+    """A file of the run that cannot be written: the disk is full, read-only, over quota or broken."""
+
+    agreed = True
+
+
 class NonfiniteError(HftlError):
     """A loss or gradient that is NaN or infinite."""
 
@@ -113,6 +121,22 @@ def shorten(names: Sequence[str], limit: int = 12) -> str:
     """Returns `names` joined by commas, cut after `limit` entries."""
     more = f", … ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def disk_error(error: BaseException, folder: object) -> DiskError | None:
+    """Returns a disk's failure while `folder` was written, in our words; None where `error` is about something else.
+
+    Libraries written in other languages pass on what the system said, but not its number.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+    reason = next((os.strerror(each) for each in numbers if os.strerror(each) in str(error)), None)
+    if reason is None:
+        return None
+    file = getattr(error, "filename", None) or folder
+    return DiskError(
+        f"'{file}' cannot be written: {reason}. States of training that were saved are intact. Mend the disk and run "
+        "the same command with --resume auto."
+    )
 
 
 def first_line(error: BaseException) -> str:

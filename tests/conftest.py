@@ -244,6 +244,40 @@ def text_run(texts, tiny_bert, tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """Recipes in processes of their own, without the seconds that imports cost; see forked.py."""
+    from forked import Forks
+
+    server = Forks()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def text_flags(texts, tiny_bert):
+    """Makes the flags of a run with dropout that saves after every step."""
+
+    from launch import flags
+
+    def make(out, **more):
+        settings = {
+            "train.max_steps": 13,
+            "train.eval_every": 3,
+            "train.log_every": 2,
+            "train.lr": 1e-3,
+            "train.batch_size_per_device": 6,
+            "train.trackers": "[]",
+            "model.dropout": 0.1,
+            "data.num_workers": 0,
+            "checkpoint.every_steps": 1,
+            "resume": "auto",
+        }
+        return flags(texts, tiny_bert, out, **settings | more)
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def chromium():
     """A headless browser."""

@@ -30,6 +30,7 @@ from hftl.publishing.push import push_once
 from hftl.publishing.record import RunRecord
 from hftl.publishing.report import write_report
 from hftl.tasks.task import Task
+from hftl.train.agree import on_main
 from hftl.train.folder import run_folder
 from hftl.train.history import History, finite
 
@@ -73,15 +74,15 @@ def publish(
 
     Raises:
         ArtifactError: What was saved does not open, or computes something else than the trained model.
+        DiskError: The disk does not take it.
         PushError: The hub did not take it; the folder is complete all the same.
     """
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     held_out = next(split for split in ("test", "validation", "train") if split in splits)
     few = splits[held_out].select(range(min(8, len(splits[held_out]))))
     sample = task.encode(few, model.processor, None, run.data.max_length)  # on all processes: tokenizing takes turns
-    with together("save the model"):
-        if accelerator.is_main_process:
-            _write(accelerator, model, task, splits, run, outcome, sample)
+    on_main(accelerator, lambda: _write(accelerator, model, task, splits, run, outcome, sample), folder=run_folder(run))
+    with together("close the trackers"):
         _tell_trackers(accelerator, outcome)
     if run.publish.push_to_hub:
         push_once(accelerator, run_folder(run), run.publish)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from hftl.errors import CheckpointError, first_line
 from hftl.files import whole_file
 from hftl.models.parts import TaskModel
+from hftl.train.agree import on_main
 from hftl.train.state import moving, spread
 
 if TYPE_CHECKING:
@@ -54,8 +56,8 @@ class BestWeights:
     def load_state(self, state: dict[str, Any], kept: Path | None) -> None:
         """Goes on from an earlier state, whose weights are in the file `kept` (needed on the main process alone)."""
         self.best, self.since = state["best"], state["since"]
-        if self.best is not None and kept is not None:
-            self._write(lambda aside: shutil.copyfile(kept, aside))
+        if self.best is not None:
+            self._write(lambda aside: shutil.copyfile(str(kept), aside))
 
     def offer(self, value: float) -> bool:
         """Keeps the current weights unless they are worse than the best by more than one standard error.
@@ -67,6 +69,9 @@ class BestWeights:
 
         Returns:
             Whether they were kept.
+
+        Raises:
+            CheckpointError: They cannot be written; on all processes.
         """
         if math.isnan(value):
             self.since += 1
@@ -77,14 +82,21 @@ class BestWeights:
             self.since += 1
         if self.sign * value < self.sign * self.best - self._error():
             return False
-        if self.accelerator.is_main_process:
+
+        def save(aside: Path) -> None:
             from safetensors.torch import save_file
 
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in moving(self.model).items()}
-            self._write(lambda aside: save_file(weights, aside))
+            save_file(weights, aside)
+
+        self._write(save)
         return True
 
-    def _write(self, write: Any) -> None:
+    def _write(self, write: Callable[[Path], Any]) -> None:
+        """Replaces the file, on the main process, by what `write` puts into another."""
+        on_main(self.accelerator, lambda: self._replace(write))
+
+    def _replace(self, write: Callable[[Path], Any]) -> None:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.file) as aside:

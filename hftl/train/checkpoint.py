@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hftl.console import say
-from hftl.errors import CheckpointError, first_line
+from hftl.errors import CheckpointError, first_line, shorten
 from hftl.files import PARTIAL, sync, write_text
 
 MANIFEST = "manifest.json"
@@ -46,16 +46,39 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def newest(self) -> Path | None:
-        """Returns the newest valid checkpoint, and says which newer ones are not valid and why."""
-        for path in sorted(self.folder.glob(f"{_PREFIX}*"), reverse=True):
+        """Returns the newest valid checkpoint, and says which newer ones are not valid and why.
+
+        Raises:
+            CheckpointError: None is valid, and of some nobody knows, as the disk does not let them be read.
+        """
+        damaged, unreadable = 0, []
+        for path in sorted(self.folder.glob(f"{_PREFIX}[0-9]*"), reverse=True):
             if path.name.endswith(PARTIAL):
                 continue
-            problem = checkpoint_problem(path)
+            try:
+                problem = checkpoint_problem(path)
+            except OSError as error:
+                problem = f"it cannot be read ({error.strerror})"
+                unreadable.append(f"{path.name}: {error.strerror}")
             if problem is None:
-                self.latest, self._good = _step(path), [path.name]
+                self.latest, self._good = int(path.name.removeprefix(_PREFIX)), [path.name]
                 return path
+            damaged += 1
             say(f"resume: {path} is passed over: {problem}")
+        if unreadable:
+            raise CheckpointError(
+                f"resume: no state in '{self.folder}' can be read ({shorten(unreadable, 3)}). Mend the disk or the "
+                "permissions and run the same command again, or delete the folder to start from the beginning."
+            )
+        if damaged:
+            say(f"resume: WARNING: none of the {damaged} state(s) is whole; training starts FROM THE BEGINNING")
         return None
+
+    def room(self) -> int:
+        """Returns the bytes that are free for states, those of older ones included."""
+        held = sum(file.lstat().st_size for file in self.folder.rglob("*") if file.is_file())
+        existing = next(each for each in (self.folder, *self.folder.absolute().parents) if each.exists())
+        return shutil.disk_usage(existing).free + held
 
     def save(
         self, step: int, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], best: Path | None
@@ -141,7 +164,11 @@ class Checkpoints:
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Returns why a folder is not a valid checkpoint, or None where it is one."""
+    """Returns why a folder is not a valid checkpoint, or None where it is one.
+
+    Raises:
+        OSError: The disk does not say.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, said in files.items():
@@ -152,8 +179,8 @@ def checkpoint_problem(folder: Path) -> str | None:
                 return f"{name} is not what was written (SHA-256 differs)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
+    except (NotADirectoryError, IsADirectoryError) as error:
+        return f"{Path(error.filename).name} is damaged ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     return None if STATE in files else f"{STATE} is missing"
@@ -166,15 +193,12 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def clear_partial(folder: Path) -> None:
     """Removes what an interrupted process left half written in a run folder."""
-    for path in folder.rglob(f"*{PARTIAL}"):
+    for path in sorted(folder.rglob(f"*{PARTIAL}")):
+        say(f"resume: {path} was not finished when the run ended, and is removed")
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix(_PREFIX))
 
 
 def _describe(folder: Path) -> dict[str, dict[str, Any]]:

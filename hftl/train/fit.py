@@ -79,6 +79,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     training = Training(accelerator, model, optimizer, best, recorder, limit, same)
 
     set_seed(config.seed, device_specific=True)  # from here on, dropout differs between processes
+    keeper.check_room(training)
     if earlier:
         keeper.load(training, earlier)
     left = range(history.steps, history.steps if earlier and earlier["finished"] else plan.total)
@@ -88,7 +89,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
             rates = set_rates(optimizer, config, history.steps, plan.total)
             done = gradient(micro_batches)
             norm = float(accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf) or 0.0)
-            loss, asked, due, failed = agree(accelerator, done.total, stop.asked, keeper.due, keeper.failed)
+            loss, asked, due, failed = agree(accelerator, done.total, stop.asked, keeper.due, keeper.failed(training))
             finite = math.isfinite(loss) and math.isfinite(norm)
             if not finite and (accelerator.scaler is None or not math.isfinite(loss)):
                 if config.on_nonfinite == "stop" or history.skipped >= config.max_nonfinite:
@@ -119,9 +120,11 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
                     last = True
 
             if failed:
-                keeper.settle()
+                keeper.settle(training)
             if last or asked or due or step % (run.checkpoint.every_steps or plan.total) == 0:
                 keeper.save(training, finished=last, wait=bool(last or asked))
+            if last:
+                _, asked = agree(accelerator, done.total, stop.asked)  # during the last evaluation, or while saving
             if asked:
                 raise Stopped(
                     f"stopped ({stop.reason or 'as another process was asked to'}) after step {step} of {plan.total}; "

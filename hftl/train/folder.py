@@ -113,7 +113,9 @@ def make_folder(folder: Path, run: RunConfig) -> None:
         return
     if not (run.overwrite or run.resume == "auto"):
         return
-    for name in (*RUN_FILES, "predictions.parquet", "report.json", "environment.json", "tensorboard"):
+    # the marker stays, to be replaced: without it, a folder half cleared by a process that was killed would be nobody's
+    kept = (name for name in RUN_FILES if name != MARKER)
+    for name in ("report.json", *kept, "predictions.parquet", "environment.json", "tensorboard"):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

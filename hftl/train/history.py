@@ -7,13 +7,16 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hftl.config.schema import RunConfig, leaves
 from hftl.console import say
+from hftl.errors import CheckpointError, first_line
 from hftl.files import write_text
+from hftl.train.agree import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,11 +67,11 @@ class Recorder:
         self.accelerator = accelerator
         self.total = total_steps
         self.started = time.perf_counter() - self.history.seconds
-        self.file = None
-        if accelerator.is_main_process:
-            lines = [json.dumps(finite(record)) + "\n" for record in self.history.records]
-            write_text(folder / "history.jsonl", "".join(lines))
-            self.file = (folder / "history.jsonl").open("a", encoding="utf-8")
+        self.path = folder / "history.jsonl"
+        self.file: TextIO | None = None
+        self.failure: CheckpointError | None = None
+        """Why a record is not on disk; the loop brings it before all processes."""
+        on_main(accelerator, self._begin, folder)
         if run.train.trackers:
             values = leaves(run).items()
             config = {
@@ -85,6 +88,11 @@ class Recorder:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=self.history.steps, unit="step", dynamic_ncols=True)
+
+    def _begin(self) -> None:
+        lines = [json.dumps(finite(record)) + "\n" for record in self.history.records]
+        write_text(self.path, "".join(lines))
+        self.file = self.path.open("a", encoding="utf-8")
 
     def state(self) -> dict[str, Any]:
         """Returns what another `Recorder` needs to go on, as JSON values."""
@@ -113,11 +121,19 @@ class Recorder:
         """Records values at the current step."""
         record = {"step": self.history.steps, **values}
         self.history.records.append(record)
-        if self.accelerator.trackers:
-            self.accelerator.log(values, step=self.history.steps)
-        if self.file is not None:
-            self.file.write(json.dumps(finite(record)) + "\n")
-            self.file.flush()
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps(finite(record)) + "\n")
+                self.file.flush()
+            if self.accelerator.trackers:
+                self.accelerator.log(values, step=self.history.steps)
+        except OSError as error:
+            self._close_file()
+            self.failure = CheckpointError(
+                f"history: the record of step {self.history.steps} cannot be written to '{self.path}': "
+                f"{error.strerror or first_line(error)}. Saved states are intact. Mend the disk and run the same "
+                "command with --resume auto."
+            )
         line = " ".join(
             f"{name} {value:.4g}" for name, value in values.items() if name.rpartition("/")[2] not in _ON_FILE_ONLY
         )
@@ -131,6 +147,11 @@ class Recorder:
         self.history.seconds = time.perf_counter() - self.started
         if self.bar is not None:
             self.bar.close()
-        if self.file is not None:
-            self.file.close()
+        self._close_file()
         return self.history
+
+    def _close_file(self) -> None:
+        if self.file is not None:
+            with suppress(OSError):  # what a failing disk did not take has been reported
+                self.file.close()
+            self.file = None

@@ -16,6 +16,7 @@ from hftl.console import say
 from hftl.errors import CheckpointError
 from hftl.models.memory import RowLimit
 from hftl.models.parts import TaskModel
+from hftl.train.agree import on_main
 from hftl.train.best import BestWeights
 from hftl.train.checkpoint import BEST, Checkpoints, read_state
 from hftl.train.history import Recorder
@@ -75,9 +76,39 @@ class Keeper:
         self.store.close()
 
     def find(self) -> dict[str, Any] | None:
-        """Returns the JSON part of the newest valid state, the same on all processes; None where there is none."""
-        self._found = self.store.newest() if self.accelerator.is_main_process else None
-        return _from_main(self.accelerator, read_state(self._found) if self._found else None)
+        """Returns the JSON part of the newest valid state, the same on all processes; None where there is none.
+
+        Raises:
+            CheckpointError: There are some, and the disk does not let them be read.
+        """
+
+        def read() -> dict[str, Any] | None:
+            self._found = self.store.newest()
+            return read_state(self._found) if self._found else None
+
+        return on_main(self.accelerator, read, self.store.folder)
+
+    def check_room(self, training: Training) -> None:
+        """Refuses to begin where the disk has no room for the states to come, the one being written included.
+
+        Raises:
+            CheckpointError: Says what is needed and what is free; on all processes.
+        """
+
+        def check() -> None:
+            weights = sum(tensor.nbytes for tensor in moving(training.model).values())
+            learning = sum(each.nbytes for each in training.model.parameters() if each.requires_grad)
+            state, keep = 2 * weights + 2 * learning, self.config.keep  # the best weights, AdamW's two moments
+            needed = (keep + 1) * state
+            free = self.store.room()
+            if free < needed:
+                raise CheckpointError(
+                    f"checkpoint: {keep} + 1 states of {size(state)} (weights, best weights, optimizer) need "
+                    f"{size(needed)} in '{self.store.folder}', where {size(free)} are free. Make room, lower "
+                    "checkpoint.keep, or choose an output_dir on another disk."
+                )
+
+        on_main(self.accelerator, check)
 
     def load(self, training: Training, state: dict[str, Any]) -> None:
         """Puts the state that was found into all parts of the training but the recorder.
@@ -109,10 +140,9 @@ class Keeper:
         minutes = self.config.every_minutes
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
-    @property
-    def failed(self) -> bool:
-        """Whether a save of this process is known to have gone wrong."""
-        return self.failure is not None or self.store.failed
+    def failed(self, training: Training) -> bool:
+        """Whether something that this process wrote is known not to have reached the disk."""
+        return (self.failure or training.recorder.failure) is not None or self.store.failed
 
     def save(self, training: Training, *, finished: bool = False, wait: bool = False) -> None:
         """Saves the state; all processes call it together.
@@ -146,21 +176,22 @@ class Keeper:
             except CheckpointError as error:
                 self.failure = error
         if wait:
-            self.settle()
+            self.settle(training)
 
-    def settle(self) -> None:
+    def settle(self, training: Training) -> None:
         """Waits until everything is on the disk.
 
         Raises:
             CheckpointError: It cannot be written; on all processes.
         """
-        try:
+
+        def check() -> None:
             self.store.wait()
-        except CheckpointError as error:
-            self.failure = error
-        problems = _from_main(self.accelerator, self.failure.problems if self.failure else None)
-        if problems:
-            raise CheckpointError(*problems)
+            failure = self.failure or training.recorder.failure
+            if failure:
+                raise failure
+
+        on_main(self.accelerator, check)
 
 
 def identity(model: TaskModel, rows: Dataset, effective_batch: int, total: int) -> dict[str, Any]:
@@ -202,10 +233,13 @@ def _refuse_other(state: dict[str, Any], expected: dict[str, Any]) -> None:
         )
 
 
-def _from_main(accelerator: Accelerator, value: Any) -> Any:
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+def size(count: float) -> str:
+    """Returns a number of bytes as people say it."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def _gather(accelerator: Accelerator, value: Any) -> list[Any]:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
+
+SIGNALS = ("SIGTERM", "SIGINT")
+ECHO_S = 1.0
+"""Seconds within which signals that a launcher passes on count as one."""
 
 
 class StopRequest:
     """While open, SIGTERM and SIGINT ask for a stop instead of ending the process; a second signal ends it at once.
+
+    Signals that several processes of `torchrun` are sent come twice, from who asks and from the launcher, which passes
+    them on: there, what follows within a second is the same request.
 
     A launcher that is gone asks too: `accelerate launch` with one process dies of a SIGTERM without passing it on.
     """
@@ -18,7 +26,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._before: dict[int, Any] = {}
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        self._asked_at = 0.0
+        self._passed_on = "TORCHELASTIC_RUN_ID" in os.environ
+        launched = self._passed_on or "ACCELERATE_MIXED_PRECISION" in os.environ
         self._parent = os.getppid() if launched else None
 
     @property
@@ -39,8 +49,15 @@ class StopRequest:
             signal.signal(number, handler or signal.SIG_DFL)  # None: set by C code, which Python cannot put back
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.reason in SIGNALS:
+            if now - self._asked_at > ECHO_S:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.reason, self._asked_at = signal.Signals(number).name, now
+        if not self._passed_on:
+            for each in self._before:
+                signal.signal(each, signal.SIG_DFL)  # works in the middle of a computation, as no handler does
         # not print: a handler may run inside another print
         os.write(2, f"\n{self.reason}: saving after this step; a second signal stops at once\n".encode())
