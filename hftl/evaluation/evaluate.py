@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _GATHER_EVERY = 16
-"""Batches between two gathers of predictions to the main process."""
+"""Batches between two gathers of predictions to the main process, and between two looks for an interruption."""
+
+
+class Interrupted(Exception):
+    """An evaluation was broken off because somebody asked for it."""
 
 
 def evaluate(
@@ -71,6 +75,7 @@ def evaluate_rows(
     run: RunConfig,
     writer: Any = None,
     collect: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Returns the metrics of one encoded split, the same on all processes.
 
@@ -82,6 +87,10 @@ def evaluate_rows(
         run: Uses batch size, workers and extra metrics.
         writer: Takes predictions on the main process: `write(list of rows)`.
         collect: Whether predictions are gathered at all (the same on all processes).
+        interrupted: Asked after every few batches, by all processes together: whether to break off.
+
+    Raises:
+        Interrupted: `interrupted` said so.
     """
     loss = MeanLoss()
     others = [EvaluateMetric(name) for name in run.train.metrics if name not in BUILT_IN]
@@ -100,6 +109,8 @@ def evaluate_rows(
                 if number % _GATHER_EVERY == 0:
                     in_order.add(_gather(accelerator, pending))
                     pending = []
+            if number % _GATHER_EVERY == 0 and interrupted():
+                raise Interrupted
     if collect:
         in_order.add(_gather(accelerator, pending))
     found: dict[str, float] = {}
@@ -139,7 +150,7 @@ def predict(accelerator: Accelerator, model: TaskModel, batches: Batches) -> Ite
                 with torch.no_grad(), accelerator.autocast():
                     return joined([convert_to_fp32(dict(model(piece["inputs"]))) for piece in limit.cut(batch)])
 
-            outputs = limit.retrying(forward, len(batch["index"]))
+            outputs = limit.retrying(forward, lambda batch=batch: len(batch["index"]))
             if not bool(batch["weight"].all()):
                 outputs, batch = _without_filler(outputs, batch)
             yield outputs, batch
@@ -254,3 +265,4 @@ class TableWriter:
             self.writer.close()
             sync(self.aside)
             self.aside.replace(self.path)
+            sync(self.path.parent)

@@ -35,12 +35,15 @@ class RowLimit:
         for first, end in zip(edges, edges[1:], strict=False):
             yield batch if pieces == 1 else _rows(batch, first, end, count)
 
-    def retrying(self, attempt: Callable[[], T], largest: int) -> T:
+    def retrying(
+        self, attempt: Callable[[], T], largest: Callable[[], int], undo: Callable[[], None] = lambda: None
+    ) -> T:
         """Returns what `attempt` returns, calling it again with the limit halved for as long as memory is short.
 
         Args:
             attempt: Works from the beginning on each call, in pieces from `cut`.
-            largest: Rows of the largest batch in it.
+            largest: Returns the rows of the largest batch that it has met.
+            undo: Takes back what an attempt that failed has left.
 
         Raises:
             HftlError: A single row does not fit, or trying again is switched off.
@@ -53,7 +56,8 @@ class RowLimit:
                     raise
                 said = first_line(error)
             # here and not above: the error's traceback holds the tensors of the attempt
-            self._halve(largest, said)
+            undo()
+            self._halve(largest(), said)
 
     def _halve(self, largest: int, said: str) -> None:
         from accelerate.utils.memory import clear_device_cache

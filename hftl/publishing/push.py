@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import tempfile
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from hftl.config.schema import PublishConfig
 from hftl.console import say
 from hftl.errors import ArtifactError, PushError
+from hftl.files import write_text
 from hftl.hub import bounded, explain, name_problem, repository_problem
 from hftl.processes import together
 from hftl.publishing.artifact import adapter_reader, compare, fresh_base, load_artifact, read_sample
 from hftl.publishing.card import write_card
 from hftl.publishing.record import DESCRIPTION, RunRecord
 from hftl.publishing.report import REPORT, write_report
+from hftl.train.folder import PUSHED
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,7 +62,14 @@ def push(folder: str | Path, repo: str, private: bool = False, verify: bool = Tr
         say(f"push: {record.folder} is {commit.commit_url}")
         if verify:
             _load_back(record, repo, commit.oid, private)
+    _note(record.folder / PUSHED, repo, commit.commit_url)
     return commit.commit_url
+
+
+def _note(file: Path, repo: str, commit: str) -> None:
+    """Adds a repository to those that the model has arrived in."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    write_text(file, json.dumps({**before, repo: commit}, indent=2))
 
 
 def push_once(accelerator: Accelerator, folder: Path, config: PublishConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -61,8 +62,16 @@ def agree(accelerator: Accelerator, loss: Tensor, *asked: bool) -> list[float]:
     return cast(Tensor, accelerator.reduce(mine, "sum")).tolist()
 
 
+def scaler_backs_off(accelerator: Accelerator, loss: float) -> bool:
+    """Whether a gradient that is not finite is one that fp16 could not hold, which a smaller loss scale mends.
+
+    A scale below 1 makes gradients smaller than they are: by then it is not the format that is to blame.
+    """
+    return accelerator.scaler is not None and math.isfinite(loss) and accelerator.scaler.get_scale() >= 1
+
+
 def refuse_nonfinite(
-    accelerator: Accelerator, done: StepLoss, loss: float, norm: float, step: int, rates: dict[str, float]
+    accelerator: Accelerator, done: StepLoss, loss: float, norm: float, step: int, rates: dict[str, float], saved: bool
 ) -> NoReturn:
     """Raises NonfiniteError on all processes, with step, learning rates and the rows of the step.
 
@@ -80,8 +89,13 @@ def refuse_nonfinite(
     rows = bad or sorted({row for row, _ in pairs})
     of = "the loss of training row(s)" if bad else "every row's loss is finite, the gradient is not; training rows"
     lr = ", ".join(f"{part} {rate:.3g}" for part, rate in rates.items())
+    kept = (
+        "weights before this step are saved"
+        if saved
+        else "weights were damaged already; the last state is the good one"
+    )
     raise NonfiniteError(
         f"step {step}: the loss is {loss:.4g} and the gradient norm {norm:.4g} (lr: {lr}); {of} "
-        f"{shorten([str(row) for row in rows], 32)}. The weights before this step are saved. Look at these rows, start "
+        f"{shorten([str(row) for row in rows], 32)}. The {kept}. Look at these rows, start "
         "again with a lower train.lr, or go on with --resume auto --train.on_nonfinite skip."
     )

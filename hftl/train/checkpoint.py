@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from hftl.console import say
@@ -102,6 +101,7 @@ class Checkpoints:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
+            sync(self.folder.parent)
             if best is not None:
                 _link(best, aside / BEST)  # now: by the time the rest is written, there may be better ones
         except OSError as error:
@@ -142,7 +142,7 @@ class Checkpoints:
                 shutil.rmtree(target)
             os.rename(aside, target)
             sync(self.folder)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # in a thread: whatever it is, all processes have to hear of it
             shutil.rmtree(aside, ignore_errors=True)
             raise self._failure(step, error) from error
         self.latest = step
@@ -152,7 +152,7 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Deletes every state but those that are known to be good."""
         for path in self.folder.glob(f"{_PREFIX}*"):
-            if path.name not in self._good:
+            if path.name not in self._good and path.name <= max(self._good):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _failure(self, step: int, error: BaseException) -> CheckpointError:

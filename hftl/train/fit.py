@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import RunConfig
@@ -14,11 +13,11 @@ from hftl.data.loader import Key, Rows, Share, default_workers, make_loader, ste
 from hftl.data.source import Splits
 from hftl.data.workers import Batches
 from hftl.errors import Stopped
-from hftl.evaluation.evaluate import evaluate_rows
+from hftl.evaluation.evaluate import Interrupted
 from hftl.models.memory import RowLimit
 from hftl.models.parts import TaskModel
-from hftl.tasks.task import Batch, Task
-from hftl.train.agree import agree, refuse_nonfinite
+from hftl.tasks.task import Task
+from hftl.train.agree import agree, refuse_nonfinite, scaler_backs_off
 from hftl.train.best import BestWeights
 from hftl.train.folder import run_folder
 from hftl.train.gradient import StepGradient
@@ -26,6 +25,7 @@ from hftl.train.history import History, Recorder
 from hftl.train.optim import make_optimizer, set_rates
 from hftl.train.resume import Keeper, Training, identity
 from hftl.train.stop import StopRequest
+from hftl.train.validation import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,79 +66,88 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     keeper = Keeper(accelerator, run, folder)
     earlier = keeper.find() if run.resume == "auto" else None
     plan = make_plan(accelerator, run, len(rows), earlier)
+    same = identity(model, splits["train"], plan.share.effective_batch, plan.total, earlier)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config, accelerator.device)
-    net, stepper = accelerator.prepare(model, optimizer)
-    metric = config.best_metric or task.best_metric
-    best = BestWeights(accelerator, model, folder, larger_is_better=metric != "loss", rows=len(held_out or ()))
+    limit = RowLimit("training", enabled=config.on_oom == "halve")
+    gradient = StepGradient(accelerator, model, task, limit)
+    stepper = accelerator.prepare_optimizer(optimizer)
+    larger = (config.best_metric or task.best_metric) != "loss"
+    best = BestWeights(accelerator, model, folder, larger_is_better=larger, rows=len(held_out or ()))
     recorder = Recorder(accelerator, run, folder, plan.total, earlier and earlier["recorder"])
     history = recorder.history
-    limit = RowLimit("training", enabled=config.on_oom == "halve")
-    gradient = StepGradient(accelerator, net, task, limit)
-    same = identity(model, splits["train"], plan.share.effective_batch, plan.total)
+    validation = Validation(accelerator, model, task, held_out, run, best, recorder, plan.eval_every, plan.total)
     training = Training(accelerator, model, optimizer, best, recorder, limit, same)
-
-    set_seed(config.seed, device_specific=True)  # from here on, dropout differs between processes
     keeper.check_room(training)
+
+    # from here on, dropout differs between processes
+    set_seed((config.seed + history.steps) % 2**32, device_specific=True)
+    owes = finished = due = False
     if earlier:
         keeper.load(training, earlier)
-    left = range(history.steps, history.steps if earlier and earlier["finished"] else plan.total)
+        owes, finished = earlier["owes"], earlier["finished"]
+    left = range(history.steps, history.steps if finished else plan.total)
     model.train()
-    with keeper, StopRequest() as stop, _loader(accelerator, rows, task, run, plan.share, left) as batches:
-        for micro_batches in _grouped(batches, plan.share.accumulation):
-            rates = set_rates(optimizer, config, history.steps, plan.total)
-            done = gradient(micro_batches)
-            norm = float(accelerator.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf) or 0.0)
-            loss, asked, due, failed = agree(accelerator, done.total, stop.asked, keeper.due, keeper.failed(training))
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            if not finite and (accelerator.scaler is None or not math.isfinite(loss)):
-                if config.on_nonfinite == "stop" or history.skipped >= config.max_nonfinite:
-                    gradient.undo()
-                    keeper.save(training, wait=True)
-                    refuse_nonfinite(accelerator, done, loss, norm, history.steps + 1, rates)
-                if accelerator.scaler is not None:
-                    accelerator.scaler.update()  # it has looked at this gradient and wants to be done with it
-            else:
-                stepper.step()  # with a gradient that is not finite, the scaler of fp16 skips it and scales less
-            stepper.zero_grad()
-            recorder.advance(loss if finite else None)
-
-            step, last = history.steps, history.steps == plan.total
-            evaluates = held_out is not None and (step % plan.eval_every == 0 or last)
-            if step % config.log_every == 0 or evaluates or last or not finite:
-                record = {"epoch": step / plan.epoch_steps, "train/loss": recorder.mean_loss() if finite else loss}
-                record |= {"grad_norm": norm} | {f"lr/{part}": rate for part, rate in rates.items()}
-                recorder.log(**record, **({} if finite else {"skipped_steps": history.skipped}))
-            if held_out is not None and evaluates:
-                best.share_buffers()
-                found = evaluate_rows(accelerator, model, task, held_out, run)
-                recorder.log(**{f"validation/{name}": value for name, value in found.items()})
-                if best.offer(found[metric]):
-                    history.best = {"step": step, "metric": f"validation/{metric}", "value": found[metric]}
-                if config.early_stopping_patience and best.since >= config.early_stopping_patience:
-                    say(f"fit: stopped, no better {metric} in {best.since} evaluations")
-                    last = True
-
-            if failed:
-                keeper.settle(training)
-            if last or asked or due or step % (run.checkpoint.every_steps or plan.total) == 0:
-                keeper.save(training, finished=last, wait=bool(last or asked))
-            if last:
-                _, asked = agree(accelerator, done.total, stop.asked)  # during the last evaluation, or while saving
-            if asked:
-                raise Stopped(
-                    f"stopped ({stop.reason or 'as another process was asked to'}) after step {step} of {plan.total}; "
-                    f"the state is in {folder / 'checkpoints'}. The same command with --resume auto goes on from there."
-                )
-            if last:
+    source = _loader(accelerator, rows, task, run, plan.share, left)
+    with keeper, recorder, StopRequest(accelerator) as stop, source as batches:
+        micro_batches = iter(batches)
+        while not finished:
+            try:
+                over = owes and validation(stop.agreed)
+            except Interrupted:
+                keeper.save(training, owes=True, wait=True)
+                raise _stopped(stop, history, plan) from None
+            finished = over or history.steps == plan.total
+            if finished or due:
+                keeper.save(training, finished=finished, wait=finished)
+            if finished:
                 break
 
+            rates = set_rates(optimizer, config, history.steps, plan.total)
+            done = gradient(micro_batches, plan.share.accumulation)
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf) or 0.0)
+            loss, asked, due, failed = agree(accelerator, done.total, stop.asked, keeper.due, keeper.failed(training))
+            usable = math.isfinite(loss) and math.isfinite(norm)
+            if usable or scaler_backs_off(accelerator, loss):
+                stepper.step()  # of a gradient that is not finite, fp16's scaler takes a smaller loss scale
+                stepper.zero_grad()
+            else:
+                gradient.undo()
+                if config.on_nonfinite == "stop" or history.skipped >= config.max_nonfinite:
+                    saved = keeper.save_good(training)
+                    refuse_nonfinite(accelerator, done, loss, norm, history.steps + 1, rates, saved)
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()  # it has looked at this gradient and wants to be done with it
+                history.skipped += 1
+            recorder.advance(loss if usable else None)
+
+            owes, step = validation.due, history.steps
+            if step % config.log_every == 0 or owes or step == plan.total or not usable:
+                record = {"epoch": step / plan.epoch_steps, "train/loss": recorder.mean_loss() if usable else loss}
+                record |= {"grad_norm": norm} | {f"lr/{part}": rate for part, rate in rates.items()}
+                recorder.log(**record, **({} if usable else {"skipped_steps": history.skipped}))
+            if failed:
+                keeper.settle(training)
+            if asked:
+                keeper.save(training, owes=owes, wait=True)
+                raise _stopped(stop, history, plan)
+            due = bool(due) or step % (run.checkpoint.every_steps or plan.total) == 0
+        if stop.agreed():  # during the last evaluation, or while saving
+            raise _stopped(stop, history, plan)
+
+    best.share_buffers()
     best.restore()
-    recorder.close()
     accelerator.free_memory()
     if history.best:
         say("fit: kept the weights of step {step} ({metric} {value:.4f})".format(**history.best))
     return history
+
+
+def _stopped(stop: StopRequest, history: History, plan: Plan) -> Stopped:
+    return Stopped(
+        f"stopped ({stop.reason or 'as another process was asked to'}) after step {history.steps} of {plan.total}; the "
+        "state is in the run folder. The same command with --resume auto goes on from there."
+    )
 
 
 @dataclass(frozen=True)
@@ -179,9 +188,3 @@ def _loader(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, sh
         return step_batches(len(rows), rows.lengths, share, run.train.seed, steps)
 
     return make_loader(rows, stream, task.collate, device=device, num_workers=workers, timeout=run.data.worker_timeout)
-
-
-def _grouped(batches: Any, accumulation: int) -> Iterator[list[Batch]]:
-    batches = iter(batches)
-    while group := list(islice(batches, accumulation)):
-        yield group

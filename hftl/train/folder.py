@@ -11,9 +11,14 @@ from hftl.config.defaults import default_folder
 from hftl.config.parse import load
 from hftl.config.schema import RunConfig, leaves
 from hftl.data.quarantine import FILE as QUARANTINE
-from hftl.errors import HftlError, first_line, shorten
+from hftl.errors import ConfigError, HftlError, first_line, shorten
+from hftl.files import sync
 from hftl.hub import redacted
-from hftl.train.checkpoint import clear_partial
+from hftl.train.checkpoint import MANIFEST, clear_partial
+
+_held: dict[Path, int] = {}
+PUSHED = "pushed.json"
+"""Repositories that the model has arrived in, with their commits; not part of what is pushed."""
 
 RUN_FILES = ("config.yaml", QUARANTINE, "history.jsonl", "metrics.json", "model", "adapter", "checkpoints")
 """What a run leaves in its folder; `--overwrite` removes these."""
@@ -68,9 +73,41 @@ def _folder_problems(folder: Path, replaceable: bool) -> list[str]:
     return []
 
 
-def finished_metrics(folder: Path) -> dict[str, float | None] | None:
-    """Returns the metrics of the finished run in a folder, or None where there is no run or it is not finished."""
+def hold(folder: Path) -> None:
+    """Keeps other processes out of the run folder for as long as this one lives.
+
+    A job that was started again while the old one still saves its state would delete what that one writes. The lock is
+    the system's (flock), on the folder itself: it ends with the process, however that ends.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
     try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    held = _held.get(folder.resolve())
+    if held is not None and folder.stat().st_ino == os.fstat(held).st_ino:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"output_dir: another process trains in '{folder}'. Wait until it has ended, or choose another."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    _held[folder.resolve()] = descriptor
+
+
+def finished_metrics(run: RunConfig) -> dict[str, float | None] | None:
+    """Returns the metrics of the finished run in the run folder, or None where it is not finished, or not pushed."""
+    folder, repo = run_folder(run), run.publish.push_to_hub
+    try:
+        if repo and repo not in json.loads((folder / PUSHED).read_text(encoding="utf-8")):
+            return None
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         return json.loads((folder / "metrics.json").read_text(encoding="utf-8")) if report.get("complete") else None
     except (OSError, ValueError):
@@ -79,7 +116,7 @@ def finished_metrics(folder: Path) -> dict[str, float | None] | None:
 
 def resumes(run: RunConfig) -> bool:
     """Whether a run goes on from a checkpoint rather than begins."""
-    return run.resume == "auto" and any((run_folder(run) / "checkpoints").glob("step-*"))
+    return run.resume == "auto" and any((run_folder(run) / "checkpoints").glob(f"step-*[0-9]/{MANIFEST}"))
 
 
 def resume_problems(run: RunConfig) -> list[str]:
@@ -95,7 +132,7 @@ def resume_problems(run: RunConfig) -> list[str]:
     changed = [
         f"{name} was {before[name]}, now {value}"
         for name, value in now.items()
-        if redacted(str(value)) != str(before[name]) and not name.startswith(MAY_CHANGE)
+        if value != before[name] and redacted(str(value)) != str(before[name]) and not name.startswith(MAY_CHANGE)
     ]
     if not changed:
         return []
@@ -108,6 +145,8 @@ def resume_problems(run: RunConfig) -> list[str]:
 def make_folder(folder: Path, run: RunConfig) -> None:
     """Makes the run folder; removes the files of a run there that is replaced or never came to a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
+    sync(folder.parent)
+    hold(folder)
     if resumes(run):
         clear_partial(folder)
         return
@@ -115,7 +154,7 @@ def make_folder(folder: Path, run: RunConfig) -> None:
         return
     # the marker stays, to be replaced: without it, a folder half cleared by a process that was killed would be nobody's
     kept = (name for name in RUN_FILES if name != MARKER)
-    for name in ("report.json", *kept, "predictions.parquet", "environment.json", "tensorboard"):
+    for name in ("report.json", *kept, "predictions.parquet", "environment.json", PUSHED, "tensorboard"):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

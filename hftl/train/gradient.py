@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from hftl.models.memory import RowLimit
+from hftl.models.parts import TaskModel
 from hftl.tasks.task import Batch, Task
+from hftl.train.state import moving, spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,71 +36,100 @@ class StepLoss:
 
 
 class StepGradient:
-    """Leaves the gradient of a step's mean loss in the parameters of `net`, the same on all processes.
+    """Leaves the gradient of a step's mean loss in the parameters of a model, the same on all processes.
+
+    DDP exchanges gradients during the last backward pass. A process that is out of memory there would leave the others
+    waiting in a half-done exchange, so where steps can be tried again there is no DDP, and gradients are exchanged
+    when all backward passes are through: exactly the same sums, without the overlap of computing and sending.
 
     Args:
         accelerator: From `start`.
-        net: The prepared model.
+        model: On its device; its weights become those of the main process.
         task: Says the loss of each row.
         limit: How many rows fit into memory; shared by all steps.
+
+    Attributes:
+        net: The model as Accelerate prepared it.
     """
 
-    def __init__(self, accelerator: Accelerator, net: nn.Module, task: Task, limit: RowLimit) -> None:
-        from accelerate.utils import DistributedType
-
+    def __init__(self, accelerator: Accelerator, model: TaskModel, task: Task, limit: RowLimit) -> None:
         self.accelerator = accelerator
-        self.net = net
+        self.model = model
         self.task = task
         self.limit = limit
-        # A process that tries again must not leave others waiting in a half-done exchange: gradients are exchanged when
-        # all backward passes are through. Engines that shard parameters do it themselves, on the way.
-        engine = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-        alone = accelerator.num_processes == 1
-        self.late = not alone and limit.enabled and accelerator.distributed_type not in engine
-        limit.enabled = limit.enabled and (alone or self.late)
-        self.before: list[Tensor] = []
+        self.late = limit.enabled and accelerator.num_processes > 1
+        self.net: nn.Module = accelerator.prepare_model(model, evaluation_mode=self.late)  # "evaluation": without DDP
+        if self.late:
+            spread(accelerator, moving(model), moving(model))
+        self._before: tuple[list[Tensor], list[Tensor]] = [], []
 
-    def __call__(self, micro_batches: list[Batch]) -> StepLoss:
+    def __call__(self, micro_batches: Iterator[Batch], count: int) -> StepLoss:
         """Returns the losses of a step. Out of memory, it begins the step again in pieces of half the rows.
+
+        Args:
+            micro_batches: The next `count` ones are taken, on the host.
+            count: Micro-batches of a step.
 
         Raises:
             HftlError: Not even one row fits.
         """
-        self.before = _random_state(self.accelerator.device)
+        self._before = self._generators(), [buffer.clone() for buffer in self._statistics()]
+        taken: list[Batch] = []
+
+        def fresh() -> Iterator[Batch]:
+            while len(taken) < count:
+                taken.append(next(micro_batches))
+                yield taken[-1]
 
         def attempt() -> StepLoss:
-            self.undo()
-            pieces = [piece for batch in micro_batches for piece in self.limit.cut(batch)]
-            return self._backward(pieces)
+            return self._backward(chain(list(taken), fresh()), count)
 
-        done = self.limit.retrying(attempt, max(len(batch["index"]) for batch in micro_batches))
+        done = self.limit.retrying(attempt, lambda: max(len(batch["index"]) for batch in taken), self.undo)
         if self.late:
-            sum_over_processes(parameter for parameter in self.net.parameters() if parameter.requires_grad)
+            sum_over_processes(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         return done
 
     def undo(self) -> None:
-        """Drops the gradient, and lets the next random numbers be those of the step that began last."""
-        _set_random_state(self.accelerator.device, self.before)
+        """Makes as if the step had not begun: no gradient, the random numbers and running statistics of before."""
+        generators, statistics = self._before
+        torch.set_rng_state(generators[0])
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(generators[1], self.accelerator.device)
+        for buffer, before in zip(self._statistics(), statistics, strict=True):
+            buffer.copy_(before)
         self.net.zero_grad(set_to_none=True)
 
-    def _backward(self, pieces: list[Batch]) -> StepLoss:
+    def _backward(self, micro_batches: Iterable[Batch], count: int) -> StepLoss:
         from accelerate.utils import send_to_device
 
         device = self.accelerator.device
         # DDP averages over processes where it exchanges gradients; row weights add up to 1 over all of them
         scale = 1 if self.late else self.accelerator.num_processes
         done = StepLoss(torch.zeros((), device=device))
-        for piece in pieces:
-            exchanges = piece is pieces[-1] and not self.late
-            with nullcontext() if exchanges else self.accelerator.no_sync(self.net):
-                batch = cast(Batch, send_to_device(piece, device, non_blocking=True))
-                losses = self.task.loss(self.net(batch["inputs"]), batch)
-                loss = (losses * batch["weight"]).sum()
-                self.accelerator.backward(loss * scale)
-            done.total += loss.detach()
-            done.rows.append(piece["index"])
-            done.losses.append(losses.detach())
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            pieces = list(self.limit.cut(micro_batch))
+            for piece in pieces:
+                exchanges = number == count and piece is pieces[-1]
+                with nullcontext() if exchanges else self.accelerator.no_sync(self.net):
+                    batch = cast(Batch, send_to_device(piece, device, non_blocking=True))
+                    losses = self.task.loss(self.net(batch["inputs"]), batch)
+                    loss = (losses * batch["weight"]).sum()
+                    self.accelerator.backward(loss * scale)
+                done.total += loss.detach()
+                done.rows.append(piece["index"])
+                done.losses.append(losses.detach())
         return done
+
+    def _generators(self) -> list[Tensor]:
+        """Returns the states of the generators that dropout draws from."""
+        device = self.accelerator.device
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+    def _statistics(self) -> list[Tensor]:
+        """Returns the running statistics that a forward pass changes (batch norms in training mode)."""
+        counting = (module for module in self.model.modules() if getattr(module, "running_mean", None) is not None)
+        return [buffer for module in counting if module.training for buffer in module.buffers(recurse=False)]
 
 
 def sum_over_processes(parameters: Iterable[nn.Parameter]) -> None:
@@ -125,15 +157,3 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         size += parameter.numel()
     if bucket:
         yield bucket
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    """Returns the generators that dropout draws from."""
-    states = [torch.get_rng_state()]
-    return states + [torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_state(device: torch.device, states: list[Any]) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

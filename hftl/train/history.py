@@ -35,7 +35,8 @@ class History:
     """step, metric and value of the weights that were kept."""
     steps: int = 0
     skipped: int = 0
-    """Steps that left the weights as they were, because loss or gradient were not finite."""
+    """Steps that left the weights as they were, because loss or gradient were not finite; those in which fp16 only
+    looks for its loss scale do not count."""
     seconds: float = 0.0
     """Wall time of training, evaluations included."""
 
@@ -100,12 +101,22 @@ class Recorder:
         history = {**vars(self.history), "records": [finite(record) for record in self.history.records]}
         return {"history": {**history, "seconds": seconds}, "losses": [self._losses, self._count]}
 
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Ends the bar and the file. Trackers stay open for the metrics of `publish`, unless there will be none."""
+        self.history.seconds = time.perf_counter() - self.started
+        if self.bar is not None:
+            self.bar.close()
+        self._close_file()
+        for tracker in self.accelerator.trackers if error else ():
+            tracker.finish()
+
     def advance(self, loss: float | None) -> None:
-        """Counts a step and its mean loss; None for a step that left the weights as they were."""
+        """Counts a step and its mean loss; None where weights stayed as they were."""
         self.history.steps += 1
-        if loss is None:
-            self.history.skipped += 1
-        else:
+        if loss is not None:
             self._losses += loss
             self._count += 1
         if self.bar is not None:
@@ -141,14 +152,6 @@ class Recorder:
             self.bar.write(f"step {self.history.steps}/{self.total} {line}")
         else:
             say(f"step {self.history.steps}/{self.total} {line}")
-
-    def close(self) -> History:
-        """Ends the bar and the file, and returns the history. Trackers stay open for the metrics of `publish`."""
-        self.history.seconds = time.perf_counter() - self.started
-        if self.bar is not None:
-            self.bar.close()
-        self._close_file()
-        return self.history
 
     def _close_file(self) -> None:
         if self.file is not None:

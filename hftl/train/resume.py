@@ -24,6 +24,7 @@ from hftl.train.state import (
     OPTIMIZER,
     VERSION,
     WEIGHTS,
+    is_finite,
     load_optimizer_tensors,
     load_random_state,
     moving,
@@ -79,12 +80,18 @@ class Keeper:
         """Returns the JSON part of the newest valid state, the same on all processes; None where there is none.
 
         Raises:
-            CheckpointError: There are some, and the disk does not let them be read.
+            CheckpointError: There are some, and the disk does not let them be read, or another version wrote them.
         """
 
         def read() -> dict[str, Any] | None:
             self._found = self.store.newest()
-            return read_state(self._found) if self._found else None
+            state = read_state(self._found) if self._found else None
+            if state and state.get("version") != VERSION:
+                raise CheckpointError(
+                    f"resume: {self._found} was written by another version of hftl (format {state.get('version')}, "
+                    f"here {VERSION}). Go on with that version, or choose another output_dir."
+                )
+            return state
 
         return on_main(self.accelerator, read, self.store.folder)
 
@@ -111,14 +118,9 @@ class Keeper:
         on_main(self.accelerator, check)
 
     def load(self, training: Training, state: dict[str, Any]) -> None:
-        """Puts the state that was found into all parts of the training but the recorder.
-
-        Raises:
-            CheckpointError: It belongs to another run.
-        """
+        """Puts the state that was found into all parts of the training but the recorder."""
         from safetensors.torch import load_file
 
-        _refuse_other(state, training.identity)
         accelerator, found = self.accelerator, self._found
         read = {name: load_file(found / f"{name}.safetensors") if found else {} for name in (WEIGHTS, OPTIMIZER)}
         spread(accelerator, moving(training.model), read[WEIGHTS])
@@ -130,7 +132,8 @@ class Keeper:
         if world == before:
             mine = state["processes"][accelerator.process_index]
             load_random_state(accelerator.device, mine["random"])
-            training.limit.rows = mine["row_limit"]
+            training.limit.rows = mine["rows_training"] if training.limit.enabled else None
+            training.model.evaluation_limit.rows = mine["rows_evaluation"]
         other = "" if world == before else f" (of {before} process(es): same rows in the same steps, other rounding)"
         say(f"resume: going on after step {state['recorder']['history']['steps']} from {found}{other}")
 
@@ -144,18 +147,23 @@ class Keeper:
         """Whether something that this process wrote is known not to have reached the disk."""
         return (self.failure or training.recorder.failure) is not None or self.store.failed
 
-    def save(self, training: Training, *, finished: bool = False, wait: bool = False) -> None:
+    def save(self, training: Training, *, owes: bool = False, finished: bool = False, wait: bool = False) -> None:
         """Saves the state; all processes call it together.
 
         Args:
             training: What is saved.
+            owes: The evaluation after the last step has not been made.
             finished: No step is left.
             wait: Return when it is on the disk, rather than when it has been copied.
 
         Raises:
             CheckpointError: It cannot be written (with `wait`; else `failed` tells, and `settle` raises).
         """
-        mine = {"random": random_state(self.accelerator.device), "row_limit": training.limit.rows}
+        mine = {
+            "random": random_state(self.accelerator.device),
+            "rows_training": training.limit.rows,
+            "rows_evaluation": training.model.evaluation_limit.rows,
+        }
         processes = _gather(self.accelerator, mine)
         self.saved_at = time.monotonic()
         if self.accelerator.is_main_process:
@@ -163,6 +171,7 @@ class Keeper:
             recorder = training.recorder.state()
             state = {
                 **training.identity,
+                "owes": owes,
                 "finished": finished,
                 "recorder": recorder,
                 "best": training.best.state(),
@@ -177,6 +186,13 @@ class Keeper:
                 self.failure = error
         if wait:
             self.settle(training)
+
+    def save_good(self, training: Training) -> bool:
+        """Saves the state, unless its weights are not all numbers; returns whether it did."""
+        good = on_main(self.accelerator, lambda: is_finite(training.model))
+        if good:
+            self.save(training, wait=True)
+        return good
 
     def settle(self, training: Training) -> None:
         """Waits until everything is on the disk.
@@ -194,15 +210,24 @@ class Keeper:
         on_main(self.accelerator, check)
 
 
-def identity(model: TaskModel, rows: Dataset, effective_batch: int, total: int) -> dict[str, Any]:
-    """Returns what a state must have in common with a run that goes on from it, as JSON values."""
-    return {
+def identity(
+    model: TaskModel, rows: Dataset, effective_batch: int, total: int, earlier: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns what a state must have in common with a run that goes on from it, as JSON values.
+
+    Raises:
+        CheckpointError: The `earlier` state has not.
+    """
+    mine = {
         "version": VERSION,
         "data": data_fingerprint(rows),
         "backbone": resting_fingerprint(model),
         "effective_batch": effective_batch,
         "total": total,
     }
+    if earlier:
+        _refuse_other(earlier, mine)
+    return mine
 
 
 def data_fingerprint(rows: Dataset) -> str:
@@ -213,14 +238,13 @@ def data_fingerprint(rows: Dataset) -> str:
     for row in table.to_pylist():
         for name, value in row.items():
             if isinstance(value, dict) and "bytes" in value:
-                value = hashlib.sha256(value["bytes"]).digest() if value["bytes"] else Path(value["path"]).name
+                value = hashlib.sha256(value["bytes"]).digest() if value["bytes"] else Path(value["path"] or "").name
             digest.update(f"{name}={value!r}\n".encode(errors="backslashreplace"))
     return f"{len(rows)} rows {digest.hexdigest()}"
 
 
 def _refuse_other(state: dict[str, Any], expected: dict[str, Any]) -> None:
     words = {
-        "version": "was written by another version of hftl",
         "data": "was made with other training rows",
         "backbone": "was made with other pretrained weights",
         "total": "belongs to a training of another length",

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T", bound=Task)
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_HPU")
+"""Accelerate's kinds of processes in which each holds the whole model."""
 
 
 def prepare(run: RunConfig, make_task: Callable[[Splits], T], rows: Any = None) -> tuple[RunConfig, Splits, T]:
@@ -100,11 +102,11 @@ def start(run: RunConfig) -> Accelerator:
 
     Raises:
         RunComplete: `run.resume` is auto and the run folder holds the finished run.
+        ConfigError: Another process trains in the run folder, or the launcher cuts the model over devices.
         DataError: Processes left out different rows.
     """
     from accelerate import Accelerator
     from accelerate.utils import (
-        DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
         ProjectConfiguration,
         broadcast_object_list,
@@ -119,13 +121,14 @@ def start(run: RunConfig) -> Accelerator:
         log_with=[name for name in run.train.trackers if name] or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
         step_scheduler_with_optimizer=False,
-        # no exchange in a forward pass, which a process short of memory repeats: evaluation shares what moves
-        kwargs_handlers=[
-            group_options(run.train.timeout_minutes),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
+        kwargs_handlers=[group_options(run.train.timeout_minutes)],
     )
-    finished = finished_metrics(folder) if run.resume == "auto" and accelerator.is_main_process else None
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"accelerate_config.yaml: distributed_type {accelerator.distributed_type.value} is not supported; allowed: "
+            f"{', '.join(SUPPORTED)}. A model that is cut over devices can be neither saved nor verified by hftl yet."
+        )
+    finished = finished_metrics(run) if run.resume == "auto" and accelerator.is_main_process else None
     finished = broadcast_object_list([finished])[0] if accelerator.num_processes > 1 else finished
     if finished is not None:
         raise RunComplete(str(folder), finished)

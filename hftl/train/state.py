@@ -26,8 +26,16 @@ def moving(model: TaskModel) -> dict[str, Tensor]:
     return learning | dict(model.named_buffers())
 
 
+def is_finite(model: TaskModel) -> bool:
+    """Whether all weights and running statistics are numbers."""
+    return all(bool(tensor.isfinite().all()) for tensor in moving(model).values() if tensor.is_floating_point())
+
+
 def resting_fingerprint(model: TaskModel) -> str:
-    """Returns a hash of the weights that training does not change: a checkpoint holds only the others."""
+    """Returns a hash of the weights that training does not change: a checkpoint holds only the others.
+
+    It tells another model or another revision, not every change that one could make up (`torch.hash_tensor` is an XOR).
+    """
     moved = moving(model)
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

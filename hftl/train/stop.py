@@ -7,10 +7,17 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hftl.train.agree import agree
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 SIGNALS = ("SIGTERM", "SIGINT")
-ECHO_S = 1.0
+ECHO_S = 3.0
 """Seconds within which signals that a launcher passes on count as one."""
 
 
@@ -18,12 +25,13 @@ class StopRequest:
     """While open, SIGTERM and SIGINT ask for a stop instead of ending the process; a second signal ends it at once.
 
     Signals that several processes of `torchrun` are sent come twice, from who asks and from the launcher, which passes
-    them on: there, what follows within a second is the same request.
+    them on: there, what follows within `ECHO_S` is the same request.
 
     A launcher that is gone asks too: `accelerate launch` with one process dies of a SIGTERM without passing it on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
         self.reason: str | None = None
         self._before: dict[int, Any] = {}
         self._asked_at = 0.0
@@ -37,6 +45,11 @@ class StopRequest:
         if self.reason is None and self._parent not in (None, os.getppid()):
             self.reason = "the launcher is gone"
         return self.reason is not None
+
+    def agreed(self) -> bool:
+        """Whether a stop was asked of any process; all call it together."""
+        nothing = torch.zeros((), device=self._accelerator.device)
+        return agree(self._accelerator, nothing, self.asked)[1] > 0
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else

@@ -92,6 +92,49 @@ def test_after_a_stop_the_last_good_state_is_saved_and_skipping_goes_on_from_it(
     assert report["step"] == 16
 
 
+@pytest.mark.parametrize("how", ["stop", "skip"])
+def test_running_statistics_of_a_step_that_is_not_taken_are_taken_back(how, image_run, tmp_path):
+    """An image of infinities spoils what batch norms count in the forward pass, before any loss is seen."""
+
+    class Spoilt(hftl.ImageClassification):
+        def collate(self, examples):
+            batch = super().collate(examples)
+            bad = torch.tensor([example["pixel_values"].sum() == spoil for example in examples])
+            batch["inputs"]["pixel_values"][bad] = float("inf")
+            return batch
+
+    run = image_run(num_epochs=2, on_nonfinite=how, log_every=1)
+    run = replace(run, adapt=replace(run.adapt, batch_norm="update"))
+    run = replace(run, data=replace(run.data, augment=hftl.AugmentConfig(crop_scale=1, hflip=0, color_jitter=0)))
+    prepared, splits, task = hftl.prepare(run, hftl.ImageClassification)
+    rows = task.encode(splits["train"], hftl.build_model(prepared, task.head).processor, 0, None)
+    spoil = rows.fetch([5], 0)[0]["pixel_values"].sum()
+    history, model, _, error = trained(run, Spoilt)
+    assert all(bool(tensor.isfinite().all()) for tensor in moving(model).values())
+    for file in (tmp_path / "run").rglob("weights.safetensors"):
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(file).values())
+    assert (history.skipped == 2) if how == "skip" else "weights before this step are saved" in str(error)
+
+
+class Steep(hftl.TextClassification):
+    """Finite losses whose gradient is never finite."""
+
+    def loss(self, outputs, batch):
+        losses = super().loss(outputs, batch)
+        return losses.sub(losses.detach()).sqrt() + losses.detach() if losses.requires_grad else losses
+
+
+def test_fp16_that_finds_no_loss_scale_is_an_error_and_not_a_training(text_run, monkeypatch):
+    run, splits, task = hftl.prepare(text_run(num_epochs=9), Steep)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    with pytest.raises(NonfiniteError, match=r"step 6: .* every row's loss is finite, the gradient is not"):
+        hftl.fit(accelerator, model, task, splits, run)  # 16, 8, 4, 2, 1: five steps of backing off
+    assert accelerator.scaler.get_scale() < 1
+
+
 def test_skipping_has_a_bound(text_run):
     run = text_run(num_epochs=4, on_nonfinite="skip", max_nonfinite=2)
     _, _, _, error = trained(run, Poisoned)
@@ -134,14 +177,14 @@ def test_memory_too_short_for_one_row_or_for_trying_again_is_an_error(enabled):
 
     rows = 1 if enabled else 8
     with pytest.raises(HftlError, match=rf"out of memory in training with {rows} row\(s\) at once: no\. Make"):
-        RowLimit("training", enabled).retrying(attempt, 8)
+        RowLimit("training", enabled).retrying(attempt, lambda: 8)
 
 
 def test_other_errors_are_not_taken_for_short_memory():
     assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(ValueError("out of memory."))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     with pytest.raises(RuntimeError, match="shape"):
-        RowLimit("training").retrying(lambda: (_ for _ in ()).throw(RuntimeError("shape")), 8)
+        RowLimit("training").retrying(lambda: (_ for _ in ()).throw(RuntimeError("shape")), lambda: 8)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2, 3, 5, 8, 100])
