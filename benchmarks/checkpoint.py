@@ -94,8 +94,8 @@ def _round(keeper: Any, training: Any, folder: Path) -> tuple[float, float, floa
     keeper.settle(training)
     on_disk = time.perf_counter() - started
     started = time.perf_counter()
-    save_file({name: each.detach().contiguous() for name, each in moving(training.model).items()}, folder / "plain")
-    save_file(optimizer_tensors(training.model, training.optimizer), folder / "plain-optimizer")
+    for number, tensors in enumerate((moving(training.model), optimizer_tensors(training.model, training.optimizer))):
+        save_file({name: each.detach().contiguous() for name, each in tensors.items()}, folder / f"plain{number}")
     return still, on_disk, time.perf_counter() - started
 
 

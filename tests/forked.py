@@ -111,10 +111,10 @@ class Attempt:
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if group else os.kill)(pid, number)
 
-    def until(self, words: str, timeout: float = 60) -> None:
-        """Waits until rank 0 has printed some words."""
+    def until(self, *words: str, timeout: float = 60) -> None:
+        """Waits until rank 0 has printed one of several words."""
         end = time.monotonic() + timeout
-        while words not in self.said():
+        while not any(word in self.said() for word in words):
             assert time.monotonic() < end, (words, self.said())
             time.sleep(0.005)
 

@@ -123,7 +123,7 @@ def stop_often(count, forks, text_flags, tmp_path, seed):
         while not done:
             attempt = forks.start(text_flags(out, **more), logs, faults=QUIET, processes=2)
             if stopped < count:
-                attempt.until("train/loss")
+                attempt.until("train/loss", "validation: loss")
                 time.sleep(rng.uniform(0, 0.7 * duration))
                 statuses, seconds = stop(attempt, signal.SIGTERM, rank=rng.choice((None, 0, 1)))
             else:
