@@ -51,7 +51,7 @@ def kill_often(kills, forks, text_flags, tmp_path, seed):
 
 
 def test_killed_at_random_moments(forks, text_flags, tmp_path):
-    kill_often(4, forks, text_flags, tmp_path, seed=1)
+    kill_often(3, forks, text_flags, tmp_path, seed=1)
 
 
 @pytest.mark.slow
