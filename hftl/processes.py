@@ -84,7 +84,7 @@ def in_turns(what: str) -> Iterator[None]:
     Raises:
         PeerError: As in `together`.
     """
-    local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), number_of_processes()
+    local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "0")), number_of_processes()  # 0: the launcher does not say
     rank = int(os.environ.get("RANK", "0"))
     turn = 0 if rank == 0 else 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
     if world == 1:

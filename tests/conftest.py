@@ -36,6 +36,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 SHARED = Path(os.environ.get("HFTL_SHARED", ROOT.parent / "shared")) / "data"
 
 
+def pytest_configure(config):
+    """`pytest tests/faults` runs all of it, the slow part too; `-m "not slow"` the part that CI runs."""
+    given = [argument for argument in config.invocation_params.args if argument == "-m" or argument.startswith("-m")]
+    faults = [
+        Path(argument.partition("::")[0]).resolve().is_relative_to(ROOT / "tests" / "faults")
+        for argument in config.args
+    ]
+    if faults and all(faults) and not given:
+        config.option.markexpr = ""
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_readme.py")  # the longest first: workers end together
     for item in items:

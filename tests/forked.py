@@ -68,6 +68,7 @@ class Forks:
         if processes > 1:
             port = free_port()
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+            shared |= {"LOCAL_WORLD_SIZE": str(processes)}
         logs.mkdir(parents=True, exist_ok=True)
         files = [logs / f"{self.number:03d}-{rank}.txt" for rank in range(processes)]
         for file in files:
@@ -116,6 +117,13 @@ class Attempt:
         end = time.monotonic() + timeout
         while not any(word in self.said() for word in words):
             assert time.monotonic() < end, (words, self.said())
+            time.sleep(0.005)
+
+    def until_exists(self, file: Path, timeout: float = 60) -> None:
+        """Waits until a file is there."""
+        end = time.monotonic() + timeout
+        while not file.exists():
+            assert time.monotonic() < end, (file, self.said())
             time.sleep(0.005)
 
     def wait(self, timeout: float = 120) -> list[int]:

@@ -51,7 +51,7 @@ def failures(disk, out):
             ("at_call", ("safetensors.torch.save_file", "best/weights", "fill", str(disk), 20_000)),
             ["CheckpointError: checkpoint: the best weights cannot be written", FULL, "best/weights.safetensors"],
         ),
-        "start": (("at_call", ("hftl.train.start._make_folder", "", "fill", str(disk), 0)), ["DiskError: ", FULL]),
+        "start": (("at_call", ("hftl.train.start.make_folder", "", "fill", str(disk), 0)), ["DiskError: ", FULL]),
         "predictions": (
             ("at_call", ("hftl.evaluation.evaluate.TableWriter.write", "", "fill", str(disk), 0)),
             ["DiskError: ", FULL],

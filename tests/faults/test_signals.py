@@ -15,6 +15,8 @@ from launch import ENV, ROOT, free_port
 from test_kills import steps_of
 from test_resume import assert_equal
 
+from hftl.train.stop import ECHO_S
+
 BOUND_S = 20
 """From signal to end, on a busy machine; the figures printed are far below."""
 
@@ -29,8 +31,8 @@ def stop(attempt, number, **whom):
 
 PLACES = {
     "prepare": ("hftl.train.start.load_splits", ""),
-    "an evaluation of fit": ("hftl.train.fit.evaluate_rows", ""),
-    "the last evaluation of fit": ("hftl.train.fit.evaluate_rows", ""),
+    "an evaluation of fit": ("hftl.train.validation.evaluate_rows", ""),
+    "the last evaluation of fit": ("hftl.train.validation.evaluate_rows", ""),
     "evaluate": ("hftl.evaluation.evaluate.TableWriter.write", ""),
     "publish": ("hftl.publishing.publish.save_artifact", ""),
 }
@@ -56,8 +58,7 @@ def test_one_process_is_asked_to_stop_anywhere(forks, text_flags, tmp_path):
         attempt = forks.start(
             text_flags(out, **more), logs, faults=[*QUIET, ("pause", (*PLACES[place], str(marker), 0.5))]
         )
-        while not marker.exists():
-            time.sleep(0.005)
+        attempt.until_exists(marker)
         statuses, seconds = stop(attempt, signal.SIGTERM)
         slowest = max(slowest, seconds)
         said = attempt.said()
@@ -79,8 +80,7 @@ def test_a_signal_in_the_last_evaluation_is_heard(forks, text_flags, tmp_path):
     marker = tmp_path / "marker"
     pause = ("pause", (*PLACES["the last evaluation of fit"], str(marker), 0.5))
     attempt = forks.start(text_flags(tmp_path / "run", **more), tmp_path / "logs", faults=[*QUIET, pause])
-    while not marker.exists():
-        time.sleep(0.005)
+    attempt.until_exists(marker)
     statuses, _ = stop(attempt, signal.SIGTERM)
     assert statuses == [75] and "after step 2 of 2" in attempt.said(), attempt.said()
 
@@ -95,13 +95,12 @@ def test_a_second_signal_stops_at_once(launched, forks, text_flags, tmp_path):
         text_flags(tmp_path / "run"), tmp_path / "logs", faults=[*QUIET, pause], environment=environment
     )
     attempt.until("fit: 13 steps")
-    while not marker.exists():
-        time.sleep(0.005)
+    attempt.until_exists(marker)
     attempt.send(signal.SIGTERM)
     attempt.until("a second signal stops at once")
     if launched:
         attempt.send(signal.SIGTERM)
-        time.sleep(1.2)
+        time.sleep(ECHO_S + 0.2)
         os.kill(attempt.pids[0], 0)  # still there
     statuses, seconds = stop(attempt, signal.SIGTERM)
     assert statuses == [-signal.SIGTERM] and seconds < 5, (statuses, seconds)
