@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ def evaluate_place(
     _check_output(output)
     predictor = load(place, revision)
     rows = labelled_rows(predictor.task, predictor.data, source, split, predictor.left_out)
-    metrics = predictor.run(predictor.encode(rows), batch_size, TableWriter(Path(output)) if output else None)
+    with TableWriter(Path(output)) if output else nullcontext() as table:
+        metrics = predictor.run(predictor.encode(rows), batch_size, table)
     return {f"{split}/{name}": value for name, value in metrics.items()}
 
 
@@ -77,8 +79,8 @@ def predict_to_table(
     with muted():  # what is printed is the table
         rows, names = _rows_to_predict(predictor.task, given, pair)
         encoded = predictor.encode(rows)
-    writer = _Named(TableWriter(Path(output)) if output else _Terminal(), names)
-    predictor.run(encoded, batch_size, writer)
+    with TableWriter(Path(output)) if output else nullcontext(_Terminal()) as table:
+        predictor.run(encoded, batch_size, _Named(table, names))
     if output:
         say(f"{len(rows)} predictions in {output}")
 

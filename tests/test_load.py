@@ -260,3 +260,21 @@ def test_a_model_that_cannot_be_fetched_offline_says_so(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ArtifactError, match="'alice/model' is not a folder here, and as a hub id"):
         hftl.load("alice/model")
+
+
+def test_a_prediction_that_fails_leaves_no_half_table(text_folder, tmp_path, monkeypatch):
+    from hftl.evaluation.evaluate import TableWriter
+    from hftl.use import predict_to_table
+
+    table = tmp_path / "texts.csv"
+    table.write_text("\n".join(["text", *["the cat"] * 40]) + "\n")
+    write = TableWriter.write
+
+    def failing(writer, rows):
+        write(writer, rows)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TableWriter, "write", failing)
+    with pytest.raises(OSError):
+        predict_to_table(str(text_folder), str(table), output=str(tmp_path / "out.parquet"))
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.csv"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,20 +50,16 @@ def evaluate(
         predictions: Parquet file to write, one row for each evaluated row, in order.
     """
     metrics: dict[str, float] = {}
-    writer = TableWriter(predictions) if predictions and accelerator.is_main_process else None
-    for split in ("validation", "test"):
-        if split not in splits:
-            continue
-        rows = task.encode(splits[split], model.processor, None, run.data.max_length)
-        found = evaluate_rows(
-            accelerator, model, task, rows, run, writer and _Labelled(writer, split), bool(predictions)
-        )
-        metrics |= {f"{split}/{name}": value for name, value in found.items()}
-        say(
-            f"{split}: " + " ".join(f"{name} {value:.4f}" for name, value in found.items() if _worth_a_line(name, task))
-        )
-    if writer:
-        writer.close()
+    with TableWriter(predictions) if predictions and accelerator.is_main_process else nullcontext() as writer:
+        for split in ("validation", "test"):
+            if split not in splits:
+                continue
+            rows = task.encode(splits[split], model.processor, None, run.data.max_length)
+            labelled = _Labelled(writer, split) if writer else None
+            found = evaluate_rows(accelerator, model, task, rows, run, labelled, bool(predictions))
+            metrics |= {f"{split}/{name}": value for name, value in found.items()}
+            shown = " ".join(f"{name} {value:.4f}" for name, value in found.items() if _worth_a_line(name, task))
+            say(f"{split}: {shown}")
     accelerator.wait_for_everyone()
     return metrics
 
@@ -259,10 +256,24 @@ class TableWriter:
         else:
             self.writer.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        """Finishes the file, or removes what there is of it after an error."""
+        if error is None:
+            self.close()
+        else:
+            with suppress(OSError):  # a full disk may fail in closing too
+                if self.writer is not None:
+                    self.writer.close()
+            self.aside.unlink(missing_ok=True)
+
     def close(self) -> None:
-        """Finishes the file."""
+        """Finishes the file, once."""
         if self.writer is not None:
-            self.writer.close()
+            writer, self.writer = self.writer, None
+            writer.close()
             sync(self.aside)
             self.aside.replace(self.path)
             sync(self.path.parent)

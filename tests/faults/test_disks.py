@@ -82,7 +82,8 @@ def fail_at_each(names, forks, text_flags, disk, tmp_path, processes=1, **more):
             assert "Error" not in attempt.said(rank), (name, attempt.said(rank))  # said once
         subprocess.run(["umount", out / "checkpoints"], capture_output=True)
         (small / "ballast").unlink(missing_ok=True)
-        assert not list(out.rglob("*.partial")), name
+        # what was begun before the disk became read-only cannot be removed from it; the next run does
+        assert name == "read-only" or not list(out.rglob("*.partial")), name
         assert not steps_of(out) or Checkpoints(out / "checkpoints", 2).newest()
     again = forks.start(text_flags(out, **more), logs, faults=QUIET, processes=processes)
     assert set(again.wait()) == {0}, again.said()
