@@ -51,19 +51,19 @@ def flags(source, model, output, method="full", **more) -> list[str]:
 
 @contextmanager
 def stopping_after(step: int | None):
-    """The last process sends itself a SIGTERM when it has done `step` steps."""
-    from hftl.train.history import Recorder
+    """The last process sends itself a SIGTERM in the middle of a step, so that this one is the last."""
+    from hftl.train import fit
 
-    advance = Recorder.advance
+    set_rates = fit.set_rates
 
-    def stopping(recorder, loss):
-        advance(recorder, loss)
+    def stopping(optimizer, config, done, total):
         last = int(os.environ.get("WORLD_SIZE", "1")) - 1
-        if int(os.environ.get("RANK", "0")) == last and recorder.history.steps == step:
+        if int(os.environ.get("RANK", "0")) == last and step is not None and done == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        return set_rates(optimizer, config, done, total)
 
-    Recorder.advance = stopping
+    fit.set_rates = stopping
     try:
         yield
     finally:
-        Recorder.advance = advance
+        fit.set_rates = set_rates

@@ -123,7 +123,8 @@ def stop_often(count, forks, text_flags, tmp_path, seed):
             attempt = forks.start(text_flags(out, **more), logs, faults=QUIET, processes=2)
             if stopped < count:
                 attempt.until("train/loss", "validation: loss")
-                time.sleep(rng.uniform(0, 0.7 * duration))
+                time.sleep(rng.uniform(0, 0.6 * duration))
+            if stopped < count and "validation: loss" not in attempt.said():  # else training is over
                 statuses, seconds = stop(attempt, signal.SIGTERM, rank=rng.choice((None, 0, 1)))
             else:
                 statuses, seconds = attempt.wait(), 0.0
