@@ -124,12 +124,12 @@ def stop_often(count, forks, text_flags, tmp_path, seed):
             if stopped < count:
                 attempt.until("train/loss", "validation: loss")
                 time.sleep(rng.uniform(0, 0.6 * duration))
-            if stopped < count and "validation: loss" not in attempt.said():  # else training is over
+            if stopped < count and "fit: kept" not in attempt.said():  # else training is over
                 statuses, seconds = stop(attempt, signal.SIGTERM, rank=rng.choice((None, 0, 1)))
             else:
                 statuses, seconds = attempt.wait(), 0.0
             said = attempt.said()
-            done = statuses == [0, 0] or "outside of training" in said or "validation: loss" in said
+            done = statuses == [0, 0] or "outside of training" in said or "fit: kept" in said
             if not done:
                 assert statuses == [75, 75] and "Traceback" not in said + attempt.said(1), (statuses, said)
                 step = int(re.search(r"Stopped: .* after step (\d+) of 60; the state is in", said)[1])
