@@ -68,13 +68,18 @@ def together(what: str) -> Iterator[None]:
     keys = f"hftl/{next(_rounds)}/{what}"
     with _alive(store, f"{keys}/{rank}"):
         yield
-    for peer in peers:
-        _wait_for(store, f"{keys}/{peer}", peer, what)
-    if rank == 0:  # it may be the one that serves the store, so it stays until the others have read
+    try:
         for peer in peers:
-            _read(store, f"{keys}/{peer}/left", peer, what)
-    else:
-        store.set(f"{keys}/{rank}/left", _DONE)
+            _wait_for(store, f"{keys}/{peer}", peer, what)
+        if rank == 0:  # it may be the one that serves the store, so it stays until the others have read
+            for peer in peers:
+                _read(store, f"{keys}/{peer}/left", peer, what)
+            return
+    except KeyboardInterrupt:
+        with suppress(RuntimeError):
+            store.set(f"{keys}/{rank}/left", _FAILED)  # or the main process would wait for one that has gone
+        raise
+    store.set(f"{keys}/{rank}/left", _DONE)
 
 
 @contextmanager
