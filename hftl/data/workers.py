@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ class Batches:
         self._make, self._handed, self._count, self._timeout = make, handed, workers, timeout
         self._loader: DataLoader[Any] | None = None
         self._running: Any = None
+        self._workers: Sequence[BaseProcess] = ()
+        """In the order in which batches go to them; kept when they have ended, to tell how."""
         self._delivered = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -59,6 +62,7 @@ class Batches:
         try:
             with _killed_at_exit():
                 self._running = iter(self._loader)
+                self._workers = getattr(self._running, "_workers", ())  # torch keeps them to itself
             for batch in self._running:
                 self._delivered += 1
                 self._handed.popleft()
@@ -67,7 +71,7 @@ class Batches:
                 yield batch
         except Exception as error:
             try:
-                self._explain(error)
+                self._explain(error, self._cut_off(error))
             finally:
                 self.close()
             raise
@@ -83,37 +87,45 @@ class Batches:
 
     def close(self) -> None:
         """Ends the workers: they are asked to leave, and killed when they have not after `GRACE_S` seconds."""
-        workers, running = self._processes(), self._running
+        running = self._running
         self._running = self._loader = None
-        if not workers:
+        if running is None or not self._workers:
             return
         # in a thread, because it waits for each worker in turn, and for the one that pins memory without a limit
         leaving = Thread(target=running._shutdown_workers, daemon=True)
-        leaving.start()
+        with suppress(RuntimeError):  # torch may tell of a worker at any moment
+            leaving.start()
         for _ in range(3):
             with suppress(RuntimeError):  # torch tells of each worker that is killed now
                 leaving.join(GRACE_S)
-                _kill(workers)
+                _kill(self._workers)
 
-    def _processes(self) -> Sequence[BaseProcess]:
-        """Returns the workers in the order in which batches go to them (torch keeps them to itself)."""
-        return getattr(self._running, "_workers", ())
+    def _cut_off(self, error: Exception) -> list[int]:
+        """Returns the workers that died where a batch did not arrive whole: tensors are fetched from their maker."""
+        if not isinstance(error, (OSError, EOFError)):
+            return []
+        ended = wait([worker.sentinel for worker in self._workers], GRACE_S)
+        for worker in self._workers:
+            if worker.sentinel in ended:
+                worker.join(GRACE_S)  # a process closes its files a moment before it has ended
+        return [worker.pid for worker in self._workers if worker.exitcode and worker.pid]
 
-    def _explain(self, error: BaseException | None) -> None:
-        """Raises the `DataError` that `error` stands for, where it tells of a worker."""
+    def _explain(self, error: BaseException | None, pids: Sequence[int] = ()) -> None:
+        """Raises the `DataError` that `error` stands for, where it tells of a worker or of `pids`, which died."""
         said = str(error) if isinstance(error, RuntimeError) else ""
         lost = _LOST.search(said)
-        if lost is None and not said.startswith(_LATE):
-            return
-        processes, handed = self._processes(), list(self._handed)
-        if lost is None:
+        if lost:
+            pids = [int(pid) for pid in lost[1].split(",")]
+        processes, handed = self._workers, list(self._handed)
+        if said.startswith(_LATE):
             pid = processes[self._delivered % self._count].pid
             raise DataError(
                 f"data.worker_timeout: no batch for {self._timeout:g} s. Worker process {pid} hangs at "
                 f"{_rows(handed[:1])}: look at these rows (files on a disk that is gone, a decoder without an end), or "
                 "raise --data.worker_timeout where a batch may take as long."
             ) from error
-        pids = [int(pid) for pid in lost[1].split(",")]
+        if not pids:
+            return
         dead = [number for number, process in enumerate(processes) if process.pid in pids]
         if not dead and (processes or not handed):
             return  # a worker of other batches; where processes are not known yet, it died while they were started

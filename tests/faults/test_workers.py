@@ -82,6 +82,28 @@ def test_a_dead_worker_ends_the_run_and_names_the_rows_that_it_had(fault, word, 
     assert error["seconds"] < 8 and gone(mark)
 
 
+def test_a_batch_that_breaks_off_names_its_dead_worker(monkeypatch):
+    """The connection that a batch comes over may break before torch knows that its maker is dead."""
+    import torch
+
+    with (
+        opened(Faulty("none", -1), 2) as batches,
+        pytest.raises(HftlError, match="died: .* killed by SIGKILL") as caught,
+    ):
+        running = iter(batches)
+        next(running)
+        torch._C._remove_worker_pids(id(batches._running))  # so that torch does not tell
+        batches._running._worker_pids_set = False
+
+        def broken():
+            os.kill(batches._workers[1].pid, signal.SIGKILL)
+            raise ConnectionResetError
+
+        monkeypatch.setattr(batches._running, "_next_data", broken)
+        next(running)
+    assert all(row // 2 % 2 == 1 for row in rows_named(str(caught.value)))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_ours_arrives_whole_from_a_worker(workers):
     rows, seen = Faulty("raise", 7), []
