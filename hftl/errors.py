@@ -83,6 +83,10 @@ class DiskError(HftlError):
     agreed = True
 
 
+class FeatureError(HftlError):
+    """Features that cannot be computed, kept or used."""
+
+
 class NonfiniteError(HftlError):
     """A loss or gradient that is NaN or infinite."""
 

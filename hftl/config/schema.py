@@ -15,7 +15,8 @@ from typing import Any, Literal
 from hftl.errors import nearest
 
 Pooling = Literal["auto", "stock", "cls", "mean"]
-Method = Literal["full", "frozen", "lora"]
+Method = Literal["full", "frozen", "lora", "probe"]
+ProbeHead = Literal["logistic", "linear_svm", "svm", "random_forest", "knn", "ridge", "lda"]
 Schedule = Literal["linear", "cosine", "constant"]
 BatchNorm = Literal["auto", "keep", "update"]
 OnError = Literal["raise", "skip"]
@@ -114,12 +115,43 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class FrozenConfig:
+    """Training of the head alone, on features of the frozen backbone that are computed once."""
+
+    cache: bool = True
+    """Compute the features once. False runs the backbone again in every epoch, with new augmentation each time."""
+    views: int = 0
+    """Augmented views of every training image whose features are computed; epoch e learns from view e modulo this.
+    0: the images as they are."""
+    lr_factors: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0])
+    """Multiples of train.head_lr that are tried, all in one pass over the features; validation chooses."""
+    weight_decays: list[float] | None = None
+    """Values of train.weight_decay that are tried with each of them; train.weight_decay, 0 and 0.1 by default."""
+    seeds: int = 1
+    """Heads of each setting that are tried, from as many initialisations and orders (train.seed, train.seed + 1, …)."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """A classic head on the features of the frozen backbone (scikit-learn); its settings by cross-validation."""
+
+    head: ProbeHead = "logistic"
+    """logistic, linear_svm, ridge and lda are linear and become the stock model's own head; svm, random_forest and knn
+    are saved beside the backbone."""
+    folds: int = 5
+    """Parts of the training rows for cross-validation, at least 2."""
+
+
+@dataclass(frozen=True)
 class AdaptConfig:
     """Which parameters learn."""
 
     method: Method = "full"
-    """full: everything. frozen: the new head only. lora: low-rank updates in the backbone, and the head."""
+    """full: everything. frozen: the new head only. lora: low-rank updates in the backbone, and the head. probe: a
+    classic head, fitted to the features."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     batch_norm: BatchNorm = "auto"
     """Batch norms of the backbone in a full run. keep: as the checkpoint has them (statistics, scale and shift), so
     that a step does not depend on how its rows are cut into batches. update: they learn. auto: keep, unless training
@@ -260,6 +292,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "adapt.lora.r": (1, float("inf"), "at least 1"),
     "adapt.lora.alpha": (1e-12, float("inf"), "above 0"),
     "adapt.lora.dropout": (0, 0.999999, "[0, 1)"),
+    "adapt.frozen.views": (0, float("inf"), "at least 0"),
+    "adapt.frozen.seeds": (1, float("inf"), "at least 1"),
+    "adapt.probe.folds": (2, float("inf"), "at least 2"),
     "train.num_epochs": (1e-9, float("inf"), "above 0"),
     "train.max_steps": (1, float("inf"), "at least 1"),
     "train.lr": (0, float("inf"), "at least 0"),
@@ -283,7 +318,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.pooling": ("auto", "stock", "cls", "mean"),
-    "adapt.method": ("full", "frozen", "lora"),
+    "adapt.method": ("full", "frozen", "lora", "probe"),
+    "adapt.probe.head": ("logistic", "linear_svm", "svm", "random_forest", "knn", "ridge", "lda"),
     "adapt.batch_norm": ("auto", "keep", "update"),
     "train.schedule": ("linear", "cosine", "constant"),
     "train.on_nonfinite": ("stop", "skip"),
