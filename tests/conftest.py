@@ -28,6 +28,7 @@ HF_HOME = tempfile.TemporaryDirectory(prefix="hftl_tests_")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the fixture `hub` goes online
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME.name, NO_PROXY="127.0.0.1,localhost")
+os.environ["HFTL_CACHE"] = str(Path(HF_HOME.name, "hftl"))
 os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_XET_CLIENT_RETRY_BASE_DELAY="10ms")
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_XET_CACHE"):
     os.environ.pop(_name, None)  # the user's own

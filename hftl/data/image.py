@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ import numpy as np
 
 from hftl.config.schema import AugmentConfig, DataConfig
 from hftl.console import say
+from hftl.data.columns import arrow_column
 from hftl.data.image_file import Stored, check_header, decode_image, place, quiet_pillow
 from hftl.data.loader import Example
 from hftl.data.quarantine import BadRow
@@ -98,6 +101,16 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def identity(self) -> Any:
+        """Returns what the examples depend on, as JSON values: rows, their files as they are now, transform, seed."""
+        return [
+            self.dataset._fingerprint,
+            _files(self.dataset, self.column),
+            repr(self.transform),
+            self.mode,
+            self.seed,
+        ]
+
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
         """Returns examples with `pixel_values` [C, H, W] float32 in place of the image column."""
         table = self.dataset[list(rows)]
@@ -119,6 +132,21 @@ class ImageRows:
         except DataError as error:
             where = f"{self.split} row {row}".strip()
             raise DataError(f"{where}: the image ({place(stored)}) cannot be decoded: {error}.") from error
+
+
+def _files(dataset: Dataset, column: str) -> str:
+    """Returns a hash of path, size and time of change of every image that lies in a file of its own."""
+    digest = hashlib.sha256()
+    for start in range(0, len(dataset), 10_000):
+        images = arrow_column(dataset.select(range(start, min(start + 10_000, len(dataset)))), column)
+        for chunk in images.chunks:
+            inside = chunk.field("bytes").is_valid().to_pylist()
+            for path, stored in zip(chunk.field("path").to_pylist(), inside, strict=True):
+                if path and not stored:
+                    with suppress(OSError):  # said, with its row, where it is opened
+                        found = os.stat(path)
+                        digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def seed_for_sample(seed: int, epoch: int, row: int) -> None:

@@ -30,6 +30,10 @@ class TextRows:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def identity(self) -> str:
+        """Returns what the examples depend on: the key of the tokenized rows."""
+        return self.dataset._fingerprint
+
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
         """Returns examples with `input_ids` and, for pairs, `token_type_ids` as lists of unequal length."""
         table = self.dataset[list(rows)]
