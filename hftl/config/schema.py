@@ -38,6 +38,11 @@ class AugmentConfig:
     auto_augment: str | None = None
     """A timm policy such as `rand-m9-mstd0.5-inc1`; none by default."""
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is changed at random."""
+        return self.crop_scale < 1 or self.hflip > 0 or self.color_jitter > 0 or self.auto_augment is not None
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -21,7 +21,48 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class BestWeights:
+class BestSoFar:
+    """The best value of a metric so far, and whether a later one is worth its weights.
+
+    Args:
+        larger_is_better: How values compare.
+        rows: Size of the split that they were measured on.
+    """
+
+    def __init__(self, larger_is_better: bool, rows: int) -> None:
+        self.sign = 1 if larger_is_better else -1
+        self.rows = rows
+        self.best: float | None = None
+        self.since = 0
+        """Values since the best one."""
+
+    def offer(self, value: float) -> bool:
+        """Returns whether to keep what has this value: unless it is worse than the best by more than a standard error.
+
+        A validation split of 77 rows cannot tell 76 right answers from 75, and of weights that it cannot tell apart the
+        later ones, trained longer at a falling rate, do better on new rows (the one-standard-error rule of Breiman et
+        al. 1984, which takes the simplest of the models within one error; measured here: RESULTS.md). For metrics that
+        are not shares of rows, such as the loss, the error is unknown and taken as 0.
+        """
+        if math.isnan(value):
+            self.since += 1
+            return False
+        if self.best is None or self.sign * value > self.sign * self.best:
+            self.best, self.since = value, 0
+        else:
+            self.since += 1
+        return self.sign * value >= self.sign * self.best - self._error()
+
+    def _error(self) -> float:
+        """Returns the standard error of the best value as a share of rows (Agresti and Coull 1998), else 0."""
+        assert self.best is not None
+        if self.sign < 0 or not 0 <= self.best <= 1:
+            return 0.0
+        share = (self.best * self.rows + 2) / (self.rows + 4)
+        return math.sqrt(share * (1 - share) / self.rows)
+
+
+class BestWeights(BestSoFar):
     """Keeps the weights of the best evaluation on disk and puts them back at the end.
 
     Args:
@@ -35,14 +76,10 @@ class BestWeights:
     def __init__(
         self, accelerator: Accelerator, model: TaskModel, folder: Path, larger_is_better: bool, rows: int
     ) -> None:
+        super().__init__(larger_is_better, rows)
         self.accelerator = accelerator
         self.model = model
         self.file = folder / "checkpoints" / "best" / "weights.safetensors"
-        self.sign = 1 if larger_is_better else -1
-        self.rows = rows
-        self.best: float | None = None
-        self.since = 0
-        """Evaluations since the best one."""
 
     @property
     def kept(self) -> Path | None:
@@ -60,27 +97,12 @@ class BestWeights:
             self._write(lambda aside: shutil.copyfile(str(kept), aside))
 
     def offer(self, value: float) -> bool:
-        """Keeps the current weights unless they are worse than the best by more than one standard error.
-
-        A validation split of 77 rows cannot tell 76 right answers from 75, and of weights that it cannot tell apart the
-        later ones, trained longer at a falling rate, do better on new rows (the one-standard-error rule of Breiman et
-        al. 1984, which takes the simplest of the models within one error; measured here: RESULTS.md). For metrics that
-        are not shares of rows, such as the loss, the error is unknown and taken as 0.
-
-        Returns:
-            Whether they were kept.
+        """Keeps the current weights where their value is worth it; returns whether they were kept.
 
         Raises:
             CheckpointError: They cannot be written; on all processes.
         """
-        if math.isnan(value):
-            self.since += 1
-            return False
-        if self.best is None or self.sign * value > self.sign * self.best:
-            self.best, self.since = value, 0
-        else:
-            self.since += 1
-        if self.sign * value < self.sign * self.best - self._error():
+        if not super().offer(value):
             return False
 
         def save(aside: Path) -> None:
@@ -106,14 +128,6 @@ class BestWeights:
                 f"checkpoint: the best weights cannot be written to '{self.file}': {first_line(error)}. Those "
                 "before are intact. Mend the disk and run the same command with --resume auto."
             ) from error
-
-    def _error(self) -> float:
-        """Returns the standard error of the best value as a share of rows (Agresti and Coull 1998), else 0."""
-        assert self.best is not None
-        if self.sign < 0 or not 0 <= self.best <= 1:
-            return 0.0
-        share = (self.best * self.rows + 2) / (self.rows + 4)
-        return math.sqrt(share * (1 - share) / self.rows)
 
     def share_buffers(self) -> None:
         """Gives all processes the running statistics of the main one, where they move: each has seen its own rows."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hftl.config.schema import RunConfig
 from hftl.console import say
-from hftl.data.loader import Key, Rows, Share, default_workers, make_loader, step_batches, steps_per_epoch
+from hftl.data.loader import Key, Rows, Share, default_workers, make_loader, step_batches
 from hftl.data.source import Splits
 from hftl.data.workers import Batches
 from hftl.errors import Stopped
@@ -21,8 +20,10 @@ from hftl.train.agree import agree, refuse_nonfinite, scaler_backs_off
 from hftl.train.best import BestWeights
 from hftl.train.folder import run_folder
 from hftl.train.gradient import StepGradient
+from hftl.train.heads import fit_heads, trains_on_features
 from hftl.train.history import History, Recorder
 from hftl.train.optim import make_optimizer, set_rates
+from hftl.train.plan import Plan, make_plan
 from hftl.train.resume import Keeper, Training, identity
 from hftl.train.stop import StopRequest
 from hftl.train.validation import Validation
@@ -59,6 +60,8 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     """
     from accelerate.utils import set_seed
 
+    if trains_on_features(model, run):
+        return fit_heads(accelerator, model, task, splits, run)
     config, folder, max_length = run.train, run_folder(run), run.data.max_length
     rows = task.encode(splits["train"], model.processor, config.seed, max_length)
     held_out = task.encode(splits["validation"], model.processor, None, max_length) if "validation" in splits else None
@@ -148,35 +151,6 @@ def _stopped(stop: StopRequest, history: History, plan: Plan) -> Stopped:
         f"stopped ({stop.reason or 'as another process was asked to'}) after step {history.steps} of {plan.total}; the "
         "state is in the run folder. The same command with --resume auto goes on from there."
     )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What happens when; everything is counted in steps."""
-
-    share: Share
-    epoch_steps: int
-    total: int
-    eval_every: int
-
-
-def make_plan(accelerator: Accelerator, run: RunConfig, rows: int, earlier: dict[str, Any] | None) -> Plan:
-    """Returns the plan of a training, and says it.
-
-    A training that goes on keeps the rows of each step. On fewer processes they make more micro-batches.
-    """
-    config, world = run.train, accelerator.num_processes
-    batch, accumulation = config.batch_size_per_device, config.gradient_accumulation_steps
-    step_rows = earlier["effective_batch"] if earlier else batch * accumulation * world
-    share = Share(accelerator.process_index, world, batch, -(-step_rows // (batch * world)), step_rows)
-    epoch_steps = steps_per_epoch(rows, share)
-    total = config.max_steps or math.ceil(epoch_steps * (config.num_epochs or 1))
-    eval_every = config.eval_every or epoch_steps
-    say(
-        f"fit: {total} steps of {step_rows} rows at most ({batch} x {world} process(es) x {share.accumulation}), "
-        f"{epoch_steps} an epoch; evaluation every {eval_every}"
-    )
-    return Plan(share, epoch_steps, total, eval_every)
 
 
 def _loader(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, steps: range) -> Batches:

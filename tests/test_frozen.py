@@ -1,0 +1,160 @@
+"""Heads on cached features: each ends where the plain loop would, whatever trains beside it, and the best is kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hftl
+from hftl.config.schema import FrozenConfig
+from hftl.errors import FeatureError, NonfiniteError
+from hftl.features.tap import linear_head
+from hftl.train.head_bank import HeadBank, HeadSetting
+from hftl.train.heads import HEADS
+
+ONE = FrozenConfig(lr_factors=[1.0], weight_decays=[0.01])
+
+
+def trained(run, kind, frozen=ONE, folder="run", **data):
+    """Returns weight and bias of the head after a run of the recipe's verbs, its history, and the run."""
+    output = str(Path(run.output_dir).parent / folder)
+    run = replace(run, adapt=replace(run.adapt, frozen=frozen), data=replace(run.data, **data), output_dir=output)
+    run, splits, task = hftl.prepare(run, kind)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    head = linear_head(model)
+    assert head is not None
+    return head.weight.detach().clone(), head.bias.detach().clone(), history, run
+
+
+def same_head(first, second, tolerance=1e-5):
+    assert max(float((a - b).abs().max()) for a, b in zip(first[:2], second[:2], strict=True)) < tolerance
+
+
+def test_texts_end_where_the_plain_loop_does(text_run):
+    run = text_run("frozen", "mean", num_epochs=3)
+    cached = trained(run, hftl.TextClassification)
+    plain = trained(run, hftl.TextClassification, FrozenConfig(cache=False), "plain")
+    same_head(cached, plain)
+    assert cached[2].best["step"] == plain[2].best["step"] and cached[2].steps == plain[2].steps
+    assert Path(cached[3].output_dir, HEADS).is_file() and not Path(plain[3].output_dir, HEADS).exists()
+    losses = [[r["validation/loss"] for r in each[2].records if "validation/loss" in r] for each in (cached, plain)]
+    assert np.allclose(*losses, atol=1e-6)
+
+
+@pytest.mark.parametrize("net", ["test_resnet", "test_vit"])
+def test_views_are_the_augmented_images_of_the_plain_loop(net, image_run):
+    run = image_run(net, "frozen", num_epochs=2)
+    cached = trained(run, hftl.ImageClassification, replace(ONE, views=2))
+    plain = trained(run, hftl.ImageClassification, FrozenConfig(cache=False), "plain")
+    same_head(cached, plain)
+    still = trained(run, hftl.ImageClassification, ONE, "still")
+    assert float((still[0] - cached[0]).abs().max()) > 1e-3, "without views, other images"
+
+
+def test_a_bank_is_adamw_on_each_head_alone():
+    torch.manual_seed(0)
+    rows, labels = torch.randn(12, 3, 8, 5), torch.randint(0, 4, (12, 3, 8))
+    head = torch.nn.Linear(5, 4)
+    settings = [HeadSetting(lr, decay, seed) for seed in (7, 8, 9) for decay in (0.0, 0.3) for lr in (1e-3, 0.3)]
+    bank = HeadBank(head, settings, 0.4, torch.device("cpu"))
+    starts = [bank.copy_of(number) for number in range(len(settings))]
+    assert torch.equal(starts[0][0], head.weight) and not torch.equal(starts[4][0], starts[8][0])
+
+    def losses(logits, labels):
+        of_each = labels.repeat_interleave(len(settings) // 3, 0)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), of_each.flatten(), reduction="none").view(12, 8)
+
+    even = torch.full((3, 8), 1 / 8)
+    for step in range(12):
+        bank.step(rows[step], even, lambda logits, step=step: losses(logits, labels[step]), 1 / (step + 1))
+    for number, setting in enumerate(settings):
+        alone = torch.nn.Linear(5, 4)
+        with torch.no_grad():
+            alone.weight.copy_(starts[number][0])
+            alone.bias.copy_(starts[number][1])
+        groups = [
+            {"params": [alone.weight], "weight_decay": setting.weight_decay},
+            {"params": [alone.bias], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=setting.lr)
+        for step in range(12):
+            of_seed = number // 4
+            loss = torch.nn.functional.cross_entropy(alone(rows[step, of_seed]), labels[step, of_seed])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.4)
+            for group in optimizer.param_groups:
+                group["lr"] = setting.lr / (step + 1)
+            optimizer.step()
+        weight, bias = bank.copy_of(number)
+        assert torch.allclose(weight, alone.weight, atol=2e-6) and torch.allclose(bias, alone.bias, atol=2e-6)
+
+
+def test_heads_do_not_disturb_each_other_and_the_best_on_validation_is_kept(text_run):
+    run = text_run("frozen", "mean", num_epochs=3)
+    many = FrozenConfig(lr_factors=[1.0, 30.0, 1e-3], weight_decays=[0.01, 1.0], seeds=2)
+    *kept, history, done = trained(run, hftl.TextClassification, many)
+    table = json.loads(Path(done.output_dir, HEADS).read_text())
+    assert len(table) == 12 and sum(row["kept"] for row in table) == 1
+    best = next(row for row in table if row["kept"])
+    assert best["accuracy"] == max(row["accuracy"] for row in table) == history.best["value"]
+    alone = FrozenConfig(lr_factors=[best["lr"] / done.train.head_lr], weight_decays=[best["weight_decay"]], seeds=2)
+    single = trained(run, hftl.TextClassification, alone, "alone")
+    if single[2].best["value"] == best["accuracy"]:
+        same_head(kept, single)
+    assert len({row["loss"] for row in table}) == 12, "every head is another one"
+
+
+def test_a_head_that_explodes_is_left_out_and_all_of_them_are_an_error(text_run):
+    run = text_run("frozen", "mean", num_epochs=2)
+    some = replace(ONE, lr_factors=[1.0, 1e40])
+    *_, done = trained(run, hftl.TextClassification, some)
+    rows = json.loads(Path(done.output_dir, HEADS).read_text())
+    assert [row["kept"] for row in rows] == [True, False]
+    with pytest.raises(NonfiniteError, match="no head is left"):
+        trained(run, hftl.TextClassification, replace(ONE, lr_factors=[1e40]), "all")
+
+
+@pytest.mark.parametrize(("pooling", "dropout", "why"), [("stock", None, "more than one"), ("mean", 0.1, "dropout")])
+def test_what_cannot_be_cached_is_trained_plainly_and_said(pooling, dropout, why, text_run, capsys):
+    run = text_run("frozen", pooling)
+    trained_run = replace(run, model=replace(run.model, dropout=dropout))
+    run, splits, task = hftl.prepare(trained_run, hftl.TextClassification)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    history = hftl.fit(hftl.start(run), model, task, splits, run)
+    assert history.steps and not Path(run.output_dir, HEADS).exists()
+    assert why in capsys.readouterr().out
+
+
+def test_without_validation_the_plain_setting_is_trained(text_run):
+    run = text_run("frozen", "mean")
+    *_, history, done = trained(
+        run, hftl.TextClassification, FrozenConfig(), validation_fraction=0.0, source=one_table(run)
+    )
+    assert not history.best and history.steps
+    assert json.loads(Path(done.output_dir, HEADS).read_text()) == []
+
+
+def one_table(run):
+    return str(Path(run.data.source, "train.csv"))
+
+
+def test_an_error_of_features_names_the_rows(text_run, monkeypatch):
+    from hftl.models.text_model import TextModel
+
+    plain = TextModel.forward
+
+    def broken(self, inputs):
+        self.net.backbone.embeddings.word_embeddings.weight.data[5] = float("nan")
+        return plain(self, inputs)
+
+    monkeypatch.setattr(TextModel, "forward", broken)
+    with pytest.raises(FeatureError, match=r"NaN or infinite values for train row\(s\) \d"):
+        trained(text_run("frozen", "mean"), hftl.TextClassification)
