@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hftl.cli_data import add_commands_on_data, count
 from hftl.console import leave_process_group
 from hftl.errors import ConfigError, nearest
 from hftl.processes import readable
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("quickstart", help="see what transfer learning gives, in a minute, without a network")
     command.add_argument("--output_dir", default="runs/quickstart", help="run folder of the best model (%(default)s)")
-    command.add_argument("--seeds", type=_count, default=3, help="trainings of each method (%(default)s)")
+    command.add_argument("--seeds", type=count, default=3, help="trainings of each method (%(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
     command.set_defaults(act=_quickstart)
 
@@ -66,56 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(act=lambda options, launch=command: launch.print_help())
 
-    _add_commands_on_data(commands)
+    add_commands_on_data(commands)
     _add_commands_on_models(commands)
 
     command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
     command.set_defaults(act=_doctor)
     return parser
-
-
-def _add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("check", help="audit data: duplicates, leaks, wrong labels, odd rows; one HTML page")
-    command.add_argument("data", metavar="DATA", help="source as in data.source")
-    command.add_argument("--model", help="backbone whose features find near duplicates, wrong labels and odd rows")
-    command.add_argument("--output", default="check", help="folder for check.html and check.json (%(default)s)")
-    command.add_argument("--fail_on", nargs="*", metavar="FINDING", help="findings that make the exit code 1")
-    command.add_argument("--fix", metavar="FOLDER", help="write a cleaned copy of the data into this new folder")
-    command.set_defaults(act=_check)
-
-    command = commands.add_parser("rank", help="which backbone? candidates compared by features of this data")
-    command.add_argument("data", metavar="DATA", help="source as in data.source")
-    command.add_argument(
-        "--models", nargs="+", metavar="MODEL", required=True, help="names, or one file that lists them"
-    )
-    command.add_argument("--rows", type=_count, default=10_000, help="training rows to use at most (%(default)s)")
-    command.add_argument("--output", default="rank", help="folder for rank.html and rank.json (%(default)s)")
-    command.add_argument("--explain", action="store_true", help="say what each score assumes, and its source")
-    command.set_defaults(act=_rank)
-
-    command = commands.add_parser("compare", help="did transfer help? ways of adapting on the same split and budget")
-    command.add_argument("data", metavar="DATA", help="source as in data.source")
-    command.add_argument("--model", required=True, help="as model.name")
-    command.add_argument(
-        "--methods",
-        nargs="+",
-        default=["scratch", "frozen", "lora", "full"],
-        choices=("scratch", "frozen", "probe", "lora", "full"),
-        help="ways of adapting (%(default)s)",
-    )
-    command.add_argument("--seeds", type=_count, default=3, help="trainings of each (%(default)s)")
-    command.add_argument("--config", help="YAML file with settings that all trainings share")
-    command.add_argument("--output_dir", default="runs/compare", help="folder of the runs (%(default)s)")
-    command.add_argument("--overwrite", action="store_true", help="replace an existing folder")
-    command.set_defaults(act=_compare)
-
-    command = commands.add_parser("features", help="write what the head of a model sees, row by row, as Parquet")
-    command.add_argument("data", metavar="DATA", help="source as in data.source")
-    command.add_argument("--model", required=True, help="as model.name")
-    command.add_argument("--layers", default="head", choices=("head", "mean", "all"), help="(%(default)s)")
-    command.add_argument("--batch_size", type=_count, default=32, help="rows at a time (%(default)s)")
-    command.add_argument("--output", default="features", help="folder for SPLIT.parquet (%(default)s)")
-    command.set_defaults(act=_features)
 
 
 def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -124,7 +81,7 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("--data", help="source as in data.source; by default the run's own data")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
-    command.add_argument("--batch_size", type=_count, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=count, default=32, help="rows at a time (%(default)s)")
     command.add_argument("--output", help="write predictions to this .parquet, .csv or .jsonl file")
     command.set_defaults(act=_evaluate)
 
@@ -133,7 +90,7 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("input", metavar="INPUT", help="image file, folder of images, table, or a text in quotes")
     command.add_argument("--pair", help="second text, for models of text pairs")
-    command.add_argument("--batch_size", type=_count, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=count, default=32, help="rows at a time (%(default)s)")
     command.add_argument("--output", help="write to this .parquet, .csv or .jsonl file instead of the terminal")
     command.set_defaults(act=_predict)
 
@@ -154,9 +111,7 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("--output", help="folder to write; export/FORMAT in the run folder by default")
     command.add_argument("--data", help="source as in data.source; by default the run's own data")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
-    command.add_argument(
-        "--rows", type=_count, default=100, help="rows to compare with the trained model (%(default)s)"
-    )
+    command.add_argument("--rows", type=count, default=100, help="rows to compare with the trained model (%(default)s)")
     command.add_argument("--no_int8", action="store_true", help="write no quantized onnx file")
     command.set_defaults(act=_export)
 
@@ -164,7 +119,7 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
-    command.add_argument("--port", type=_count, help="port to listen on; by default the first free one from 7860")
+    command.add_argument("--port", type=count, help="port to listen on; by default the first free one from 7860")
     command.add_argument("--data", help="source of the examples, as in data.source; by default the run's own data")
     command.set_defaults(act=_demo)
 
@@ -210,12 +165,6 @@ def run_with_launcher(arguments: list[str]) -> None:
     os.execv(sys.executable, command)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def _recipes(options: argparse.Namespace) -> None:
     import ast
 
@@ -239,41 +188,6 @@ def _quickstart(options: argparse.Namespace) -> None:
     from hftl.embedded.quickstart import quickstart
 
     quickstart(options.output_dir, options.seeds, options.overwrite)
-
-
-def _check(options: argparse.Namespace) -> None:
-    from hftl.audit.check import check
-
-    found = check(options.data, options.model, output=options.output, fix=options.fix, fail_on=options.fail_on)
-    sys.exit(1 if found.failed else 0)
-
-
-def _rank(options: argparse.Namespace) -> None:
-    from hftl.choosing.ranking import rank
-
-    rank(options.data, options.models, rows=options.rows, output=options.output, explain=options.explain)
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from hftl.choosing.comparison import compare
-
-    compare(
-        options.data,
-        options.model,
-        options.methods,
-        seeds=options.seeds,
-        config=options.config,
-        output_dir=options.output_dir,
-        overwrite=options.overwrite,
-    )
-
-
-def _features(options: argparse.Namespace) -> None:
-    from hftl.features.table import write_features
-
-    write_features(
-        options.data, options.model, layers=options.layers, batch_size=options.batch_size, output=options.output
-    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:

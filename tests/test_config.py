@@ -24,18 +24,25 @@ from hftl.config.schema import (
     RunConfig,
     TrainConfig,
     leaves,
-    value_problems,
 )
+from hftl.config.values import value_problems
 from hftl.errors import ConfigError
 
 # A new flag is a promise: it is added here on purpose, never by accident.
 FLAGS = [
     "adapt.batch_norm",
+    "adapt.frozen.cache",
+    "adapt.frozen.lr_factors",
+    "adapt.frozen.seeds",
+    "adapt.frozen.views",
+    "adapt.frozen.weight_decays",
     "adapt.lora.alpha",
     "adapt.lora.dropout",
     "adapt.lora.r",
     "adapt.lora.target_modules",
     "adapt.method",
+    "adapt.probe.folds",
+    "adapt.probe.head",
     "checkpoint.every_minutes",
     "checkpoint.every_steps",
     "checkpoint.keep",

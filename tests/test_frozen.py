@@ -37,7 +37,7 @@ def same_head(first, second, tolerance=1e-5):
 
 
 def test_texts_end_where_the_plain_loop_does(text_run):
-    run = text_run("frozen", "mean", num_epochs=3)
+    run = text_run("frozen", "mean", num_epochs=2)
     cached = trained(run, hftl.TextClassification)
     plain = trained(run, hftl.TextClassification, FrozenConfig(cache=False), "plain")
     same_head(cached, plain)
@@ -121,8 +121,8 @@ def test_a_head_that_explodes_is_left_out_and_all_of_them_are_an_error(text_run)
         trained(run, hftl.TextClassification, replace(ONE, lr_factors=[1e40]), "all")
 
 
-@pytest.mark.parametrize(("pooling", "dropout", "why"), [("stock", None, "more than one"), ("mean", 0.1, "dropout")])
-def test_what_cannot_be_cached_is_trained_plainly_and_said(pooling, dropout, why, text_run, capsys):
+@pytest.mark.parametrize(("pooling", "dropout"), [("stock", 0.1), ("mean", 0.2)])
+def test_what_cannot_be_cached_is_trained_plainly_and_said(pooling, dropout, text_run, capsys):
     run = text_run("frozen", pooling)
     trained_run = replace(run, model=replace(run.model, dropout=dropout))
     run, splits, task = hftl.prepare(trained_run, hftl.TextClassification)
@@ -130,7 +130,7 @@ def test_what_cannot_be_cached_is_trained_plainly_and_said(pooling, dropout, why
     hftl.adapt(model, run.adapt)
     history = hftl.fit(hftl.start(run), model, task, splits, run)
     assert history.steps and not Path(run.output_dir, HEADS).exists()
-    assert why in capsys.readouterr().out
+    assert f"dropout ({dropout:g}) before the head" in capsys.readouterr().out
 
 
 def test_without_validation_the_plain_setting_is_trained(text_run):
@@ -157,4 +157,4 @@ def test_an_error_of_features_names_the_rows(text_run, monkeypatch):
 
     monkeypatch.setattr(TextModel, "forward", broken)
     with pytest.raises(FeatureError, match=r"NaN or infinite values for train row\(s\) \d"):
-        trained(text_run("frozen", "mean"), hftl.TextClassification)
+        trained(text_run("frozen", "mean"), hftl.TextClassification, max_length=11)  # nothing of it in the cache

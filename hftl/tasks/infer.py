@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hftl.console import muted
 from hftl.data.columns import find_column, find_text_columns
 from hftl.data.source import Splits
@@ -11,7 +13,7 @@ from hftl.tasks.task import SupervisedTask
 from hftl.tasks.text_classification import TextClassification
 
 
-def infer_task(splits: Splits) -> type[SupervisedTask]:
+def infer_task(splits: Splits) -> Callable[[Splits], SupervisedTask]:
     """Returns the class of task whose inputs the columns of `splits` hold: images before texts.
 
     Raises:

@@ -194,11 +194,10 @@ class _Trial:
         """Yields the epoch and the rows of each step, for each seed; as `fit` would take them."""
         step_rows = self.plan.share.effective_batch
         share = Share(0, 1, step_rows, 1, step_rows)
-        for step in range(self.plan.total):
-            epoch, first = divmod(step, self.plan.epoch_steps)
-            if first == 0:
-                orders = [train_batches(len(self.labels), self.lengths, share, seed, epoch) for seed in self.bank.seeds]
-            yield epoch, [np.array([row for _, row, _ in next(order)]) for order in orders]
+        for epoch in range(-(-self.plan.total // self.plan.epoch_steps)):
+            orders = [train_batches(len(self.labels), self.lengths, share, seed, epoch) for seed in self.bank.seeds]
+            for _ in range(min(self.plan.epoch_steps, self.plan.total - epoch * self.plan.epoch_steps)):
+                yield epoch, [np.array([row for _, row, _ in next(order)]) for order in orders]
 
     def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns [H, B] from logits [H, B, K] and the labels of each seed's rows, [S, B, …]."""

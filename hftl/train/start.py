@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from hftl.adaptation.lora import find_targets
 from hftl.config.defaults import resolve
 from hftl.config.parse import dump
-from hftl.config.schema import AugmentConfig, RunConfig, value_problems
+from hftl.config.schema import AugmentConfig, RunConfig
+from hftl.config.values import value_problems
 from hftl.console import is_main_process, muted, say
 from hftl.data.given import GIVEN, given_rows
 from hftl.data.quarantine import BadRows, Judge, announce, records, refuse_many, write_quarantine

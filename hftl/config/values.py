@@ -1,0 +1,84 @@
+"""Which values a setting may have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hftl.config.schema import RunConfig, leaves
+from hftl.errors import nearest
+
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "data.augment.crop_scale": (1e-6, 1, "(0, 1]"),
+    "data.augment.hflip": (0, 1, "[0, 1]"),
+    "data.augment.color_jitter": (0, float("inf"), "at least 0"),
+    "data.validation_fraction": (0, 0.999999, "[0, 1)"),
+    "data.train_per_class": (1, float("inf"), "at least 1"),
+    "data.seed": (0, 2**32 - 1, "0 to 4294967295"),
+    "data.max_length": (2, float("inf"), "at least 2 tokens"),
+    "data.num_workers": (0, float("inf"), "at least 0"),
+    "data.worker_timeout": (0, float("inf"), "at least 0 seconds"),
+    "data.max_pixels": (1, float("inf"), "at least 1"),
+    "data.max_skipped": (0, 1, "[0, 1]"),
+    "model.image_size": (8, float("inf"), "at least 8 pixels"),
+    "model.dropout": (0, 0.999999, "[0, 1)"),
+    "adapt.lora.r": (1, float("inf"), "at least 1"),
+    "adapt.lora.alpha": (1e-12, float("inf"), "above 0"),
+    "adapt.lora.dropout": (0, 0.999999, "[0, 1)"),
+    "adapt.frozen.views": (0, float("inf"), "at least 0"),
+    "adapt.frozen.seeds": (1, float("inf"), "at least 1"),
+    "adapt.probe.folds": (2, float("inf"), "at least 2"),
+    "train.num_epochs": (1e-9, float("inf"), "above 0"),
+    "train.max_steps": (1, float("inf"), "at least 1"),
+    "train.lr": (0, float("inf"), "at least 0"),
+    "train.head_lr": (0, float("inf"), "at least 0"),
+    "train.head_first": (0, 0.999999, "[0, 1)"),
+    "train.weight_decay": (0, float("inf"), "at least 0"),
+    "train.batch_size_per_device": (1, float("inf"), "at least 1"),
+    "train.gradient_accumulation_steps": (1, float("inf"), "at least 1"),
+    "train.max_grad_norm": (0, float("inf"), "at least 0"),
+    "train.warmup_ratio": (0, 1, "[0, 1]"),
+    "train.seed": (0, 2**32 - 1, "0 to 4294967295"),
+    "train.eval_every": (1, float("inf"), "at least 1"),
+    "train.log_every": (1, float("inf"), "at least 1"),
+    "train.early_stopping_patience": (1, float("inf"), "at least 1"),
+    "train.max_nonfinite": (1, float("inf"), "at least 1"),
+    "train.timeout_minutes": (1e-3, float("inf"), "above 0"),
+    "checkpoint.every_minutes": (1e-9, float("inf"), "above 0"),
+    "checkpoint.every_steps": (1, float("inf"), "at least 1"),
+    "checkpoint.keep": (1, float("inf"), "at least 1"),
+}
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.pooling": ("auto", "stock", "cls", "mean"),
+    "adapt.method": ("full", "frozen", "lora", "probe"),
+    "adapt.probe.head": ("logistic", "linear_svm", "svm", "random_forest", "knn", "ridge", "lda"),
+    "adapt.batch_norm": ("auto", "keep", "update"),
+    "train.schedule": ("linear", "cosine", "constant"),
+    "train.on_nonfinite": ("stop", "skip"),
+    "train.on_oom": ("halve", "raise"),
+    "data.on_error": ("raise", "skip"),
+    "resume": ("never", "auto"),
+}
+
+
+def _value_problems(values: dict[str, Any]) -> Iterator[str]:
+    for name in ("data.source", "model.name"):
+        if not values[name]:
+            yield f"{name} is empty: say --{name} …"
+    for name, (low, high, allowed) in _RANGES.items():
+        value = values[name]
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            yield f"{name}: {value!r} is not a number; allowed: {allowed}."
+        elif not low <= value <= high or value == float("inf"):
+            yield f"{name}: {value} is out of range; allowed: {allowed}."
+    for name, allowed in _CHOICES.items():
+        if values[name] not in allowed:
+            yield f"{name}: {values[name]!r} is not one of {', '.join(allowed)}.{nearest(str(values[name]), allowed)}"
+
+
+def value_problems(run: RunConfig) -> list[str]:
+    """Returns one sentence for each value of `run` that is out of its range."""
+    return list(_value_problems(leaves(run)))
