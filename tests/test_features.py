@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -182,7 +183,7 @@ leave_process_group()
 
 
 def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 def test_two_processes_that_want_the_same_compute_it_once(text_run, tiny_bert, tmp_path):
@@ -208,7 +209,10 @@ def test_a_launcher_s_processes_share_the_pass(text_run, tiny_bert, tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
     source, out = text_run().data.source, str(tmp_path / "values")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     done = subprocess.run(
         [*command, str(script), source, tiny_bert, out], capture_output=True, text=True, env=environment(), timeout=200
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -87,14 +88,16 @@ def compute_features(
     reader = FeatureReader(model, layers)
     seed = None if view is None else run.train.seed
     rows = task.encode(dataset, model.processor, seed, run.data.max_length)
+    # as hftl.processes counts: Accelerate numbers processes of a machine only where it was told to use them
+    keeps = accelerator.num_processes == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     with ExitStack() as stack:
         with together("find features"):
             described, place = _place(accelerator, model, task, rows, layers, view)
-            if accelerator.is_local_main_process:
+            if keeps:
                 stack.enter_context(_alone(place, split))
         found = read_whole(place)
         if not _all(accelerator, found is not None):
-            growing = Growing(place, len(rows)) if accelerator.is_local_main_process else None
+            growing = Growing(place, len(rows)) if keeps else None
             _fill(accelerator, reader, task, rows, run, split, view or 0, growing)
             with together("keep features"):
                 if growing is not None:

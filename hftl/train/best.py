@@ -51,9 +51,10 @@ class BestSoFar:
             self.best, self.since = value, 0
         else:
             self.since += 1
-        return self.sign * value >= self.sign * self.best - self._error()
+        return self.sign * value >= self.sign * self.best - self.error
 
-    def _error(self) -> float:
+    @property
+    def error(self) -> float:
         """Returns the standard error of the best value as a share of rows (Agresti and Coull 1998), else 0."""
         assert self.best is not None
         if self.sign < 0 or not 0 <= self.best <= 1:

@@ -252,17 +252,24 @@ class _Trial:
         return {name: value for metric in (loss, *metrics) for name, value in metric.compute().items()}
 
     def _choice(self) -> int:
-        """Returns the head with the best metric; of equals the one with the smallest loss, then the first."""
+        """Returns the head to keep: of those within one standard error of the best, the one that moved least.
+
+        So many heads on so few rows: the best value is partly luck, and a high rate without decay has it by
+        overfitting (the one-standard-error rule, as for weights in `BestSoFar`; measured: RESULTS.md). Least is the
+        lowest rate, then the strongest decay, then the smallest loss.
+        """
         tried = [number for number, kept in enumerate(self.kept) if kept]
         if not tried:
             raise NonfiniteError("validation: no head computes a loss that is a number; lower train.head_lr.")
-        sign = 1 if self.metric != "loss" else -1
+        values = {number: self.best[number].sign * self.kept[number]["found"][self.metric] for number in tried}
+        top = max(tried, key=values.__getitem__)
+        close = [number for number in tried if values[number] >= values[top] - self.best[top].error]
 
-        def order(number: int) -> tuple[float, float]:
-            found = self.kept[number]["found"]
-            return -sign * found[self.metric], found["loss"]
+        def order(number: int) -> tuple[float, float, float]:
+            setting = self.bank.settings[number]
+            return setting.lr, -setting.weight_decay, self.kept[number]["found"]["loss"]
 
-        return min(tried, key=order)
+        return min(close, key=order)
 
     def _finish(self) -> _Done:
         bank = self.bank
