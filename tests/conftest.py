@@ -313,6 +313,13 @@ def load_recipe(name: str):
     return module
 
 
+def run_undrawn(name: str, run):
+    """Returns the metrics of a recipe's run without report.html, which costs as much as the rest of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hftl.publishing.publish._draw", lambda *_: None)
+        return load_recipe(name).main(run)
+
+
 def run_python(code: str, *arguments: str, hide_hftl: bool = False, **environment: str) -> str:
     """Runs code in a new process and returns what it printed; `hide_hftl` makes `import hftl` impossible there."""
     hide = "import sys; sys.modules['hftl'] = None\n" if hide_hftl else ""

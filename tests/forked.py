@@ -1,4 +1,4 @@
-"""Recipes in real processes of their own that cost no imports: a server imports everything once and forks.
+"""Recipes and commands in real processes of their own that cost no imports: a server imports everything once and forks.
 
 `python tests/forked.py` is the server; `Forks` starts it and asks it for processes.
 """
@@ -9,7 +9,9 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +25,9 @@ USED = (
     "sklearn.metrics", "scipy.stats", "scipy.optimize", "matplotlib.pyplot", "matplotlib.backends.backend_svg",
     "pyarrow.parquet", "accelerate.tracking", "torch.distributed.tensor", "torch.utils.data", "jinja2",
     "datasets.packaged_modules.csv.csv", "jsonargparse", "safetensors.torch", "hftl.train.start",
-    "hftl.config.parse", "hftl.publishing.report",
+    "hftl.config.parse", "hftl.publishing.report", "hftl.cli", "hftl.use", "hftl.publishing.push", "timm", "peft",
 )  # fmt: skip
-"""What a recipe imports on its way; without it a process begins slower, nothing else."""
+"""What a recipe or command imports on its way; without it a process begins slower, nothing else."""
 
 
 QUIET = [("no_pictures", [])]
@@ -59,6 +61,9 @@ class Forks:
             recipe: File name without ending.
             environment: Variables for all of them.
         """
+        return self._begin({"recipe": recipe, "flags": flags, "faults": list(faults)}, logs, processes, environment)
+
+    def _begin(self, wanted, logs, processes, environment) -> Attempt:
         from launch import free_port
 
         if self.running is not None:  # a test that failed has left it
@@ -76,7 +81,7 @@ class Forks:
         ranks = [
             {**shared, **({"RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {})} for r in range(processes)
         ]
-        wanted = {"recipe": recipe, "flags": flags, "faults": list(faults), "ranks": ranks, "logs": [*map(str, files)]}
+        wanted |= {"ranks": ranks, "logs": [*map(str, files)]}
         self.server.stdin.write(json.dumps(wanted) + "\n")
         self.server.stdin.flush()
         self.running = Attempt(self, self.answer("pids", 60), files)
@@ -85,6 +90,13 @@ class Forks:
     def run(self, flags, logs, timeout=120, **options) -> tuple[list[int], str]:
         """Returns the exit statuses (-9 for a kill) and what rank 0 printed."""
         attempt = self.start(flags, logs, **options)
+        statuses = attempt.wait(timeout)
+        return statuses, attempt.said()
+
+    def command(self, words, logs, timeout=120, processes=1, cwd=TESTS.parent, **environment) -> tuple[list[int], str]:
+        """Runs `python …` or an installed program with this process's environment; returns what `run` does."""
+        wanted = {"command": [*map(str, words)], "cwd": str(cwd)}
+        attempt = self._begin(wanted, logs, processes, {**os.environ, **environment})
         statuses = attempt.wait(timeout)
         return statuses, attempt.said()
 
@@ -180,14 +192,19 @@ def serve() -> None:
 
 
 def play(wish, rank: int, environment: dict[str, str], log: str) -> None:
-    """Is the forked process: as if the recipe had been started from a shell."""
+    """Is the forked process: as if the recipe or command had been started from a shell."""
     os.setsid()  # a process group of its own, as a shell gives it
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.dup2(nothing, 0)
+    if "command" in wish:
+        os.environ.clear()
     os.environ.update(environment)
+    if "command" in wish:
+        os.chdir(wish["cwd"])
+        return execute(wish["command"])
     sys.argv = [wish["recipe"] + ".py", *wish["flags"]]
     import breaks
     from conftest import load_recipe
@@ -198,6 +215,21 @@ def play(wish, rank: int, environment: dict[str, str], log: str) -> None:
     for name, arguments in wish["faults"] if rank == 0 else ():
         getattr(breaks, name)(*arguments)
     hftl.run_recipe(recipe.main, recipe.DEFAULTS, recipe.__doc__)
+
+
+def execute(words: list[str]) -> None:
+    """Does what a shell would with a program that is written in Python."""
+    from huggingface_hub import constants
+
+    importlib.reload(constants)  # it reads the environment when it is imported
+    program, *arguments = words
+    if program == "python" and arguments[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        return
+    sys.argv = arguments if program == "python" else [shutil.which(program), *arguments]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -48,11 +48,13 @@ def gradient(spec: dict, out: Path) -> None:
 
 def recipe(spec: dict, out: Path) -> None:
     """Runs a recipe's main; with `stop_after`, one process is sent a SIGTERM when it has done that many steps."""
+    from breaks import no_pictures
     from conftest import load_recipe
     from launch import stopping_after
 
     from hftl.errors import Stopped
 
+    no_pictures()
     run, _, _, _ = _open(spec, prepared=False)
     wanted = spec.get("stop_after")
     with stopping_after(wanted):

@@ -19,18 +19,28 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def launch(processes: int, jobs: list[tuple[str, dict, Path]], timeout: float = 280) -> str:
-    """Runs jobs of tests/job.py, one after the other, on gloo; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+def launch(processes: int, jobs: list[tuple[str, dict, Path]], timeout: float = 280, forks=None, logs=None) -> str:
+    """Runs jobs of tests/job.py, one after the other, on gloo; returns what they printed.
+
+    With `forks` the processes are forked from a server (tests/forked.py) instead of started by torchrun, and `logs` is
+    the folder that gets what they print.
+    """
     listed = json.dumps([[job, spec, str(out)] for job, spec, out in jobs])
+    # what `accelerate launch` would set: it must not overrule the run's own accumulation
+    environment = {**ENV, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
+    if forks is not None:
+        words = ["python", ROOT / "tests" / "job.py", listed]
+        statuses, said = forks.command(words, logs, timeout, processes, **environment)
+        assert statuses == [0] * processes, said[-6000:]
+        return said
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     done = subprocess.run(
         [*command, "--master_port", free_port(), str(ROOT / "tests" / "job.py"), listed],
         capture_output=True,
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        # what `accelerate launch` would set: it must not overrule the run's own accumulation
-        env={**os.environ, **ENV, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
+        env={**os.environ, **environment},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout

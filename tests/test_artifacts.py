@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import load_recipe, run_python
+from conftest import load_recipe, run_python, run_undrawn
 
 IMAGE = """
 import json, sys, glob, torch, pyarrow.parquet as pq
@@ -94,7 +94,7 @@ def test_image_artifacts_open_without_hftl(image_run, images, tmp_path):
     runs = []
     for net, method in cases:
         run = replace(image_run(net, method), output_dir=str(tmp_path / f"{net}-{method}"))
-        load_recipe("image_classification").main(run)
+        run_undrawn("image_classification", run)
         runs.append([run.output_dir, str(images), method, run.model.name])
         verified = json.loads((Path(run.output_dir) / "report.json").read_text())["verified"]
         assert set(verified) == {"model/timm", "model/transformers"} | ({"adapter/peft"} if method == "lora" else set())
@@ -107,7 +107,7 @@ def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path):
     runs = []
     for method, pooling in cases:
         run = replace(text_run(method, pooling), output_dir=str(tmp_path / f"{method}-{pooling}"))
-        load_recipe("text_classification").main(run)
+        run_undrawn("text_classification", run)
         pooled = "no" if pooling == "stock" else "yes"
         runs.append([run.output_dir, str(texts / "test.csv"), method, pooled, run.model.name])
     printed = run_python(TEXT, json.dumps(runs), hide_hftl=True)

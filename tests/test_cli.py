@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, WORDS, load_recipe
+from conftest import ROOT, WORDS, run_undrawn
 
 from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.cli import find_recipe, main
@@ -25,7 +25,7 @@ def image_model(images, tiny_timm, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "images"
     train = TrainConfig(num_epochs=3, lr=1e-2, head_lr=1e-2, batch_size_per_device=6, trackers=[])
     run = RunConfig(DataConfig(str(images)), ModelConfig(tiny_timm["test_resnet"]), train=train, output_dir=str(folder))
-    load_recipe("image_classification").main(run)
+    run_undrawn("image_classification", run)
     return folder
 
 
@@ -37,7 +37,7 @@ def text_model(texts, tiny_bert, tmp_path_factory) -> Path:
     run = RunConfig(
         DataConfig(str(texts), max_length=8), ModelConfig(tiny_bert), AdaptConfig("lora"), train, output_dir=str(folder)
     )
-    load_recipe("text_classification").main(run)
+    run_undrawn("text_classification", run)
     return folder
 
 

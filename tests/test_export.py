@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import load_recipe, run_python
+from conftest import run_python, run_undrawn
 
 from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.cli import main
@@ -52,7 +52,7 @@ def runs(images, texts, pairs, tiny_timm, tiny_bert, tmp_path_factory) -> dict[s
         model = ModelConfig(tiny_timm.get(net, tiny_bert), pooling=pooling)
         data = DataConfig(str(source), text_pair_column="text_pair" if net == "pairs" else None)
         run = RunConfig(data, model, AdaptConfig(method), train, output_dir=str(folders[case]))
-        load_recipe("image_classification" if net in tiny_timm else "text_classification").main(run)
+        run_undrawn("image_classification" if net in tiny_timm else "text_classification", run)
     return folders
 
 

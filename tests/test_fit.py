@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import load_recipe
+from conftest import run_undrawn
 from launch import flags, launch
 from safetensors.torch import load_file
 
@@ -16,13 +16,14 @@ from hftl.train.optim import lr_factor
 
 
 @pytest.fixture(scope="module")
-def launched(texts, images, tiny_bert, tiny_timm, tmp_path_factory) -> Path:
+def launched(texts, images, tiny_bert, tiny_timm, forks, tmp_path_factory) -> Path:
     """A folder with the results of all jobs below, on one process (`1/NAME`) and on two (`2/NAME`)."""
     root = tmp_path_factory.mktemp("launched")
     for world in (1, 2):
         jobs = [*_gradient_jobs(world, texts, images, tiny_bert, tiny_timm["test_resnet"], root / str(world))]
         jobs += [*_evaluation_jobs(world, texts, tiny_bert, root / str(world))]
-        launch(world, [*jobs, _training_job(world, texts, tiny_bert, root / str(world))])
+        jobs.append(_training_job(world, texts, tiny_bert, root / str(world)))
+        launch(world, jobs, forks=forks, logs=root / "logs")
     return root
 
 
@@ -158,7 +159,7 @@ def test_two_runs_are_bitwise_equal(kind, image_run, text_run, tmp_path):
     for number, workers in enumerate((0, 0, 2 if kind == "image" else 0)):
         run = image_run("test_resnet", "full") if kind == "image" else text_run("full")
         run = replace(run, output_dir=str(tmp_path / str(number)), data=replace(run.data, num_workers=workers))
-        metrics = load_recipe(f"{kind}_classification").main(run)
+        metrics = run_undrawn(f"{kind}_classification", run)
         folder = tmp_path / str(number)
         weights = load_file(folder / "model" / "model.safetensors")
         results.append(
@@ -242,7 +243,7 @@ def test_schedules_rise_over_the_warm_up_and_end_where_they_should(kind, last):
 def test_a_tracker_receives_configuration_history_and_test_metrics_once(text_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    metrics = load_recipe("text_classification").main(text_run("frozen", trackers=["tensorboard"], log_every=4))
+    metrics = run_undrawn("text_classification", text_run("frozen", trackers=["tensorboard"], log_every=4))
     (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     (tested,) = events.Scalars("test/accuracy")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, load_recipe
+from conftest import ROOT, run_undrawn
 from safetensors.torch import load_file, save_file
 
 import hftl
@@ -42,7 +42,7 @@ def _train(kind, source, model, folder) -> Path:
         hftl.TrainConfig(num_epochs=1, lr=1e-3, head_lr=1e-2, batch_size_per_device=8, trackers=[]),
         output_dir=str(folder),
     )
-    load_recipe(f"{kind}_classification").main(run)
+    run_undrawn(f"{kind}_classification", run)
     return folder
 
 
@@ -193,7 +193,7 @@ def test_class_names_are_understood_where_training_had_numbers(text_run, texts, 
     (folder / "labels.json").write_text(json.dumps(names))
     run = text_run("frozen")
     run = replace(run, data=replace(run.data, source=str(folder)))
-    metrics = load_recipe("text_classification").main(run)
+    metrics = run_undrawn("text_classification", run)
     main(["evaluate", run.output_dir, "--data", str(texts)])
     assert f"{metrics['test/accuracy']:.4f}" in capsys.readouterr().out
 

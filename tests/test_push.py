@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, USERS, load_recipe, run_python
 from hub import COMMIT, CREATE, PREUPLOAD, WEIGHTS, Fault, User
+from launch import ENV, free_port
 
 import hftl
 from hftl.errors import ArtifactError, ConfigError, PushError
@@ -18,6 +18,9 @@ from hftl.hub import explain, redacted
 from hftl.publishing.push import push
 
 ID = "alice/model"
+by_lfs = pytest.mark.parametrize("hub", ["lfs", pytest.param("xet", marks=pytest.mark.slow)], indirect=True)
+"""Where the way that weights go makes no difference."""
+by_xet = pytest.mark.parametrize("hub", [pytest.param("lfs", marks=pytest.mark.slow), "xet"], indirect=True)
 
 
 def made(images, texts, image_model, text_model, root: Path, **train) -> dict[str, Path]:
@@ -87,6 +90,7 @@ for name, base, sample in json.loads(sys.argv[1]):
 """
 
 
+@by_xet
 def test_pushed_models_open_by_id_without_hftl(hub, runs, tiny_timm, tiny_bert):
     for name, folder in runs.items():
         push(folder, f"alice/{name}")
@@ -129,12 +133,14 @@ def test_pushing_again_changes_nothing(hub, runs):
     assert len(hub.requests(COMMIT)) == 1
 
 
+@by_lfs
 def test_an_adapter_does_not_stay_beside_another_model(hub, runs):
     push(runs["image-lora"], ID, verify=False)
     push(runs["image-full"], ID)
     assert not [name for name in hub.store.repos[ID].files if name.startswith("adapter/")]
 
 
+@by_xet
 def test_a_run_pushes_at_its_end(hub, text_run, tmp_path):
     run = replace(text_run("frozen", num_epochs=1), publish=hftl.PublishConfig(push_to_hub=ID, private=True))
     load_recipe("text_classification").main(run)
@@ -172,27 +178,28 @@ def test_a_connection_that_ends_loses_nothing_and_the_printed_command_repairs_it
     assert hub.store.repos[ID].files["model.safetensors"] == before[folder / "model/model.safetensors"]
 
 
+UNANSWERED = {"before": r"whoami", "announce": PREUPLOAD, "weights": WEIGHTS, "commit": COMMIT}
+FAST = {("lfs", "before"), ("lfs", "announce"), ("lfs", "weights"), ("xet", "weights"), ("xet", "commit")}
+STALLS = [(way, stage) for way in ("lfs", "xet") for stage in UNANSWERED]
+
+
 @pytest.mark.parametrize(
-    "match", [r"whoami", PREUPLOAD, WEIGHTS, COMMIT], ids=["before", "announce", "weights", "commit"]
+    ("hub", "stage"),
+    [pytest.param(*stall, marks=() if stall in FAST else pytest.mark.slow) for stall in STALLS],
+    indirect=["hub"],
 )
-def test_a_hub_that_never_answers_ends_the_push(hub, runs, match, tmp_path):
+def test_a_hub_that_never_answers_ends_the_push(hub, runs, stage, forks, tmp_path):
     """In a process of its own: the Xet client reads its timeout once."""
-    hub.faults.append(Fault(match, "stall", times=float("inf"), seconds=120))
+    hub.faults.append(Fault(UNANSWERED[stage], "stall", times=float("inf"), seconds=120))
     code = (
         "import sys, types, hftl.hub, huggingface_hub.utils._http as http\n"
         "http.time, hftl.hub.READ_TIMEOUT_S = types.SimpleNamespace(sleep=lambda _: None), 1\n"
         "from hftl.cli import main; main(['push', sys.argv[1], 'alice/model', '--no-verify'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(runs["image-full"])],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=ROOT,
-        env={**os.environ, "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"},
-    )
-    assert done.returncode == 2, done.stderr
-    assert "does not answer" in done.stderr or "connection to" in done.stderr, done.stderr
+    words = ["python", "-c", code, runs["image-full"]]
+    statuses, said = forks.command(words, tmp_path / "logs", 100, HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1")
+    assert statuses == [2], said
+    assert "does not answer" in said or "connection to" in said, said
 
 
 REFUSALS = {
@@ -206,6 +213,7 @@ REFUSALS = {
 }
 
 
+@by_lfs
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_the_hub_would_refuse_is_refused_before_training(hub, text_run, case, monkeypatch, tmp_path):
     environment, repo, sentence = REFUSALS[case]
@@ -270,6 +278,7 @@ AFTERWARDS = {
 }
 
 
+@by_lfs
 @pytest.mark.parametrize("case", AFTERWARDS)
 def test_what_is_refused_during_a_push_is_said_in_a_sentence(hub, runs, case):
     fault, sentence = AFTERWARDS[case]
@@ -335,6 +344,7 @@ def test_tokens_are_never_repeated(monkeypatch):
     assert "odd-token" not in explain(ValueError("odd-token-without-prefix is bad"), ID)
 
 
+@by_xet
 def test_the_token_is_in_no_file_of_a_run(hub, text_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     hub.users["hf_secretsecretsecret"] = User("alice")
@@ -344,14 +354,9 @@ def test_the_token_is_in_no_file_of_a_run(hub, text_run, tmp_path, monkeypatch, 
     assert not any(b"secretsecret" in content for content in everything)
 
 
-@pytest.mark.parametrize("hub", ["xet"], indirect=True)
-@pytest.mark.parametrize("fails", [False, True])
-def test_on_two_processes_one_pushes_and_all_end_alike(hub, texts, tiny_bert, tmp_path, fails):
-    if fails:
-        hub.faults.append(Fault(COMMIT, 403, float("inf")))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+@pytest.fixture
+def pushing(texts, tiny_bert, tmp_path) -> list[str]:
+    """A recipe and the flags of a run of one step that pushes."""
     flags = {
         "data.source": texts,
         "model.name": tiny_bert,
@@ -361,27 +366,37 @@ def test_on_two_processes_one_pushes_and_all_end_alike(hub, texts, tiny_bert, tm
         "publish.push_to_hub": ID,
         "publish.verify": "false",
     }
+    return [str(ROOT / "recipes/text_classification.py"), *(f"--{name}={value}" for name, value in flags.items())]
+
+
+@pytest.mark.parametrize("hub", ["xet"], indirect=True)
+def test_on_two_processes_one_pushes(hub, pushing, forks, tmp_path):
+    statuses, said = forks.command(["python", *pushing], tmp_path / "logs", 280, processes=2, **ENV)
+    assert statuses == [0, 0], said[-3000:]
+    assert len(hub.requests("GET /api/whoami")) == 2  # before training and before the push, from one process
+    assert (tmp_path / "run/model/hftl.json").is_file()
+    assert len(hub.requests(COMMIT)) == 1
+    assert hub.store.repos[ID].files["model.safetensors"]
+
+
+@pytest.mark.parametrize("hub", ["xet"], indirect=True)
+def test_on_two_processes_a_push_that_fails_ends_all_alike(hub, pushing, tmp_path):
+    """Under the real launcher."""
+    hub.faults.append(Fault(COMMIT, 403, float("inf")))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port),
-            str(ROOT / "recipes/text_classification.py"),
-            *(f"--{name}={value}" for name, value in flags.items()),
-        ],
+        [*launcher, *pushing],
         capture_output=True,
         text=True,
         timeout=280,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **ENV},
     )
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    assert len(hub.requests("GET /api/whoami")) == 2  # before training and before the push, from one process
+    assert done.returncode != 0, done.stderr[-3000:]
+    assert len(hub.requests("GET /api/whoami")) == 2
     assert (tmp_path / "run/model/hftl.json").is_file()
-    if fails:
-        assert done.stderr.count("PushError: push to alice/model") == 1 and "may not write" in done.stderr
-        assert "exitcode  : 2" in done.stderr
-    else:
-        assert len(hub.requests(COMMIT)) == 1
-        assert hub.store.repos[ID].files["model.safetensors"]
+    assert done.stderr.count("PushError: push to alice/model") == 1 and "may not write" in done.stderr
+    assert "exitcode  : 2" in done.stderr
 
 
 @pytest.mark.parametrize("action", ["reset", 503, 429])

@@ -1,7 +1,8 @@
 """The README tells the truth: its commands and its Python run, in order, as printed.
 
 Only hub names are replaced, by local folders of the same kind (there is no hub here), and `uv run` is left out,
-because the tests run inside what it would set up.
+because the tests run inside what it would set up. The slow part starts every command by itself; the fast part forks
+them from a process that has imported the libraries (tests/forked.py).
 """
 
 import os
@@ -36,9 +37,11 @@ def test_every_command_is_known_to_this_test():
     assert {*NOT_RUN, QUICKSTART} <= set(commands())
 
 
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+
 def run(command: list[str], folder: Path) -> str:
-    beside = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": PATH}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=280)
     assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -65,20 +68,34 @@ def place(tmp_path, images, texts):
     return tmp_path
 
 
+@pytest.fixture(params=["forked", pytest.param("started", marks=pytest.mark.slow)])
+def perform(request, forks, place, tmp_path_factory):
+    """Runs a command line in the folder `place`; it must succeed."""
+
+    def forked(words):
+        statuses, said = forks.command(words, tmp_path_factory.mktemp("logs"), 280, cwd=place, PATH=PATH)
+        assert statuses == [0], f"{words}\n{said[-4000:]}"
+
+    return {"forked": forked, "started": lambda words: run(words, place)}[request.param]
+
+
 @pytest.mark.timeout(900)  # twenty processes, one after another
 @pytest.mark.parametrize("hub", ["xet"], indirect=True)
-def test_the_other_commands_and_the_python_run_as_printed(hub, place, tiny_timm, tiny_bert):
+def test_the_other_commands_and_the_python_run_as_printed(hub, perform, place, tiny_timm, tiny_bert):
     stand_ins = {"resnet50.a1_in1k": tiny_timm["test_resnet"], "bert-base-uncased": tiny_bert}
     stand_ins["user/photos"] = "alice/photos"
-    small = ["--train.batch_size_per_device=8", "--train.num_epochs=1"]  # the stand-in data have 36 rows
     done = 0
     for command in commands():
         if command in NOT_RUN or command == QUICKSTART:
             continue
         words = [stand_ins.get(word, word) for word in shlex.split(command, comments=True)]
-        run(words + (small if any(word.startswith("recipes/") for word in words) else []), place)
+        if any(word.startswith("recipes/") for word in words):
+            words.append("--train.num_epochs=1")
+        if any(word.startswith("path/to/") for word in words) and "launch" in words:
+            words.append("--train.batch_size_per_device=8")  # the stand-in data have 36 rows
+        perform(words)
         done += 1
     assert done == len(commands()) - len(NOT_RUN) - 1
     assert (place / "predictions.parquet").is_file()
     for code in blocks("python"):
-        run([sys.executable, "-c", code], place)
+        perform(["python", "-c", code])

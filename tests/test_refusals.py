@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -465,19 +463,13 @@ def test_problems_of_texts_and_labels_come_together(table):
         ),
     ],
 )
-def test_a_recipe_ends_with_a_message_and_status_2(recipe, flags, said, tmp_path):
+def test_a_recipe_ends_with_a_message_and_status_2(recipe, flags, said, forks, tmp_path):
     (tmp_path / "table.csv").write_text("text,label\n" + "words,1.5\nwords,2.5\n,1.5\n" * 4)
     flags = [flag.replace("TABLE", str(tmp_path / "table.csv")) for flag in flags]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--output_dir", str(tmp_path / "run"), *flags],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stdout + done.stderr
-    message = done.stderr[done.stderr.index("ConfigError: ") :]
+    words = ["python", ROOT / "recipes" / f"{recipe}.py", "--output_dir", tmp_path / "run", *flags]
+    statuses, printed = forks.command(words, tmp_path / "logs", cwd=tmp_path)
+    assert statuses == [2] and "Traceback" not in printed
+    message = printed[printed.index("ConfigError: ") :]
     for words in said:
         assert message.count(words) == 1, (words, message)
     assert not (tmp_path / "run").exists()

@@ -206,7 +206,7 @@ def test_pieces_are_the_batch(rows, limit):
 
 
 @pytest.fixture(scope="module")
-def two(texts, tiny_bert, tmp_path_factory):
+def two(texts, tiny_bert, forks, tmp_path_factory):
     """What happens on two processes, of which one has the trouble."""
     root = tmp_path_factory.mktemp("two")
     options = {"train__max_steps": 6, "train__batch_size_per_device": 8, "model__dropout": 0.0, "train__log_every": 1}
@@ -223,6 +223,8 @@ def two(texts, tiny_bert, tmp_path_factory):
             job("skipped", {"train__on_nonfinite": "skip"}, poison=[POISON]),
             job("cramped", fits_training=3, fits_evaluation=2, on_rank=1),
         ],
+        forks=forks,
+        logs=root / "logs",
     )
     return root
 

@@ -65,7 +65,7 @@ def assert_equal(folder, reference):
     assert not list(folder.rglob("*.partial"))
 
 
-def run_cells(cells, job, also=()):
+def run_cells(cells, job, also=(), **how):
     """Each cell: one run without a stop; one with a SIGTERM in the middle of an epoch that goes on in new processes."""
     jobs = {(world, turn): [] for world in (1, 2) for turn in (1, 2)}
     for number, cell in enumerate(cells):
@@ -73,19 +73,21 @@ def run_cells(cells, job, also=()):
         jobs[cell[-1], 2].append(job(cell, "stopped", resume="auto"))
     for world, turn, extra in also:
         jobs[world, turn].append(extra)
-    printed = [launch(world, jobs[world, turn], 2500) for turn in (1, 2) for world in (1, 2) if jobs[world, turn]]
+    batches = [(world, jobs[world, turn]) for turn in (1, 2) for world in (1, 2) if jobs[world, turn]]
+    printed = [launch(world, batch, 2500, **how) for world, batch in batches]
     for cell in cells:
         assert_equal(job(cell, "stopped")[2], job(cell, "whole")[2])
     return "".join(printed)
 
 
-def test_stopped_runs_equal_whole_ones_and_other_processes_keep_the_rows_of_each_step(job):
+def test_stopped_runs_equal_whole_ones_and_other_processes_keep_the_rows_of_each_step(job, forks, tmp_path):
     """Beside two cells: two processes begin and one goes on, with losses equal but for rounding."""
     cell = ("text", "full", 0, 1, 2)
     quiet = {"model.dropout": 0.0, "adapt.batch_norm": "keep"}  # nothing random
     began = [job(cell, "whole", **quiet), job(cell, "stopped", stop_after=5, **quiet)]
     goes_on = job(cell, "stopped", resume="auto", **quiet)
-    said = run_cells(sorted(FAST), job, [*((2, 1, each) for each in began), (1, 2, goes_on)])
+    also = [*((2, 1, each) for each in began), (1, 2, goes_on)]
+    said = run_cells(sorted(FAST), job, also, forks=forks, logs=tmp_path)
     assert "(of 2 process(es): same rows in the same steps, other rounding)" in said
     whole, other = (
         [json.loads(line) for line in (each[2] / "history.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import load_recipe
+from conftest import run_undrawn
 from launch import ENV, ROOT
 
 import hftl
@@ -21,9 +21,8 @@ def test_a_stop_breaks_an_evaluation_off_and_the_next_run_makes_it_first(text_ru
     from hftl.evaluation import evaluate
 
     monkeypatch.setattr(evaluate, "_GATHER_EVERY", 1)
-    main = load_recipe("text_classification").main
     run = text_run("full", num_epochs=2, batch_size_per_device=4, eval_every=5)
-    main(replace(run, output_dir=str(tmp_path / "whole")))
+    run_undrawn("text_classification", replace(run, output_dir=str(tmp_path / "whole")))
     predict, seen = evaluate.predict, []
 
     def asked_in_the_middle(accelerator, model, batches):
@@ -35,14 +34,14 @@ def test_a_stop_breaks_an_evaluation_off_and_the_next_run_makes_it_first(text_ru
     monkeypatch.setattr(evaluate, "predict", asked_in_the_middle)
     stopped = replace(run, output_dir=str(tmp_path / "stopped"), resume="auto")
     with pytest.raises(Stopped, match=r"stopped \(SIGTERM\) after step 5 of 30"):
-        main(stopped)
+        run_undrawn("text_classification", stopped)
     records = (tmp_path / "stopped" / "history.jsonl").read_text().splitlines()
     assert not any("validation" in line for line in records)
-    main(stopped)
+    run_undrawn("text_classification", stopped)
     for name in ("history.jsonl", "metrics.json"):
         assert (tmp_path / "stopped" / name).read_text() == (tmp_path / "whole" / name).read_text()
     with pytest.raises(RunComplete):
-        main(stopped)
+        run_undrawn("text_classification", stopped)
 
 
 def test_two_processes_do_not_train_in_one_folder(text_run, tmp_path):
@@ -70,14 +69,14 @@ def test_a_run_that_was_to_be_pushed_is_not_complete_before_it_is(text_run, tmp_
     from hftl.train.folder import PUSHED, finished_metrics
 
     run = text_run("frozen", max_steps=2)
-    load_recipe("text_classification").main(run)
+    run_undrawn("text_classification", run)
     wants = replace(run, publish=hftl.PublishConfig(push_to_hub="me/model"))
     assert finished_metrics(run) is not None and finished_metrics(wants) is None
     (tmp_path / "run" / PUSHED).write_text(json.dumps({"me/model": "commit"}))
     assert finished_metrics(wants) == finished_metrics(run)
 
 
-def test_without_validation_all_processes_end_with_the_statistics_that_are_saved(images, tiny_timm, tmp_path):
+def test_without_validation_all_processes_end_with_the_statistics_that_are_saved(images, tiny_timm, forks, tmp_path):
     from launch import flags, launch
     from safetensors.torch import load_file
 
@@ -87,6 +86,7 @@ def test_without_validation_all_processes_end_with_the_statistics_that_are_saved
     for split in ("train", "test"):
         (bare / split).symlink_to(images / split)
     chosen = flags(bare, tiny_timm["test_resnet"], tmp_path / "run", adapt__batch_norm="update", **more)
-    launch(2, [("faulty", {"recipe": "image_classification", "flags": chosen}, tmp_path)])
+    job = ("faulty", {"recipe": "image_classification", "flags": chosen}, tmp_path)
+    launch(2, [job], forks=forks, logs=tmp_path / "logs")
     mine, other = (load_file(tmp_path / f"weights{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
