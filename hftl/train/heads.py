@@ -252,11 +252,11 @@ class _Trial:
         return {name: value for metric in (loss, *metrics) for name, value in metric.compute().items()}
 
     def _choice(self) -> int:
-        """Returns the head to keep: of those within one standard error of the best, the one that moved least.
+        """Returns the head to keep: of those within one standard error of the best, the one nearest the plain setting.
 
-        So many heads on so few rows: the best value is partly luck, and a high rate without decay has it by
-        overfitting (the one-standard-error rule, as for weights in `BestSoFar`; measured: RESULTS.md). Least is the
-        lowest rate, then the strongest decay, then the smallest loss.
+        Of so many heads on so few rows the best owes its value partly to luck: what is not clearly better is no
+        reason to leave the rate that was asked for (the one-standard-error rule, as for weights in `BestSoFar`; what
+        it does is in RESULTS.md). Nearest is by the ratio of rates, then by the weight decay, then by the loss.
         """
         tried = [number for number, kept in enumerate(self.kept) if kept]
         if not tried:
@@ -264,12 +264,14 @@ class _Trial:
         values = {number: self.best[number].sign * self.kept[number]["found"][self.metric] for number in tried}
         top = max(tried, key=values.__getitem__)
         close = [number for number in tried if values[number] >= values[top] - self.best[top].error]
+        plain = self.run.train
 
-        def order(number: int) -> tuple[float, float, float]:
+        def distance(number: int) -> tuple[float, float, float]:
             setting = self.bank.settings[number]
-            return setting.lr, -setting.weight_decay, self.kept[number]["found"]["loss"]
+            ratio = abs(math.log(setting.lr / plain.head_lr)) if setting.lr and plain.head_lr else 0.0
+            return ratio, abs(setting.weight_decay - plain.weight_decay), self.kept[number]["found"]["loss"]
 
-        return min(close, key=order)
+        return min(close, key=distance)
 
     def _finish(self) -> _Done:
         bank = self.bank
