@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
+from pathlib import Path
 
-from hftl.embedded.quickstart import METHODS, Trial, mean_and_half_width, run_trial, table, trial_config
+from hftl.choosing.comparison import run_plan
+from hftl.embedded.quickstart import quickstart_plan
 
 
 def main(argv: list[str]) -> None:
@@ -21,21 +24,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     args = parser.parse_args(argv)
     means: dict[str, dict[str, float]] = {}
-    scratch: list[Trial] | None = None
     with tempfile.TemporaryDirectory() as folder:
         for source in args.sources:
             name, _, model = source.partition("=")
-            trials: dict[str, list[Trial]] = {}
-            for method in METHODS:
-                if method == "scratch" and scratch is not None:
-                    trials[method] = scratch  # random weights do not depend on the source
-                    continue
-                configs = [trial_config(method, model, seed, folder, True) for seed in range(args.seeds)]
-                trials[method] = [run_trial(config) for config in configs]
-            scratch = trials["scratch"]
             print(f"\nsource: {name} ({model}); {args.split} accuracy")
-            print(table(trials, args.split))
-            means[name] = {
-                m: round(mean_and_half_width([t.accuracy(args.split) for t in of])[0], 4) for m, of in trials.items()
-            }
+            plan = quickstart_plan(model, args.seeds, Path(folder) / name)
+            found = run_plan(replace(plan, split=args.split))
+            means[name] = {result.method: round(result.score, 4) for result in found.results}
     print(json.dumps({"benchmark": "embedded_source", "split": args.split, "seeds": args.seeds, "accuracy": means}))

@@ -74,7 +74,7 @@ def _rank(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from hftl.choosing.comparison import compare
 
-    compare(
+    found = compare(
         options.data,
         options.model,
         options.methods,
@@ -83,6 +83,7 @@ def _compare(options: argparse.Namespace) -> None:
         output_dir=options.output_dir,
         overwrite=options.overwrite,
     )
+    sys.exit(0 if found.verdict else 1)
 
 
 def _features(options: argparse.Namespace) -> None:

@@ -36,6 +36,11 @@ def resolve(run: RunConfig, modality: str) -> RunConfig:
     return replace(run, train=replace(run.train, **chosen), output_dir=run.output_dir or default_folder(run))
 
 
+def default_epochs(method: str, modality: str) -> float | None:
+    """Returns how many passes `resolve` gives to a method (or `scratch`); None to one that does not train in passes."""
+    return _DEFAULTS.get((modality, method), {}).get("num_epochs")
+
+
 def default_folder(run: RunConfig) -> str:
     """Returns runs/DATA-MODEL-METHOD-sSEED."""
     data = Path(run.data.source.removeprefix("embedded:")).stem or "data"

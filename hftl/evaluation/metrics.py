@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from hftl.errors import first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BUILT_IN = (
     "accuracy",

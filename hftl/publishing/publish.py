@@ -65,12 +65,19 @@ class Outcome:
 
 
 def publish(
-    accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig, outcome: Outcome
+    accelerator: Accelerator,
+    model: TaskModel,
+    task: Task,
+    splits: Splits,
+    run: RunConfig,
+    outcome: Outcome,
+    *,
+    page: bool = True,
 ) -> None:
     """Writes the run folder: config, environment, metrics, facts, the verified model with its card, and the page.
 
     Only the main process writes. Afterwards the model is on the CPU, with adapters merged. Where `run.publish` names
-    a repository, the finished folder is pushed to it.
+    a repository, the finished folder is pushed to it. `page=False` leaves report.html out, for one of many runs.
 
     Raises:
         ArtifactError: What was saved does not open, or computes something else than the trained model.
@@ -81,7 +88,13 @@ def publish(
     held_out = next(split for split in ("test", "validation", "train") if split in splits)
     few = splits[held_out].select(range(min(8, len(splits[held_out]))))
     sample = task.encode(few, model.processor, None, run.data.max_length)  # on all processes: tokenizing takes turns
-    on_main(accelerator, lambda: _write(accelerator, model, task, splits, run, outcome, sample), folder=run_folder(run))
+
+    def write() -> None:
+        _write(accelerator, model, task, splits, run, outcome, sample)
+        if page:
+            _draw(run_folder(run), splits)
+
+    on_main(accelerator, write, folder=run_folder(run))
     with together("close the trackers"):
         _tell_trackers(accelerator, outcome)
     if run.publish.push_to_hub:
@@ -122,7 +135,6 @@ def _write(
         write_card(record, part, folder / part)
     _dump(report | {"complete": True}, folder)  # last: from here on `resume` has nothing to do
     say(f"publish: {folder}")
-    _draw(folder, splits)
 
 
 def _draw(folder: Path, splits: Splits) -> None:

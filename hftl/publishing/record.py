@@ -18,6 +18,8 @@ from hftl.evaluation.metrics import class_scores
 
 DESCRIPTION = "hftl.json"
 """In `model/` and `adapter/`: task, labels, head and base model. Written last, so its presence means verified."""
+COMPARISON = "compare.json"
+"""In the folder of a comparison, and in that of the run it kept: ways of training side by side, and the verdict."""
 NEEDED = ("config.yaml", "metrics.json", "report.json")
 _VALUES_AT_A_TIME = 2_000_000
 """Probabilities held at once while a predictions file is read: 16 MB."""
@@ -66,6 +68,7 @@ class RunRecord:
         self.facts: dict[str, Any] = self._json("report.json")
         self.environment: dict[str, Any] = self._json("environment.json")
         self.described: dict[str, Any] = self._json(f"model/{DESCRIPTION}")
+        self.comparison: dict[str, Any] = self._json(COMPARISON)
         self.history = self._history()
 
     @property

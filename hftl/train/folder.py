@@ -154,7 +154,16 @@ def make_folder(folder: Path, run: RunConfig) -> None:
         return
     # the marker stays, to be replaced: without it, a folder half cleared by a process that was killed would be nobody's
     kept = (name for name in RUN_FILES if name != MARKER)
-    for name in ("report.json", *kept, "predictions.parquet", "environment.json", PUSHED, "tensorboard"):
+    beside = (
+        "report.json",
+        "predictions.parquet",
+        "environment.json",
+        "compare.json",
+        "heads.json",
+        PUSHED,
+        "tensorboard",
+    )
+    for name in (*kept, *beside):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def fit_heads(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
         NonfiniteError: No head is left whose loss is a number.
         Stopped: A signal asked for it.
     """
-    config, frozen = run.train, run.adapt.frozen
+    config, frozen, began = run.train, run.adapt.frozen, time.perf_counter()
     head = linear_head(model)
     assert head is not None
     views = range(frozen.views) if task.modality == "image" and frozen.views else [None]
@@ -89,6 +90,7 @@ def fit_heads(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
     lengths = task.encode(splits["train"], model.processor, config.seed, run.data.max_length).lengths
     plan = make_plan(accelerator, run, len(splits["train"]), None)
     recorder = Recorder(accelerator, run, run_folder(run), plan.total, None)
+    recorder.started = began  # the features are what such a training costs
     with recorder, StopRequest(accelerator) as stop:
         trial = _Trial(head, task, run, plan, of_split, lengths, accelerator.device, stop)
         done = on_main(accelerator, trial.train, run_folder(run))

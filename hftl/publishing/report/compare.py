@@ -10,7 +10,7 @@ import numpy as np
 from hftl.publishing.record import RunRecord
 from hftl.publishing.report import figures
 from hftl.publishing.report.blocks import Cell, Figure, Figures, Measured, Note, Quantity, Section, Table
-from hftl.publishing.report.sections import duration, mebibytes
+from hftl.publishing.report.units import duration, mebibytes
 
 _SAYS_NOTHING = {"output_dir", "overwrite", "problems"}
 _SAME_EACH = {"train.seed"}

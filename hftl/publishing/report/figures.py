@@ -159,6 +159,39 @@ def shares(counts: Mapping[str, Any], names: Sequence[str], alt: str) -> str:
     return _svg(draw, alt, height=3.5 if size > 24 else 1.7 + 0.34 * size)
 
 
+def differences(found: Mapping[str, tuple[float, float, float]], alt: str, *, x: str) -> str:
+    """Returns one line for each name: a value with the interval around it (value, low, high), and where zero is."""
+    names = list(found)
+
+    def draw(axes: Any) -> None:
+        axes.axvline(0, color=_INK, linewidth=1, linestyle=":", alpha=0.8)
+        for number, (value, low, high) in enumerate(found.values()):
+            colour = _COLOURS[number % len(_COLOURS)]
+            axes.plot([low, high], [number, number], color=colour, linewidth=2, solid_capstyle="butt")
+            axes.plot([low, high], [number, number], "|", color=colour, markersize=10, markeredgewidth=2)
+            axes.plot([value], [number], "o", color=colour, markersize=7)
+        axes.set_yticks(range(len(names)), [cut(name) for name in names])
+        axes.set(xlabel=x, ylim=(len(names) - 0.5, -0.5))
+
+    return _svg(draw, alt, height=1.3 + 0.45 * len(names))
+
+
+def marks(found: Curves, alt: str, *, x: str, y: str) -> str:
+    """Returns the points of each name over a logarithmic x, in one colour and shape a name."""
+
+    def draw(axes: Any) -> None:
+        for number, (name, (xs, ys)) in enumerate(found.items()):
+            colour, shape = _COLOURS[number % len(_COLOURS)], "osD^vP*X"[number % 8]
+            axes.scatter(xs, ys, 46, color=colour, marker=shape, label=_entry(name), alpha=0.8, linewidths=0)
+        axes.set(xlabel=x, ylabel=y)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+        _legend_below(axes, list(found))
+
+    return _svg(draw, alt, height=3.6)
+
+
 def cut(name: str, limit: int = 18) -> str:
     """Returns a name short enough for a tick."""
     return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -52,18 +52,28 @@ def write_report(
     return _write(target, record.name, [str(part) for part in about if part], sections)
 
 
-def compare_reports(folders: Sequence[str | Path], output: str | Path) -> Path:
+def compare_reports(
+    folders: Sequence[str | Path], output: str | Path, comparison: Mapping[str, Any] | None = None
+) -> Path:
     """Writes one page with several runs side by side, and returns where.
+
+    Args:
+        folders: The run folders.
+        output: File to write.
+        comparison: What `hftl compare` found about these runs, as in compare.json; its verdict comes first then.
 
     Raises:
         ArtifactError: A folder holds no finished run.
         ConfigError: `output` cannot be written.
     """
     from hftl.publishing.report.compare import compare_sections
+    from hftl.publishing.report.verdict import verdict_section
 
     target = _target(output)
     records = [RunRecord(folder) for folder in folders]
-    return _write(target, f"{len(records)} runs compared", _names(records), compare_sections(records))
+    first = [verdict_section(comparison)] if comparison else []
+    about = [f"{comparison['model']} on {comparison['data']}"] if comparison else _names(records)
+    return _write(target, f"{len(records)} runs compared", about, [*first, *compare_sections(records)])
 
 
 def _target(output: str | Path) -> Path:

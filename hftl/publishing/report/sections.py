@@ -11,6 +11,8 @@ from hftl.publishing.report import figures
 from hftl.publishing.report.blocks import Cell, Code, Figure, Figures, Note, Quantity, Section, Table, Tiles
 from hftl.publishing.report.class_sections import calibration, classes, confusion, errors
 from hftl.publishing.report.run import CLASSES_LISTED, Run
+from hftl.publishing.report.units import duration, mebibytes
+from hftl.publishing.report.verdict import verdict
 
 
 def summary(run: Run) -> Section:
@@ -151,22 +153,9 @@ def setting(run: Run) -> Section:
     return Section("Configuration and environment", blocks)
 
 
-def duration(seconds: float) -> Quantity:
-    """Returns a time as people say it."""
-    if seconds < 60:
-        return Quantity(f"{seconds:.1f} s")
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return Quantity(f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s")
-
-
-def mebibytes(count: int) -> Quantity:
-    """Returns bytes as MiB."""
-    return Quantity(f"{count / 2**20:,.0f} MiB")
-
-
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     summary,
+    verdict,
     curves,
     classes,
     confusion,
