@@ -211,6 +211,7 @@ def play(wish, rank: int, environment: dict[str, str], log: str) -> None:
 
     import hftl
 
+    os.environ.update(environment)  # conftest.py has given this process a cache of its own
     recipe = load_recipe(wish["recipe"])
     for name, arguments in wish["faults"] if rank == 0 else ():
         getattr(breaks, name)(*arguments)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hftl.adaptation.freeze import freeze_backbone, train_everything
 from hftl.adaptation.lora import add_lora
 from hftl.adaptation.report import AdaptReport, count
 from hftl.config.schema import AdaptConfig
 from hftl.console import say
+from hftl.models.classic_head import KINDS as CLASSIC
 from hftl.models.parts import TaskModel
 
 
@@ -20,12 +23,14 @@ def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:
         AdaptError: The method does not fit the model.
     """
     targets: tuple[str, ...] = ()
-    if config.method == "frozen":
+    if config.method in ("frozen", "probe"):
         freeze_backbone(model)
     elif config.method == "lora":
         targets = add_lora(model, config.lora)
     else:
         train_everything(model, config.batch_norm)
     report = count(model, config.method, targets)
+    if config.method == "probe" and config.probe.head in CLASSIC:
+        report = replace(report, head=0)  # what takes its place is scikit-learn's, and has no parameters of torch's
     say(str(report))
     return report

@@ -18,6 +18,8 @@ _DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
     ("text", "lora"): {"lr": 1e-3, "head_lr": 3e-3, "num_epochs": 4},
     ("text", "scratch"): {"lr": 3e-4, "head_lr": 3e-4, "num_epochs": 3},
 }
+BY_STEPS = ("num_epochs", "max_steps", "lr", "head_lr", "head_first", "eval_every", "early_stopping_patience")
+"""Settings of `train` that say how steps are made, None where the method chooses."""
 
 
 def resolve(run: RunConfig, modality: str) -> RunConfig:
@@ -27,6 +29,9 @@ def resolve(run: RunConfig, modality: str) -> RunConfig:
         run: The configuration as given; None means "choose for me".
         modality: `image` or `text`, from the task.
     """
+    if run.adapt.method == "probe":  # nothing is trained by steps: no rate or length applies, so none is in the record
+        none = dict.fromkeys(BY_STEPS, None)
+        return replace(run, train=replace(run.train, **none), output_dir=run.output_dir or default_folder(run))
     method = run.adapt.method if run.model.pretrained else "scratch"
     table = _DEFAULTS.get((modality, method)) or _DEFAULTS["text", "full"]
     chosen = {name: value for name, value in table.items() if getattr(run.train, name) is None}

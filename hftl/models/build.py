@@ -7,6 +7,7 @@ from pathlib import Path
 from hftl.config.schema import RunConfig
 from hftl.console import say
 from hftl.errors import ArtifactError
+from hftl.models.classic_head import open_head
 from hftl.models.parts import HeadSpec, TaskModel
 
 
@@ -68,8 +69,13 @@ def skeleton(run: RunConfig, spec: HeadSpec) -> TaskModel:
         return build_model(bare, spec)
 
 
-def open_model(folder: Path, spec: HeadSpec) -> TaskModel:
+def open_model(folder: Path, spec: HeadSpec, classic: bool = False) -> TaskModel:
     """Returns a model that hftl saved, head and all, ready for evaluation.
+
+    Args:
+        folder: What `TaskModel.save` wrote.
+        spec: The head that was asked for when it was built.
+        classic: Whether a classic head stands beside the network (`hftl.models.classic_head`).
 
     Raises:
         ArtifactError: The folder is incomplete or damaged.
@@ -83,6 +89,10 @@ def open_model(folder: Path, spec: HeadSpec) -> TaskModel:
             from hftl.models.text_model import open_text
 
             model = open_text(folder, spec)
+        if classic:
+            model.use_classic_head(open_head(folder))
+    except ArtifactError:
+        raise
     except Exception as error:
         raise ArtifactError(f"{folder} does not open: {type(error).__name__}: {error}") from error
     return model.eval()

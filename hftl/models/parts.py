@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
+from hftl.models.classic_head import ClassicHead
 from hftl.models.memory import RowLimit
 
 Frozen = Literal["nothing", "statistics", "all"]
@@ -101,8 +103,33 @@ class TaskModel(nn.Module, ABC):
             revision: Commit on the hub.
 
         Returns:
-            A function inputs -> logits for each library by name; the libraries have no help from this object.
+            A function inputs -> `stock_outputs` for each library by name; the libraries have no help from this object.
         """
+
+    @property
+    def classic(self) -> ClassicHead | None:
+        """The head, where scikit-learn computes it."""
+        return next((module for module in self.net.modules() if isinstance(module, ClassicHead)), None)
+
+    def use_classic_head(self, head: ClassicHead) -> None:
+        """Puts `head` in the place of the network's one linear layer, and leaves everything else as it is."""
+        (name,) = self.head_modules
+        self.net.set_submodule(name, head)
+
+    def stock_outputs(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Returns what the stock network computes in eval mode: logits [B, K], or features [B, D] under a classic head.
+
+        No stock class holds a classic head: what is saved is the network without one, and the head beside it.
+        """
+        head = self.classic
+        if head is not None:
+            head.bypassed = True
+        try:
+            with torch.no_grad():
+                return self(inputs)["logits"]
+        finally:
+            if head is not None:
+                head.bypassed = False
 
     def stock_labels(self) -> list[str]:
         """Returns the names of the outputs as the stock library recorded them, or [] where it has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class TextModel(TaskModel):
         with quiet():
             self.net.save_pretrained(folder)
             self.processor.save_pretrained(folder)
+        if self.classic is not None:
+            _forget_labels(folder)
 
     def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
         """Opens with the auto class of the task; our pooled class from the file that was saved with it."""
@@ -62,6 +65,8 @@ class TextModel(TaskModel):
             # the folder's own file, not the class in this process: that is what a reader elsewhere will run
             trust = is_pooled(self.net) or self.trusted
             net = auto.from_pretrained(place, trust_remote_code=trust, use_safetensors=True, **options).eval()
+        if self.classic is not None:
+            net.set_submodule(*self.head_modules, nn.Identity())  # it has no weights there
         return {"transformers": lambda inputs: net(**inputs).logits}
 
     def stock_labels(self) -> list[str]:
@@ -75,6 +80,19 @@ class TextModel(TaskModel):
             if not self.source.pretrained:
                 return type(net)(net.config)
             return _load(type(net), self.source.name, self.source.revision, net.config)[0]
+
+
+def _forget_labels(folder: Path) -> None:
+    """Takes the labels out of the config of a network without a head.
+
+    transformers puts random weights where a checkpoint has none, and only warns: what those say must not be called by
+    the names of the classes.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("id2label", "label2id", "problem_type"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def is_pooled(net: nn.Module) -> bool:

@@ -42,6 +42,8 @@ class TimmModel(TaskModel):
         if not config["model_args"]:
             del config["model_args"]
         config["pretrained_cfg"] |= self._preprocessing()
+        if self.classic is not None:  # timm's way of saying that there is no classifier
+            config["num_classes"] = config["pretrained_cfg"]["num_classes"] = 0
         if not self.source.pretrained:
             for claim in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
                 config["pretrained_cfg"].pop(claim, None)  # these describe weights that were not used
@@ -53,7 +55,7 @@ class TimmModel(TaskModel):
 
     def _label_names(self) -> dict[str, Any]:
         """Returns timm's config entries for the labels."""
-        return {"label_names": list(self.spec.labels)} if self.spec.labels else {}
+        return {"label_names": list(self.spec.labels)} if self.spec.labels and self.classic is None else {}
 
     def _preprocessing(self) -> dict[str, Any]:
         config = self.processor.data_config
@@ -68,7 +70,7 @@ class TimmModel(TaskModel):
     def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
         """Opens with timm's `local-dir:` or `hf-hub:`, and transformers' `AutoModelForImageClassification`."""
         import timm
-        from transformers import AutoModelForImageClassification
+        from transformers import AutoModel, AutoModelForImageClassification
 
         name = f"local-dir:{place}" if Path(place).is_dir() else hub_name(str(place), revision)
         try:
@@ -79,12 +81,15 @@ class TimmModel(TaskModel):
             say(f"publish: timm {timm.__version__} does not read safetensors from local-dir: folders; newer ones do")
             by_timm = _create(name, pretrained=True).eval()
         with quiet():
-            by_transformers = AutoModelForImageClassification.from_pretrained(
+            auto, output = (AutoModelForImageClassification, "logits")
+            if self.classic is not None:
+                auto, output = (AutoModel, "pooler_output")
+            by_transformers = auto.from_pretrained(
                 place, revision=revision, trust_remote_code=False, use_safetensors=True
             ).eval()
         return {
             "timm": lambda inputs: by_timm(inputs["pixel_values"]),
-            "transformers": lambda inputs: by_transformers(**inputs).logits,
+            "transformers": lambda inputs: by_transformers(**inputs)[output],
         }
 
     def fresh(self) -> nn.Module:
@@ -113,14 +118,16 @@ def build_timm(config: ModelConfig, spec: HeadSpec, augment: AugmentConfig) -> T
 
 
 def open_timm(folder: Path, spec: HeadSpec) -> TimmModel:
-    """Returns the model in a folder written by `TimmModel.save`, its classifier as trained."""
+    """Returns the model in a folder written by `TimmModel.save`, its classifier as trained.
+
+    One that was saved under a classic head has none: its place is where features come out.
+    """
     name = f"local-dir:{folder}"
     net = _create(name, pretrained=True)
     net.hftl_build_args = _recorded_args(name)
     source = Source(name, None, True, "timm")
-    return TimmModel(
-        net, ImageProcessor(_data_config(net, None), AugmentConfig()), source, spec, _classifier_names(net)
-    )
+    head = _classifier_names(net) if net.num_classes else [net.pretrained_cfg["classifier"]]
+    return TimmModel(net, ImageProcessor(_data_config(net, None), AugmentConfig()), source, spec, head)
 
 
 def create_network(config: ModelConfig, num_outputs: int) -> Any:

@@ -17,6 +17,8 @@ from hftl.console import muted, say
 from hftl.errors import ArtifactError, HftlError, first_line, shorten
 from hftl.hub import redacted
 from hftl.models.build import build_model, open_model
+from hftl.models.classic_head import FILE as HEAD
+from hftl.models.classic_head import ClassicHead, open_head, save_head
 from hftl.models.parts import HeadSpec, Reader, TaskModel
 from hftl.models.quiet import quiet
 from hftl.publishing.place import CONFIG, artifact_folder
@@ -46,15 +48,15 @@ def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, fo
         folder: The run folder.
 
     Returns:
-        The largest difference between the trained model's logits and those of each reader, by name.
+        The largest difference between the trained model's logits and those of each reader, by name. Under a classic
+        head readers open the network without it and features are compared, and hftl the head, whose logits are.
 
     Raises:
         ArtifactError: A reader cannot open the folder, or computes something else. The files stay.
     """
     model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # safetensors stores no other layout
     inputs = task.collate(sample.fetch(list(range(min(8, len(sample)))), 0))["inputs"]
-    with torch.no_grad():
-        expected = model(inputs)["logits"]
+    expected = model.stock_outputs(inputs)
     _save_sample(inputs, expected, folder)
     readers: dict[str, Callable[[], dict[str, Reader]]] = {}
     if model.adapted:
@@ -70,6 +72,8 @@ def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, fo
     differences: dict[str, float] = {}
     for part, opened in readers.items():
         differences |= compare(opened, inputs, expected, folder / part, part)
+    if model.classic is not None:
+        differences |= _save_classic_head(model.classic, expected, folder / "model")
     for part in readers:  # last, so that hftl opens nothing that was refused
         _describe(model, task, run, folder / part)
     return differences
@@ -108,8 +112,22 @@ def refuse_different(differences: dict[str, float], scale: float, place: str | P
         )
 
 
+def _save_classic_head(head: ClassicHead, features: Tensor, folder: Path) -> dict[str, float]:
+    """Writes a classic head, opens it again, and compares its logits of the same `features` [B, D].
+
+    Raises:
+        ArtifactError: It does not open, or computes something else.
+    """
+    save_head(head, folder)
+    expected = head(features)
+    difference = float((open_head(folder)(features) - expected).abs().max())
+    say(f"publish: {folder / HEAD} opens with hftl; largest logit difference {difference:.2g}")
+    refuse_different({"model/head": difference}, float(expected.abs().max()), folder / HEAD)
+    return {"model/head": difference}
+
+
 def read_sample(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns the inputs and the logits [B, K] that the run folder was verified with.
+    """Returns the inputs and the `TaskModel.stock_outputs` that the run folder was verified with.
 
     Raises:
         ArtifactError: They are not there.
@@ -135,9 +153,9 @@ def load_artifact(folder: str | Path) -> tuple[TaskModel, Task]:
     described, spec, task = _read_description(folder)
     if (folder / "adapter_config.json").is_file():
         return _open_adapter(folder, described, spec), task
-    model = open_model(folder, spec)
+    model = open_model(folder, spec, classic=described.get("classic_head") is not None)
     beside = model.stock_labels()
-    if spec.labels and beside and beside != list(spec.labels):
+    if spec.labels and beside and beside != list(spec.labels) and model.classic is None:
         raise ArtifactError(
             f"{folder}: config.json names the labels {shorten(beside, 6)}, but {DESCRIPTION} "
             f"{shorten(spec.labels, 6)}: files of two runs are mixed here."
@@ -257,6 +275,7 @@ def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> Non
         "base_model": base,
         "class": type(model.net).__name__,
         "method": run.adapt.method,
+        "classic_head": model.classic.kind if model.classic is not None else None,
     }
     (folder / CONFIG).write_text(redacted(dump(run)), encoding="utf-8")
     (folder / DESCRIPTION).write_text(redacted(json.dumps(described, indent=2, ensure_ascii=False)), encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 
 from hftl.errors import shorten
 from hftl.evaluation.intervals import wilson
+from hftl.publishing.card_code import is_classic, pipeline_task, use_code
 from hftl.publishing.record import RunRecord
 from hftl.shown import shown
 
@@ -17,6 +18,7 @@ _METHODS = {
     "full": "All parameters",
     "frozen": "A new head on the frozen backbone",
     "lora": "LoRA adapters and a new head",
+    "probe": "A classic head on features of the frozen backbone",
 }
 _SHOWN = ("accuracy", "macro_f1", "weighted_f1", "macro_precision", "macro_recall")
 
@@ -34,7 +36,7 @@ def write_card(record: RunRecord, part: str, into: Path, repo: str | None = None
 
     sections = [
         f"# {_title(record)}\n\n{_summary(record)}",
-        f"## Use\n\n{_use(record, part, repo)}",
+        f"## Use\n\n{use_code(record, part, repo)}",
         f"## Labels\n\n{shorten([_plain(label) for label in _labels(record)], 200) or 'none'}",
         f"## Data\n\n{_data(record)}",
         f"## Results\n\n{_results(record)}",
@@ -56,7 +58,7 @@ def _metadata(record: RunRecord, part: str, repo: str | None) -> Any:
     intervals = record.intervals("test")
     results = [
         EvalResult(
-            task_type=_task(record),
+            task_type=pipeline_task(record),
             dataset_type=source if _is_hub_id(source) else _slug(source),
             dataset_name=_slug(source),
             dataset_split="test",
@@ -69,8 +71,8 @@ def _metadata(record: RunRecord, part: str, repo: str | None) -> Any:
         if f"test/{name}" in tests
     ]
     return ModelCardData(
-        library_name="peft" if part == "adapter" else base["library"],
-        pipeline_tag=_task(record),
+        library_name="peft" if part == "adapter" else "hftl" if is_classic(record) else base["library"],
+        pipeline_tag=pipeline_task(record),
         license=(base["licence"] or "").lower() or None,
         language=base["language"],
         base_model=base["hub_id"] if has_base else None,
@@ -84,7 +86,7 @@ def _metadata(record: RunRecord, part: str, repo: str | None) -> Any:
 
 def _title(record: RunRecord) -> str:
     base = Path(record.settings["model.name"].rpartition(":")[2]).name
-    return f"{_slug(record.settings['data.source'])}: {_task(record).replace('-', ' ')} with {base}"
+    return f"{_slug(record.settings['data.source'])}: {pipeline_task(record).replace('-', ' ')} with {base}"
 
 
 def _summary(record: RunRecord) -> str:
@@ -94,65 +96,6 @@ def _summary(record: RunRecord) -> str:
     name = f"`{base['hub_id'] or record.settings['model.name']}`"
     revision = f" (revision `{base['revision']}`)" if base["revision"] else ""
     return f"{method} trained on {_code(record.settings['data.source'])}, starting from {start} of {name}{revision}."
-
-
-def _use(record: RunRecord, part: str, repo: str | None) -> str:
-    """Returns the code that opens the model without hftl."""
-    base = record.described["base_model"]
-    place = repo or f"path/to/{part}"
-    fill = {
-        "place": place,
-        "task": _task(record),
-        "timm": f"hf-hub:{repo}" if repo else f"local-dir:{place}",
-        "trust": ", trust_remote_code=True" if _is_pooled(record) else "",
-        "where": f'"{place}"' + (', subfolder="adapter"' if repo else ""),
-        "folder": f'snapshot_download("{repo}", allow_patterns="adapter/*") + "/adapter"' if repo else f'"{place}"',
-        "stock": record.described["head"]["stock"],
-        "outputs": record.described["head"]["num_outputs"],
-        "base": base["name"],
-        "revision": repr(base["revision"]),
-        "arguments": "".join(f", {name}={value!r}" for name, value in base["arguments"].items()),
-    }
-    kind = "pooled" if _is_pooled(record) and part == "adapter" else base["library"]
-    code = "```python\n" + _USE[kind, part].format(**fill) + "\n```"
-    if part == "model" and repo and "adapter" in record.parts:
-        code += "\n\nThe adapter alone, on its base model:\n\n" + _use(record, "adapter", repo)
-    return code
-
-
-_USE = {
-    ("timm", "model"): """\
-import timm, transformers
-
-classify = transformers.pipeline("{task}", "{place}")  # transformers
-model = timm.create_model("{timm}", pretrained=True).eval()  # or timm""",
-    ("timm", "adapter"): """\
-import timm, peft
-
-base = timm.create_model("{base}", pretrained=True, num_classes={outputs}{arguments})
-model = peft.PeftModel.from_pretrained(base, {where}).eval()""",
-    ("transformers", "model"): """\
-import transformers
-
-classify = transformers.pipeline("{task}", "{place}"{trust})""",
-    ("transformers", "adapter"): """\
-import peft, transformers
-
-base = transformers.{stock}.from_pretrained(
-    "{base}", revision={revision}, num_labels={outputs}, ignore_mismatched_sizes=True
-)
-model = peft.PeftModel.from_pretrained(base, {where}).eval()""",
-    ("pooled", "adapter"): """\
-import peft, transformers
-from huggingface_hub import snapshot_download
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-folder = {folder}
-pooled = get_class_from_dynamic_module("modeling_pooled_text.PooledTextForSequenceClassification", folder)
-config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-base = pooled.from_backbone("{base}", config, revision={revision})
-model = peft.PeftModel.from_pretrained(base, folder).eval()""",
-}
 
 
 def _data(record: RunRecord) -> str:
@@ -242,13 +185,17 @@ def _training(record: RunRecord) -> str:
     adapt, training = record.facts["adapt"], record.facts["training"]
     best = training["best"]
     kept = f"step {best['step']} ({best['metric']} {best['value']:.4f})" if best else "the last weights"
+    made = (
+        f"{training['steps']} steps in {training['seconds']:.0f} s, seed {record.settings['train.seed']}; kept: {kept}"
+    )
+    made = _selected(training) if training.get("selection") else made
     differences = ", ".join(f"{name} {value:.2g}" for name, value in record.facts.get("verified", {}).items())
     return f"""```bash
 {environment.get("command", "not recorded")}
 ```
 
 - {adapt["trained"]:,} of {adapt["total"]:,} parameters trained (`{adapt["method"]}`)
-- {training["steps"]} steps in {training["seconds"]:.0f} s, seed {record.settings["train.seed"]}; kept: {kept}
+- {made}
 - largest logit difference between the trained model and the saved one, by reader: {differences or "not recorded"}
 
 <details><summary>Configuration</summary>
@@ -257,6 +204,17 @@ def _training(record: RunRecord) -> str:
 {(record.folder / "config.yaml").read_text(encoding="utf-8")}```
 
 </details>"""
+
+
+def _selected(training: dict[str, Any]) -> str:
+    """Returns what cross-validation chose."""
+    chosen = training["selection"]
+    settings = ", ".join(f"{name} {value:g}" for name, value in chosen["settings"].items())
+    return (
+        f"{chosen['head']} with {settings}, the best of {len(chosen['tried'])} settings in {chosen['folds']}-fold "
+        f"cross-validation on {chosen['rows']} training rows (accuracy {chosen['accuracy']:.4f}, log-loss "
+        f"{chosen['loss']:.4f}); {training['seconds']:.0f} s with the features"
+    )
 
 
 def _environment(record: RunRecord) -> str:
@@ -274,14 +232,6 @@ def _labels(record: RunRecord) -> list[str]:
 
 def _source(record: RunRecord) -> str:
     return record.settings["data.source"]
-
-
-def _task(record: RunRecord) -> str:
-    return record.described["task"].replace("_", "-")
-
-
-def _is_pooled(record: RunRecord) -> bool:
-    return record.described["class"].startswith("Pooled")
 
 
 def _slug(source: str) -> str:

@@ -67,6 +67,7 @@ def export_folder(
     target = Path(output) if output is not None else _default_folder(source_folder, format)
     _check_folder(target)
     model, task = load_artifact(source_folder)
+    _refuse_classic(model, path)
     data = trained_data(source_folder)
     dataset = labelled_rows(task, data, source, split, rows_left_out(source_folder))
     with muted():
@@ -100,6 +101,14 @@ def export_folder(
     say(table(report, f"{split}/{task.best_metric}"))
     say(f"export: {folder}")
     return report
+
+
+def _refuse_classic(model: TaskModel, path: str | Path) -> None:
+    if model.classic is not None:
+        raise ConfigError(
+            f"export: the head of '{path}' is a {model.classic.kind} of scikit-learn's, which is no part of a graph. "
+            "Linear ones are (adapt.probe.head logistic, linear_svm, ridge or lda)."
+        )
 
 
 def _finish(source: Path, folder: Path, model: TaskModel, task: Task, report: dict[str, Any]) -> None:

@@ -52,6 +52,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "scikit-learn",
+    "skops",
 )
 
 
@@ -121,6 +122,7 @@ def _write(
             "skipped_steps": history.skipped,
             "seconds": round(history.seconds, 2),
             "best": history.best,
+            **({"selection": history.selection} if history.selection else {}),
             **peak_memory(accelerator.device),
         },
         "rows": {split: len(rows) for split, rows in splits.items()},

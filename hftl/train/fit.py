@@ -24,6 +24,7 @@ from hftl.train.heads import fit_heads, trains_on_features
 from hftl.train.history import History, Recorder
 from hftl.train.optim import make_optimizer, set_rates
 from hftl.train.plan import Plan, make_plan
+from hftl.train.probe import fit_probe
 from hftl.train.resume import Keeper, Training, identity
 from hftl.train.stop import StopRequest
 from hftl.train.validation import Validation
@@ -60,6 +61,8 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     """
     from accelerate.utils import set_seed
 
+    if run.adapt.method == "probe":
+        return fit_probe(accelerator, model, task, splits, run)
     if trains_on_features(model, run):
         return fit_heads(accelerator, model, task, splits, run)
     config, folder, max_length = run.train, run_folder(run), run.data.max_length

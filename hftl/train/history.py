@@ -39,6 +39,8 @@ class History:
     looks for its loss scale do not count."""
     seconds: float = 0.0
     """Wall time of training, evaluations included."""
+    selection: dict[str, Any] = field(default_factory=dict)
+    """Where settings were chosen by cross-validation: all that were tried, their scores, and the chosen ones."""
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +87,7 @@ class Recorder:
             options["tensorboard"] = {"purge_step": self.history.steps + 1} if self.history.steps else {}
             accelerator.init_trackers("hftl", config=config, init_kwargs=options)
         self.bar: Any = None
-        if accelerator.is_main_process and sys.stderr.isatty():
+        if accelerator.is_main_process and total_steps and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=total_steps, initial=self.history.steps, unit="step", dynamic_ncols=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hftl.adaptation.lora import find_targets
-from hftl.config.defaults import resolve
+from hftl.config.defaults import BY_STEPS, resolve
 from hftl.config.parse import dump
 from hftl.config.schema import AugmentConfig, RunConfig
 from hftl.config.values import value_problems
@@ -34,6 +34,7 @@ from hftl.train.folder import (
     resumes,
     run_folder,
 )
+from hftl.train.probe import probe_problems
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,8 +77,9 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T], rows: Any = None) 
     if unknown:
         problems.append(unknown)
     elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
-        problems += _target_problems(run, task.head if task else HeadSpec(stock, 2))
-    if splits and not resumes(run):  # a run that goes on keeps the rows of its steps
+        head = task.head if task else HeadSpec(stock, 2)
+        problems += _target_problems(run, head) + probe_problems(run, head, splits, task)
+    if splits and not resumes(run) and run.adapt.method != "probe":  # a run that goes on keeps the rows of its steps
         problems += _batch_problems(run, len(splits["train"]))
     problems += _augment_problems(run, task)
     problems += _metric_problems(run, task)
@@ -270,7 +272,12 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
 
 
 def _say_defaults(given: RunConfig, resolved: RunConfig) -> None:
-    """Prints what was chosen because nothing was said."""
+    """Prints what was chosen because nothing was said, and what was said in vain."""
+    if resolved.adapt.method == "probe":
+        vain = [f"train.{name}" for name in BY_STEPS if getattr(given.train, name) is not None]
+        if vain:
+            say(f"config: a probe is not trained by steps; {', '.join(vain)} do not apply")
+        return
     chosen = {
         name: getattr(resolved.train, name)
         for name in ("lr", "head_lr", "num_epochs", "head_first")

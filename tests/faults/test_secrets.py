@@ -1,5 +1,6 @@
 """No file of a run holds a secret or a pickle: every byte that a run writes is looked at."""
 
+import io
 import pickletools
 import shlex
 import sys
@@ -7,11 +8,12 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import load_recipe
 
 import hftl
-from hftl.config.schema import DataConfig, RunConfig
+from hftl.config.schema import DataConfig, ProbeConfig, RunConfig
 from hftl.console import say
 from hftl.errors import DataError
 from hftl.shown import redacted, shown
@@ -19,7 +21,7 @@ from hftl.shown import redacted, shown
 TOKEN, KEY, PASSWORD = "hf_Sup3rS3cretTokenOfAlice", "wandb-0123456789abcdef0123456789", "pa55word-of-the-store"
 SECRETS = (TOKEN, KEY, PASSWORD)
 TEXTUAL = (".json", ".jsonl", ".yaml", ".yml", ".md", ".html", ".txt", ".py", ".jinja", ".lock", "")
-BINARY = (".safetensors", ".parquet", ".arrow", ".onnx")
+BINARY = (".safetensors", ".parquet", ".arrow", ".onnx", ".skops")
 
 
 @pytest.fixture
@@ -35,7 +37,21 @@ def is_pickle(path: Path) -> bool:
     """Whether a file is a pickle, or a zip with pickles in it as torch.save writes."""
     content = path.read_bytes()
     if zipfile.is_zipfile(path):
-        return True
+        with zipfile.ZipFile(path) as archive:  # skops writes JSON and arrays; an array of objects is a pickle
+            inside = {name: archive.read(name) for name in archive.namelist()}
+        return any(_is_pickled(each) or _holds_objects(each) for each in inside.values())
+    return _is_pickled(content)
+
+
+def _holds_objects(content: bytes) -> bool:
+    try:
+        np.load(io.BytesIO(content), allow_pickle=False)
+    except ValueError as error:
+        return "Object arrays" in str(error)
+    return False
+
+
+def _is_pickled(content: bytes) -> bool:
     if content[:1] not in (b"\x80", b"(", b"]", b"}", b"c"):
         return False
     try:
@@ -64,21 +80,31 @@ def test_the_proof_would_find_what_it_looks_for(tmp_path):
     import torch
 
     torch.save({"a": torch.zeros(2)}, tmp_path / "zip.json")
+    np.savez(tmp_path / "objects.npz", np.array([{}], dtype=object))
+    np.savez(tmp_path / "numbers.npz", np.zeros(2))
     (tmp_path / "old.json").write_bytes(pickle.dumps([1], protocol=0))
     (tmp_path / "new.json").write_bytes(pickle.dumps({"a": 1}))
     (tmp_path / "no.json").write_text('{"a": 1}')
-    assert {file.name for file in tmp_path.iterdir() if is_pickle(file)} == {"zip.json", "old.json", "new.json"}
+    assert {file.name for file in tmp_path.iterdir() if is_pickle(file)} == {
+        "zip.json",
+        "old.json",
+        "new.json",
+        "objects.npz",
+    }
     (tmp_path / "told").mkdir()
     (tmp_path / "told" / "a.json").write_text(f"x{KEY}y")
     with pytest.raises(AssertionError, match="holds"):
         look_at(tmp_path / "told")
 
 
-@pytest.mark.parametrize("kind", ["text", "image"])
-def test_no_file_of_a_run_holds_a_secret_or_a_pickle(kind, text_run, image_run, secrets, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("kind", "method"), [("text", "lora"), ("image", "lora"), ("text", "probe")])
+def test_no_file_of_a_run_holds_a_secret_or_a_pickle(
+    kind, method, text_run, image_run, secrets, tmp_path, monkeypatch, capfd
+):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     make = {"text": text_run, "image": image_run}[kind]
-    run = make(method="lora", trackers=["tensorboard"])
+    run = make(method=method, trackers=["tensorboard"])
+    run = replace(run, adapt=replace(run.adapt, probe=ProbeConfig("svm")))
     load_recipe(f"{kind}_classification").main(run)
     (tmp_path / "cache").mkdir(exist_ok=True)
     assert look_at(tmp_path / "run", tmp_path / "cache") > 12

@@ -30,7 +30,9 @@ def summary(run: Run) -> Section:
         share = 100 * adapted["trained"] / adapted["total"]
         tiles.append(("parameters trained", adapted["trained"], f"{share:.3g} % of {adapted['total']:,}"))
     if "seconds" in training:
-        tiles.append(("training time", duration(training["seconds"]), f"{training['steps']:,} steps"))
+        chosen = training.get("selection")
+        length = f"{len(chosen['tried'])} settings tried" if chosen else f"{training['steps']:,} steps"
+        tiles.append(("training time", duration(training["seconds"]), length))
     blocks: list[Any] = [Tiles(tiles)]
     for split, found in run.intervals.items():
         if not found and f"{split}/accuracy" in record.metrics:
@@ -133,12 +135,28 @@ def training(run: Run) -> Section:
         Table(f"Parameters (method {adapted.get('method', 'unknown')})", ["part", "parameters"], parameters),
         Table("Time and memory", ["what", "measured"], cost),
     ]
+    if made.get("selection"):
+        blocks.append(_selection(made["selection"]))
     verified = facts.get("verified", {})
     if verified:
         table = [[name, Quantity(f"{value:.2g}")] for name, value in verified.items()]
         head = ["opened with", "largest logit difference"]
         blocks.append(Table("Saved model, opened again", head, table))
     return Section("Training", blocks)
+
+
+def _selection(chosen: dict[str, Any]) -> Table:
+    """What cross-validation tried, best first."""
+    names = list(chosen["tried"][0])
+    order = sorted(chosen["tried"], key=lambda tried: (-tried["accuracy"], tried["loss"]))
+    caption = (
+        f"{chosen['head']}: {chosen['folds']}-fold cross-validation on {chosen['rows']:,} training rows, best first"
+    )
+    return Table(
+        caption,
+        names,
+        [[f"{tried[name]:g}" if i == 0 else tried[name] for i, name in enumerate(names)] for tried in order],
+    )
 
 
 def setting(run: Run) -> Section:
