@@ -56,11 +56,21 @@ def decode_image(stored: Stored, mode: str, max_pixels: int) -> Image:
     Raises:
         DataError: A few words on the kind of damage, and after a colon the details. Nothing else is raised.
     """
+    return decode_with_mode(stored, mode, max_pixels)[0]
+
+
+def decode_with_mode(stored: Stored, mode: str, max_pixels: int) -> tuple[Image, str]:
+    """Returns what `decode_image` does, and Pillow's name of the pixels as they are stored (`L`, `RGBA`, `P`, ...).
+
+    Raises:
+        DataError: As `decode_image`.
+    """
     with _opened(stored, max_pixels) as image:
+        stored_mode = image.mode
         image.load()
         pixels = _eight_bits(image) if _top(image) > 255 else _without_transparency(image)
         pixels = _upright(pixels, _orientation(image))
-        return pixels if pixels.mode == mode else pixels.convert(mode)
+        return (pixels if pixels.mode == mode else pixels.convert(mode)), stored_mode
 
 
 def check_header(stored: Stored, max_pixels: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hftl.adaptation.lora import find_targets
+from hftl.audit.brief import brief
 from hftl.config.defaults import BY_STEPS, resolve
 from hftl.config.parse import dump
 from hftl.config.schema import AugmentConfig, RunConfig
@@ -93,6 +94,8 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T], rows: Any = None) 
     different = resume_problems(resolved)
     if different:
         raise ConfigError(*different)
+    for sentence in brief(splits, task) if is_main_process() else ():
+        say(f"check: {sentence}")
     _say_defaults(run, resolved)
     return resolved, splits, task
 

@@ -103,6 +103,33 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A row of the data by itself, with where it stands."""
+
+    where: str
+    image: str | None = None
+    """A data URI."""
+    texts: Sequence[tuple[str, str]] = ()
+    """Column and content."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A few rows beside each other, and what is said about them."""
+
+    cards: Sequence[Card]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Rows that belong together, shown together."""
+
+    kind: ClassVar[str] = "comparisons"
+    comparisons: Sequence[Comparison]
+
+
+@dataclass(frozen=True)
 class Section:
     """A titled part of a page."""
 

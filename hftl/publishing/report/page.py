@@ -85,6 +85,15 @@ def _target(output: str | Path) -> Path:
     return target
 
 
+def write_page(output: str | Path, title: str, about: Sequence[str], sections: Sequence[Section]) -> Path:
+    """Writes any sections as one page, and returns where.
+
+    Raises:
+        ConfigError: `output` cannot be written.
+    """
+    return _write(_target(output), title, about, sections)
+
+
 def _names(records: Sequence[RunRecord]) -> list[str]:
     return [record.name for record in records]
 

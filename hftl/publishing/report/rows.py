@@ -103,10 +103,10 @@ class Rows:
         if self.splits:
             rows, columns = self.splits[split], self.text_columns
             if self.image_column:
-                images = [_thumbnail(stored, self._max_pixels) for stored in self._images(rows, numbers)]
+                images = [thumbnail(stored, self._max_pixels) for stored in self._images(rows, numbers)]
             if columns:
                 table = rows.select_columns(columns)[numbers]
-                texts = [[(name, _shortened(table[name][n])) for name in columns] for n in range(len(numbers))]
+                texts = [[(name, shortened(table[name][n])) for name in columns] for n in range(len(numbers))]
         return [
             Example(
                 row=number,
@@ -191,7 +191,8 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(list(value.values()))
 
 
-def _shortened(text: Any) -> str:
+def shortened(text: Any) -> str:
+    """Returns as much of a text as a page shows."""
     text = str(text)
     return text if len(text) <= _TEXT else text[:_TEXT] + " …"
 
@@ -203,7 +204,8 @@ def _image_size(stored: Stored, max_pixels: int) -> tuple[int, int] | None:
         return None  # a picture that went away is no reason to lose the page
 
 
-def _thumbnail(stored: Stored, max_pixels: int) -> str | None:
+def thumbnail(stored: Stored, max_pixels: int) -> str | None:
+    """Returns an image as a small JPEG in a data URI; None where it cannot be read."""
     try:
         small = decode_image(stored, "RGB", max_pixels)
     except DataError:
