@@ -22,6 +22,7 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
         "--models", nargs="+", metavar="MODEL", required=True, help="names, or one file that lists them"
     )
     command.add_argument("--rows", type=count, default=10_000, help="training rows to use at most (%(default)s)")
+    command.add_argument("--by", default="linear probe", help="score that orders the table (%(default)s)")
     command.add_argument("--output", default="rank", help="folder for rank.html and rank.json (%(default)s)")
     command.add_argument("--explain", action="store_true", help="say what each score assumes, and its source")
     command.set_defaults(act=_rank)
@@ -68,7 +69,8 @@ def _check(options: argparse.Namespace) -> None:
 def _rank(options: argparse.Namespace) -> None:
     from hftl.choosing.ranking import rank
 
-    rank(options.data, options.models, rows=options.rows, output=options.output, explain=options.explain)
+    chosen = {"rows": options.rows, "output": options.output, "explain": options.explain, "by": options.by}
+    rank(options.data, options.models, **chosen)
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -161,6 +161,12 @@ def create_network(config: ModelConfig, num_outputs: int) -> Any:
     return net
 
 
+def load_original(config: ModelConfig) -> Any:
+    """Returns the network with the classifier that its checkpoint came with."""
+    name = timm_name(config.name)
+    return _create(name, pretrained=True, **_recorded_args(name))
+
+
 def _fresh_head(net: Any) -> None:
     """Draws the classifier's weights anew, small.
 

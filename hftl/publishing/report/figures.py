@@ -120,6 +120,23 @@ def reliability(found: Mapping[str, Any], alt: str) -> str:
     return _svg(draw, alt, height=4.4)
 
 
+def cost_and_score(found: Mapping[str, tuple[float, float, tuple[float, float]]], alt: str, *, x: str, y: str) -> str:
+    """Returns a mark with its interval for each name (cost, score, (low, high)), over a logarithmic cost."""
+
+    def draw(axes: Any) -> None:
+        for number, (name, (cost, score, (low, high))) in enumerate(found.items()):
+            colour, shape = _COLOURS[number % len(_COLOURS)], "osD^vP*X"[number // len(_COLOURS) % 8]
+            axes.plot([cost, cost], [low, high], color=colour, linewidth=1.2)
+            axes.plot([cost], [score], shape, color=colour, markersize=7, label=_entry(name), linestyle="none")
+        axes.set(xlabel=x, ylabel=y)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+        _legend_below(axes, list(found))
+
+    return _svg(draw, alt, height=3.4 + 0.2 * len(found))
+
+
 def histogram(values: Mapping[str, Any], alt: str, *, x: str, bins: int = 30) -> str:
     """Returns how often values occur; several kinds share their bins."""
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(v, dtype=float) for v in values.values()]), bins)
