@@ -90,9 +90,15 @@ class Growing:
 
     def _make(self, values: np.ndarray, labels: np.ndarray | None) -> None:
         found = {VALUES: values} | ({} if labels is None else {LABELS: labels}) | {DONE: np.zeros(0, dtype=np.uint8)}
-        for name, like in found.items():
-            shape = (self.rows, *like.shape[1:])
-            self._arrays[name] = np.lib.format.open_memmap(self.aside / name, mode="w+", dtype=like.dtype, shape=shape)
+        try:
+            for name, like in found.items():
+                shape, file = (self.rows, *like.shape[1:]), self.aside / name
+                self._arrays[name] = np.lib.format.open_memmap(file, mode="w+", dtype=like.dtype, shape=shape)
+                _reserve(file)
+        except OSError:
+            self._arrays = {}
+            shutil.rmtree(self.aside, ignore_errors=True)
+            raise
         self.keep(0.0)
 
     def keep(self, seconds: float) -> None:
@@ -119,3 +125,10 @@ class Growing:
             shutil.rmtree(self.folder)
         self.aside.rename(self.folder)
         sync(self.folder.parent)
+
+
+def _reserve(file: Path) -> None:
+    """Takes the room that a mapped file will need: a disk that is full later would end the process by SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)

@@ -126,3 +126,23 @@ def test_a_run_whose_states_have_no_room_is_refused_before_its_first_step(forks,
     assert "step 1/" not in said and not steps_of(small / "run")
     statuses, said = forks.run(text_flags(small / "run", **{"checkpoint.keep": 1}), tmp_path / "logs", faults=QUIET)
     assert statuses == [0], said
+
+
+def test_features_that_have_no_room_are_an_error_and_leave_nothing(disk, monkeypatch, texts, tiny_bert):
+    """A mapped file would end the process by SIGBUS where its disk is full."""
+    from accelerate import Accelerator
+
+    import hftl
+    from hftl.errors import FeatureError
+    from hftl.features.cache import compute_features
+
+    folder = disk("16k")
+    (folder / "other").write_bytes(bytes(8192))
+    monkeypatch.setenv("HFTL_CACHE", str(folder))
+    run = hftl.RunConfig(hftl.DataConfig(source=str(texts)), hftl.ModelConfig(name=tiny_bert, pooling="mean"))
+    splits = hftl.load_splits(run.data)
+    task = hftl.TextClassification(splits)
+    model = hftl.build_model(run, task.head)
+    with pytest.raises(FeatureError, match="No space left.*HFTL_CACHE"):
+        compute_features(Accelerator(), model, task, splits["train"], run)
+    assert not list((folder / "features").glob("*.growing"))
