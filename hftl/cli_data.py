@@ -35,7 +35,7 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
         nargs="+",
         default=["scratch", "frozen", "lora", "full"],
         choices=("scratch", "frozen", "probe", "lora", "full"),
-        help="ways of adapting (%(default)s)",
+        help="ways of adapting (scratch frozen lora full)",
     )
     command.add_argument("--seeds", type=count, default=3, help="trainings of each (%(default)s)")
     command.add_argument("--config", help="YAML file with settings that all trainings share")
@@ -46,7 +46,8 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
     command = commands.add_parser("features", help="write what the head of a model sees, row by row, as Parquet")
     command.add_argument("data", metavar="DATA", help="source as in data.source")
     command.add_argument("--model", required=True, help="as model.name")
-    command.add_argument("--layers", default="head", choices=("head", "mean", "all"), help="(%(default)s)")
+    layers = "input of the head, mean of the pooled layers of a text model, or all of them (%(default)s)"
+    command.add_argument("--layers", default="head", choices=("head", "mean", "all"), help=layers)
     command.add_argument("--batch_size", type=count, default=32, help="rows at a time (%(default)s)")
     command.add_argument("--output", default="features", help="folder for SPLIT.parquet (%(default)s)")
     command.set_defaults(act=_features)

@@ -19,6 +19,8 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 NOT_RUN = {"pip install uv", "uv run pytest"}  # what these tests stand in
 NOT_RUN |= {"hftl demo runs/photos"}  # it serves until it is interrupted; tests/test_demo.py runs it
+COMPARE = "hftl compare path/to/images --model resnet50.a1_in1k --methods scratch probe frozen lora full --seeds 3"
+NOT_RUN |= {COMPARE}  # fifteen trainings; tests/test_compare.py runs smaller ones
 QUICKSTART = "uv run hftl quickstart"
 
 
@@ -83,7 +85,7 @@ def perform(request, forks, place, tmp_path_factory):
 @pytest.mark.parametrize("hub", ["xet"], indirect=True)
 def test_the_other_commands_and_the_python_run_as_printed(hub, perform, place, tiny_timm, tiny_bert):
     stand_ins = {"resnet50.a1_in1k": tiny_timm["test_resnet"], "bert-base-uncased": tiny_bert}
-    stand_ins["user/photos"] = "alice/photos"
+    stand_ins |= {"user/photos": "alice/photos", "vit_small_patch16_224.augreg_in21k": tiny_timm["test_vit"]}
     done = 0
     for command in commands():
         if command in NOT_RUN or command == QUICKSTART:
