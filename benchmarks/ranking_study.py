@@ -176,8 +176,11 @@ def _ceiling(accuracy: list[float]) -> float:
     return float(np.mean([_tau(list(rng.binomial(rows, accuracy) / rows), accuracy) for _ in range(200)]))
 
 
+_LAST = ("size (baseline)", "accuracy, measured again")
+
+
 def _summary(taus: dict[str, dict[str, float]]) -> None:
-    names = list(dict.fromkeys(score for of in taus.values() for score in of))
+    names = sorted({score: None for of in taus.values() for score in of}, key=_LAST.__contains__)
     print(f"\n{'weighted Kendall tau':<26}" + "".join(f"{name:>15}" for name in taus) + f"{'mean':>8}")
     for score in names:
         found = [of[score] for of in taus.values() if score in of]
