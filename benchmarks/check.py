@@ -85,14 +85,15 @@ def _texts(folder: Path, rows: int) -> None:
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = np.array(["".join(rng.choice(letters, rng.integers(2, 10))) for _ in range(20_000)])
     shares = 1 / np.arange(2, 20_002)
-    shares /= shares.sum()
+    lengths = rng.integers(5, 30, rows)
+    drawn = np.split(rng.choice(words, lengths.sum(), p=shares / shares.sum()), np.cumsum(lengths)[:-1])
     folder.mkdir(parents=True)
     earlier: list[str] = []
     with (folder / "train.csv").open("w") as train, (folder / "test.csv").open("w") as test:
         for file in (train, test):
             file.write("text,label\n")
         for row in range(rows):
-            text = " ".join(rng.choice(words, rng.integers(5, 30), p=shares))
+            text = " ".join(drawn[row])
             if row % 50 == 1:
                 text = earlier[int(rng.integers(len(earlier)))]
             elif row % 50 == 2:
