@@ -2,7 +2,7 @@
 
 `python -m benchmarks check speed [--rows 10000] [--modality text|image]` prints seconds and peak resident memory.
 `python -m benchmarks check copies --data FOLDER` plants changed copies of training images in test.
-`python -m benchmarks check labels --data SOURCE --model MODEL [--seeds 3]` changes 5 % of the labels of train.
+`python -m benchmarks check labels --data SOURCE --model MODEL [--seeds 3] [--first_seed 0]` changes 5 % of train's labels.
 """
 
 from __future__ import annotations
@@ -43,13 +43,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", help="source, for copies and labels")
     parser.add_argument("--model", help="for labels")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.part == "speed":
         _speed(args.rows, args.modality)
     elif args.part == "copies":
         _copies(Path(args.data))
     else:
-        _labels(args.data, args.model, args.seeds)
+        _labels(args.data, args.model, range(args.first_seed, args.first_seed + args.seeds))
 
 
 def _speed(rows: int, modality: str) -> None:
@@ -199,7 +200,7 @@ def _origin(file: Path, sources: list[Path]) -> Path:
     return sources[int(file.stem.rpartition("-")[2])] if file.name.startswith("copy-") else file
 
 
-def _labels(data: str, model: str, seeds: int) -> None:
+def _labels(data: str, model: str, seeds: range) -> None:
     """Prints the share of changed labels among the first rows of train, as many as were changed."""
     import numpy as np
 
@@ -220,7 +221,7 @@ def _labels(data: str, model: str, seeds: int) -> None:
     if isinstance(features, str):
         raise SystemExit(features)
     train, precisions, lengths = numbering.of_split("train"), [], []
-    for seed in range(seeds):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         rows = np.flatnonzero(labels.codes[train] >= 0)
         planted = rng.choice(rows, round(NOISE * len(rows)), replace=False) + train.start
