@@ -2,7 +2,7 @@
 
 `python -m benchmarks check speed [--rows 10000] [--modality text|image]` prints seconds and peak resident memory.
 `python -m benchmarks check copies --data FOLDER` plants changed copies of training images in test.
-`python -m benchmarks check labels --data SOURCE --model MODEL [--seeds 3] [--first_seed 0]` changes 5 % of train's labels.
+`python -m benchmarks check labels --data SOURCE --model MODEL [--seeds 3] [--first_seed 0]` changes 5 % of labels.
 """
 
 from __future__ import annotations

@@ -434,6 +434,36 @@ def test_in_brief_images_are_the_same_where_their_files_are(planted_images):
     assert "1 row of test also stand" in said[0] and "2 rows of train have the same input" in said[0]
 
 
+def test_in_brief_images_inside_of_tables_are_not_all_in_memory(planted_images, tmp_path, monkeypatch):
+    from datasets import Dataset, Image
+
+    from hftl.audit import brief as module
+
+    rng = np.random.default_rng(0)
+    content = [rng.bytes(2_000 + number) for number in range(60)] + [rng.bytes(2_000)]
+    rows = Dataset.from_dict({"image": [{"bytes": each, "path": None} for each in content]}).cast_column(
+        "image", Image(decode=False)
+    )
+    read, plain = [], module.blake2b
+    monkeypatch.setattr(module, "blake2b", lambda data, **options: read.append(len(data)) or plain(data, **options))
+    from hftl.audit.finding import Numbering
+
+    keys = module._image_keys({"train": rows}, "image", Numbering({"train": len(rows)}))
+    assert read == [2_000, 2_000] and len(set(keys.tolist())) == len(rows)
+    assert module._sizes(rows, "image").tolist() == [len(each) for each in content]
+
+
+def test_probes_of_few_rows_still_see_every_class(monkeypatch):
+    from hftl.audit import wrong_labels as module
+
+    monkeypatch.setattr(module, "FITTED", 200)
+    rng = np.random.default_rng(0)
+    codes = np.array([0] * 1000 + [1] * 994 + [2] * 6)
+    features = (rng.normal(size=(2000, 8)) + 6 * np.eye(8)[codes]).astype(np.float32)
+    known = out_of_fold(features, codes, np.arange(2000))
+    assert known[np.arange(2000), codes][-6:].min() > 0.3
+
+
 def test_a_brief_look_never_ends_a_run(texts):
     splits = load_splits(DataConfig(source=str(texts)))
     task = TextClassification(splits)

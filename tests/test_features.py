@@ -83,6 +83,7 @@ def test_any_change_is_another_key_and_nothing_else_is(text_run, tmp_path, tiny_
     assert of(run).from_cache
     other_head = replace(run, train=replace(run.train, seed=5, batch_size_per_device=4))
     assert of(other_head).from_cache, "neither the head nor the batch size matters"
+    assert of(replace(run, model=replace(run.model, dropout=0.3))).from_cache, "nor does dropout: features have none"
     assert not of(replace(run, data=replace(run.data, max_length=7))).from_cache
     assert not of(replace(run, model=replace(run.model, pooling="cls"))).from_cache
     table = texts / "train.csv"
@@ -94,6 +95,37 @@ def test_any_change_is_another_key_and_nothing_else_is(text_run, tmp_path, tiny_
     weights[name][0] += 1e-3
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     assert not of(run).from_cache
+
+
+def test_how_a_network_pools_is_in_the_key(image_run, tmp_path, tiny_timm):
+    """timm's networks hold the same weights whether they take the mean of the patches or their maximum."""
+    found = []
+    for pool in ("avg", "max"):
+        folder = tmp_path / pool
+        shutil.copytree(tiny_timm["test_vit"].removeprefix("local-dir:"), folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["global_pool"] = pool
+        config["model_args"] = config.get("model_args", {}) | {"global_pool": pool}
+        (folder / "config.json").write_text(json.dumps(config))
+        run = image_run("test_vit")
+        found.append(of(replace(run, model=replace(run.model, name=f"local-dir:{folder}"))))
+    assert not found[1].from_cache and not np.allclose(found[0].values, found[1].values)
+
+
+def test_the_code_of_a_task_of_somebody_else_is_in_the_key(text_run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    run, hits = text_run("frozen", "mean"), []
+    for version in ("1", "1", "2"):
+        (tmp_path / "mine.py").write_text(f"import hftl\nclass Mine(hftl.TextClassification):\n    v = {version}\n")
+        sys.modules.pop("mine", None)
+        import mine
+
+        splits = hftl.load_splits(run.data)
+        task = mine.Mine(splits)
+        model = hftl.build_model(run, task.head)
+        hits.append(compute_features(Accelerator(), model, task, splits["test"], run).from_cache)
+    assert hits == [False, True, False]
 
 
 def test_an_image_that_changes_on_disk_is_noticed(image_run, images, tmp_path):
@@ -203,6 +235,19 @@ def test_two_processes_that_want_the_same_compute_it_once(text_run, tiny_bert, t
         "FROM_CACHE True True",
     ]
     assert np.array_equal(*(np.load(tmp_path / f"job{number}-0.npy") for number in range(2)))
+
+
+def test_two_machines_with_one_disk_do_not_wait_for_each_other(text_run, tiny_bert, tmp_path):
+    """Each is the first process of its machine, and both would write: the lock of one would hold up the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    words = [sys.executable, "-c", TWO, text_run().data.source, tiny_bert, str(tmp_path / "values")]
+    jobs = [
+        subprocess.Popen(words, env=environment() | meet | {"RANK": str(rank), "LOCAL_RANK": "0"}) for rank in range(2)
+    ]
+    assert [job.wait(timeout=120) for job in jobs] == [0, 0]
+    assert np.array_equal(*(np.load(tmp_path / f"values{rank}.npy") for rank in range(2)))
 
 
 def test_a_launcher_s_processes_share_the_pass(text_run, tiny_bert, tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import hftl
 from hftl.config.schema import FrozenConfig
-from hftl.errors import FeatureError, NonfiniteError, Stopped
+from hftl.errors import ConfigError, FeatureError, NonfiniteError, Stopped
 from hftl.features.tap import linear_head
 from hftl.train.head_bank import HeadBank, HeadSetting
 from hftl.train.heads import HEADS
@@ -142,6 +142,40 @@ def test_what_cannot_be_cached_is_trained_plainly_and_said(pooling, dropout, tex
     history = hftl.fit(hftl.start(run), model, task, splits, run)
     assert history.steps and not Path(run.output_dir, HEADS).exists()
     assert f"dropout ({dropout:g}) before the head" in capsys.readouterr().out
+
+
+class Weighted(hftl.TextClassification):
+    """Rows with a weight of their own, which its loss reads."""
+
+    def collate(self, examples):
+        batch = super().collate(examples)
+        return batch | {"share": torch.full((len(examples),), 0.5)}
+
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) * batch["share"]
+
+
+def test_a_loss_that_reads_more_than_labels_is_trained_plainly(text_run, capsys):
+    *_, history, done = trained(text_run("frozen", "mean"), Weighted, FrozenConfig())
+    assert history.steps and not Path(done.output_dir, HEADS).exists()
+    assert "more than inputs and labels (inputs, labels, share)" in capsys.readouterr().out
+
+
+def test_logits_that_are_more_than_the_linear_layer_are_trained_plainly(text_run, monkeypatch, capsys):
+    from hftl.models.text_model import TextModel
+
+    plain = TextModel.forward
+    monkeypatch.setattr(TextModel, "forward", lambda self, inputs: {"logits": 2 * plain(self, inputs)["logits"]})
+    *_, done = trained(text_run("frozen", "mean"), hftl.TextClassification, FrozenConfig())
+    assert not Path(done.output_dir, HEADS).exists() and "not the output of the head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"lr_factors": []}, {"lr_factors": [-1.0]}, {"weight_decays": []}])
+def test_a_grid_that_makes_no_heads_is_refused(wrong, text_run):
+    run = text_run("frozen", "mean")
+    run = replace(run, adapt=replace(run.adapt, frozen=FrozenConfig(**wrong)))
+    with pytest.raises(ConfigError, match=f"adapt.frozen.{next(iter(wrong))}.*at least one number"):
+        hftl.prepare(run, hftl.TextClassification)
 
 
 def test_without_validation_the_plain_setting_is_trained(text_run):

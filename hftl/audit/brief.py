@@ -14,6 +14,7 @@ from hftl.audit.copies import Groups, conflicting
 from hftl.audit.finding import Numbering, spoken
 from hftl.audit.labels import FEW, Labels, class_counts, read_labels
 from hftl.audit.text_keys import text_keys
+from hftl.data.columns import arrow_column
 from hftl.data.given import GIVEN
 from hftl.data.source import Splits
 from hftl.errors import shorten
@@ -21,6 +22,8 @@ from hftl.tasks.inputs import ImageInputs, TextInputs
 
 READ = 64_000_000
 """Bytes of images that are read at most."""
+_AT_ONCE = 500
+"""Images whose files are looked at together."""
 
 
 def brief(splits: Splits, task: Any) -> list[str]:
@@ -80,27 +83,36 @@ def _rare(labels: Labels, numbering: Numbering) -> list[str]:
 
 def _image_keys(splits: Splits, column: str, numbering: Numbering) -> Any:
     """Returns a key for each image, equal for equal files; only files of a size that occurs again are read."""
-    from datasets import Image
-
     keys = np.arange(len(numbering)).astype(np.uint64)  # all different
-    same_size: dict[int, list[tuple[int, Any]]] = defaultdict(list)
+    sizes = np.concatenate([_sizes(rows, column) for rows in splits.values()])
+    _, group, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    again = np.flatnonzero((counts[group] > 1) & (sizes > 0))
+    again = again[np.cumsum(sizes[again]) <= READ]
     for split, rows in splits.items():
-        images: Any = rows.select_columns([column]).cast_column(column, Image(decode=False))
-        number = numbering.of_split(split).start
-        for start in range(0, len(rows), 1_000):
-            for stored in images[start : start + 1_000][column]:
-                content, path = (stored or {}).get("bytes"), (stored or {}).get("path")
-                size = len(content) if content is not None else os.stat(path).st_size if path else 0
-                if size:
-                    same_size[size].append((number, path if content is None else content))
-                number += 1
-    left = READ
-    for size, images in same_size.items():
-        left -= size * len(images) if len(images) > 1 else 0
-        if left < 0:
-            break
-        for number, image in images if len(images) > 1 else ():
-            content = image if isinstance(image, bytes) else Path(image).read_bytes()
-            # the top bit keeps hashes apart from the numbers of rows
-            keys[number] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little") | 1 << 63
+        span = numbering.of_split(split)
+        mine = again[(again >= span.start) & (again < span.stop)]
+        for start in range(0, len(mine), _AT_ONCE):
+            numbers = mine[start : start + _AT_ONCE]
+            images = arrow_column(rows.select(numbers - span.start), column).combine_chunks()
+            for number, image in zip(numbers, images.to_pylist(), strict=True):
+                content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+                # the top bit keeps hashes apart from the numbers of rows
+                keys[number] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little") | 1 << 63
     return keys
+
+
+def _sizes(rows: Any, column: str) -> Any:
+    """Returns the bytes of each image file [N], 0 where there is none; a few images at a time are in memory."""
+    import pyarrow.compute as pc
+
+    sizes: list[int] = []
+    for start in range(0, len(rows), _AT_ONCE):
+        for chunk in arrow_column(rows.select(range(start, min(start + _AT_ONCE, len(rows)))), column).chunks:
+            inside, paths = (
+                pc.call_function("binary_length", [chunk.field("bytes")]).to_pylist(),
+                chunk.field("path").to_pylist(),
+            )
+            valid = chunk.is_valid().to_pylist()
+            for size, path, there in zip(inside, paths, valid, strict=True):
+                sizes.append(size if size is not None else os.stat(path).st_size if there and path else 0)
+    return np.array(sizes, dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +100,8 @@ def check(
 
 
 def _refuse(names: Sequence[str], model: str | None, fix: str | None, source: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("check: it looks at the data in one process; call it without a launcher.")
     problems = [
         f"--fail_on: there is no finding '{name}' (findings: {', '.join(FINDINGS)}).{nearest(name, FINDINGS)}"
         for name in names

@@ -46,7 +46,7 @@ def out_of_fold(features: Any, codes: Any, twins: Any, seed: int = 0) -> Any:
     for number in range(FOLDS):
         others = np.flatnonzero(fold != number)
         if len(others) > FITTED:
-            others = np.sort(rng.permutation(others)[:FITTED])
+            others = _some(others, codes, rng)
         predict = _fit_probe(features[others], codes[others])
         held = np.flatnonzero(fold == number)
         for start in range(0, len(held), _BLOCK):
@@ -54,6 +54,16 @@ def out_of_fold(features: Any, codes: Any, twins: Any, seed: int = 0) -> Any:
             present, values = predict(features[block])
             probabilities[np.ix_(block, present)] = values
     return probabilities
+
+
+def _some(rows: Any, codes: Any, rng: Any) -> Any:
+    """Returns `FITTED` of the rows at random, sorted; some of every class, or its rows would all look wrong."""
+    order = rng.permutation(rows)
+    by_class = order[np.argsort(codes[order], kind="stable")]
+    _, starts, counts = np.unique(codes[by_class], return_index=True, return_counts=True)
+    within = np.arange(len(by_class)) - np.repeat(starts, counts)
+    first = np.isin(order, by_class[within < FOLDS])
+    return np.sort(np.concatenate([order[first], order[~first]])[:FITTED])
 
 
 def _fit_probe(features: Any, codes: Any) -> Any:

@@ -104,7 +104,9 @@ def _scored(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset)
         began = time.perf_counter()
         source = source_probabilities(run, task, found.values) if layers == "head" and found.linear else None
         classes = classes if source is None else source.shape[1]
-        kind = KINDS[task.head.problem_type]
+        kind = KINDS.get(task.head.problem_type)
+        if kind is None:
+            raise DataError(f"rank: a task of type '{task.head.problem_type}' has no scores; {', '.join(KINDS)} have.")
         sample = Sample(found.values, found.labels, kind, source)
         estimates = {key: each.compute(sample) for key, each in ESTIMATORS.items() if each.fits(sample)}
         seconds = time.perf_counter() - began

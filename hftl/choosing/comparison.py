@@ -168,7 +168,8 @@ def _interruptible() -> Iterator[None]:
 def _measured(place: Path, split: str) -> str:
     record = RunRecord(place)
     seconds = record.facts.get("training", {}).get("seconds", float("nan"))
-    return f"{split} accuracy {record.metrics.get(f'{split}/accuracy') or float('nan'):.3f} ({seconds:.1f} s)"
+    accuracy = record.metrics.get(f"{split}/accuracy")
+    return f"{split} accuracy {float('nan') if accuracy is None else accuracy:.3f} ({seconds:.1f} s)"
 
 
 def attach(found: Comparison, folder: Path) -> None:

@@ -25,7 +25,7 @@ class Plan:
     """The trainings of a comparison."""
 
     trainings: dict[str, list[RunConfig]]
-    """By method; seed s of one and seed s of another are a pair."""
+    """By method, one for each seed."""
     task: str
     """Where the task class is, as `module:name`: what is sent to other processes."""
     budget: str

@@ -224,8 +224,15 @@ def _ranked(
         }
         scores[place] = {estimator: found for estimator, found in each.items() if found}
     scored = [candidate for candidate in candidates if not candidate.problem]
-    place = LAYER_MEAN if all(LAYER_MEAN in candidate.views for candidate in scored) else "head"
+    means = all(LAYER_MEAN in candidate.views for candidate in scored) and by in scores.get(LAYER_MEAN, {})
+    place = LAYER_MEAN if means else "head"
     leading = scores[place].get(by, {})
+    if not leading:
+        computed = ", ".join(scores[place])
+        raise ConfigError(
+            f"--by: no candidate has a score of {by} here (it may need a checkpoint with the head of its source); "
+            f"computed: {computed}."
+        )
 
     def position(candidate: Candidate) -> tuple[bool, int]:
         score = leading.get(candidate.name)

@@ -128,9 +128,8 @@ def foot(found: Comparison, seeds: int) -> str:
     """Returns what the numbers of the table are."""
     mean = f"Mean ± standard deviation over {_seeds(seeds)}; " if seeds > 1 else ""
     return (
-        f"{mean}{found.rows:,} rows; {found.budget}.\nDifferences: same rows, seed by seed; intervals over rows and "
-        "seeds, each for one comparison alone. Seconds:\nmean over seeds; features that one run computes and others "
-        "reuse count once"
+        f"{mean}{found.rows:,} rows; {found.budget}.\nDifferences: on the same rows; intervals over rows and seeds, "
+        "each for one comparison alone.\nSeconds: mean over seeds, features included, whether computed or reused"
     )
 
 

@@ -49,6 +49,11 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "checkpoint.keep": (1, float("inf"), "at least 1"),
 }
 
+_LISTS: dict[str, tuple[float, str]] = {
+    "adapt.frozen.lr_factors": (1e-12, "a list of at least one number, each above 0"),
+    "adapt.frozen.weight_decays": (0.0, "a list of at least one number, each at least 0"),
+}
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.pooling": ("auto", "stock", "cls", "mean"),
     "adapt.method": ("full", "frozen", "lora", "probe"),
@@ -74,6 +79,12 @@ def _value_problems(values: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: {value!r} is not a number; allowed: {allowed}."
         elif not low <= value <= high or value == float("inf"):
             yield f"{name}: {value} is out of range; allowed: {allowed}."
+    for name, (low, allowed) in _LISTS.items():
+        value = values[name]
+        fine = isinstance(value, (list, tuple)) and bool(value)
+        fine = fine and all(isinstance(each, (int, float)) and low <= each < float("inf") for each in value or ())
+        if value is not None and not fine:
+            yield f"{name}: {value!r} is out of range; allowed: {allowed}."
     for name, allowed in _CHOICES.items():
         if values[name] not in allowed:
             yield f"{name}: {values[name]!r} is not one of {', '.join(allowed)}.{nearest(str(values[name]), allowed)}"

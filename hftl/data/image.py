@@ -137,8 +137,8 @@ class ImageRows:
 def _files(dataset: Dataset, column: str) -> str:
     """Returns a hash of path, size and time of change of every image that lies in a file of its own."""
     digest = hashlib.sha256()
-    for start in range(0, len(dataset), 10_000):
-        images = arrow_column(dataset.select(range(start, min(start + 10_000, len(dataset)))), column)
+    for start in range(0, len(dataset), _AT_ONCE):
+        images = arrow_column(dataset.select(range(start, min(start + _AT_ONCE, len(dataset)))), column)
         for chunk in images.chunks:
             inside = chunk.field("bytes").is_valid().to_pylist()
             for path, stored in zip(chunk.field("path").to_pylist(), inside, strict=True):

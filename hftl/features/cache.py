@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +22,7 @@ from hftl.console import say
 from hftl.data.loader import Key, Rows, default_workers, make_loader
 from hftl.errors import FeatureError, disk_error, shorten
 from hftl.evaluation.evaluate import predict
+from hftl.features.identity import backbone_identity, code_identity, hashed
 from hftl.features.store import Growing, cache_folder, read_whole
 from hftl.features.tap import FeatureReader, Layers
 from hftl.models.parts import TaskModel
@@ -68,9 +67,9 @@ def compute_features(
 ) -> Features:
     """Returns the features of a split, from the cache where they are there, else from one pass in eval mode.
 
-    The key holds the backbone's weights and architecture, the preprocessing, the rows and the precision; any change
-    of these is another key. A pass that was stopped goes on where it was. Under a launcher the pass is shared out, and
-    each machine keeps the whole.
+    The key holds the backbone's weights and architecture, the preprocessing, the rows, the task with its labels, and
+    the precision; any change of these is another key. A pass that was stopped goes on where it was. Under a launcher
+    the pass is shared out, and each machine keeps the whole.
 
     Args:
         accelerator: From `start`, or a new one.
@@ -101,7 +100,7 @@ def compute_features(
             _fill(accelerator, reader, task, rows, run, split, view or 0, growing)
             with together("keep features"):
                 if growing is not None:
-                    growing.finish({"key": described, "rows": len(rows), "linear": reader.linear})
+                    growing.finish({"key": described, "rows": len(rows)}, reader.linear)
             found, from_cache = read_whole(place), False
         else:
             from_cache = True
@@ -136,10 +135,10 @@ def _fill(
             growing.add(index, values, labels)
             now = time.perf_counter()
             if now - kept > KEEP_S:
-                growing.keep(now - kept)
+                growing.keep(now - kept, reader.linear)
                 kept = now
         if growing is not None:
-            growing.keep(time.perf_counter() - kept)
+            growing.keep(time.perf_counter() - kept, reader.linear)
     except OSError as error:
         said = disk_error(error, cache_folder())
         raise FeatureError(f"features: {said or error} (HFTL_CACHE names another folder.)") from error
@@ -245,43 +244,34 @@ def _alone(place: Path, split: str) -> Iterator[None]:
 def _place(
     accelerator: Accelerator, model: TaskModel, task: Task, rows: Rows, layers: Layers, view: int | None
 ) -> tuple[dict[str, Any], Path]:
-    """Returns what determines the features, and their folder."""
-    identity = getattr(rows, "identity", None)
-    if identity is None:  # rows of somebody else's making: nobody knows what they depend on
+    """Returns what determines the features, and their folder.
+
+    Machines other than the first have folders of their own names: they may share a disk with it, on which the one that
+    waits for a lock and the one that waits for its peers would wait for each other.
+    """
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    machine = f".machine{rank - local}" if accelerator.num_processes > 1 and rank > local else ""
+    identity, code = getattr(rows, "identity", None), code_identity(task)
+    if identity is None or code is None:  # of somebody else's making: nobody knows what they depend on
         from accelerate.utils import broadcast_object_list
 
         names = [f"private-{uuid4().hex}"]
         name = broadcast_object_list(names)[0] if accelerator.num_processes > 1 else names[0]
-        atexit.register(shutil.rmtree, cache_folder() / name, ignore_errors=True)
+        name += machine
+        for left in (name, name + ".lock"):
+            atexit.register(_remove, cache_folder() / left)
         return {"rows": "of unknown origin, for this process alone"}, cache_folder() / name
     described = {
-        "backbone": _backbone_identity(model),
+        "backbone": backbone_identity(model),
         "rows": identity(),
-        "task": [task.name, _hash(task.state())],
+        "task": [task.name, code, hashed(task.state())],
         "layers": layers,
         "view": view,
         "precision": [accelerator.mixed_precision, accelerator.device.type],
         "versions": {name: version(name) for name in ("torch", "timm", "transformers", "pillow")},
     }
-    return described, cache_folder() / _hash(described)
+    return described, cache_folder() / (hashed(described) + machine)
 
 
-def _backbone_identity(model: TaskModel) -> str:
-    """Returns a hash of the backbone: every weight, every running statistic, and how the network is built."""
-    from xxhash import xxh3_128  # SHA-256 would take as long as the forward passes of a hundred rows
-
-    digest = xxh3_128()
-    net = model.net
-    config = getattr(net, "config", None)
-    described = [type(net).__qualname__, repr(net), asdict(model.source)["library"]]
-    digest.update(json.dumps([*described, config.to_json_string() if config is not None else ""]).encode())
-    for name, tensor in sorted(net.state_dict(keep_vars=True).items()):
-        if not model.in_head(name):
-            data = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(data.shape)} {data.dtype}\n".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -56,7 +56,10 @@ class Growing:
         self.aside = folder.with_name(folder.name + ASIDE)
         self.rows = rows
         self.seconds = 0.0
+        self.linear = True
+        """Whether all batches so far were linear in the head; see `FeatureReader.linear`."""
         self._arrays: dict[str, np.memmap] = {}
+        self._new: list[np.ndarray] = []
         if not self._reopen():
             shutil.rmtree(self.aside, ignore_errors=True)
             self.aside.mkdir(parents=True)
@@ -68,7 +71,7 @@ class Growing:
                 return False
             for name in state["arrays"]:
                 self._arrays[name] = np.lib.format.open_memmap(self.aside / name, mode="r+")
-            self.seconds = state["seconds"]
+            self.seconds, self.linear = state["seconds"], state["linear"]
             if all(len(array) == self.rows for array in self._arrays.values()) and DONE in self._arrays:
                 return True
         self._arrays = {}
@@ -86,7 +89,7 @@ class Growing:
         self._arrays[VALUES][index] = values
         if LABELS in self._arrays and labels is not None:
             self._arrays[LABELS][index] = labels
-        self._arrays[DONE][index] = 1
+        self._new.append(index)
 
     def _make(self, values: np.ndarray, labels: np.ndarray | None) -> None:
         found = {VALUES: values} | ({} if labels is None else {LABELS: labels}) | {DONE: np.zeros(0, dtype=np.uint8)}
@@ -99,27 +102,32 @@ class Growing:
             self._arrays = {}
             shutil.rmtree(self.aside, ignore_errors=True)
             raise
-        self.keep(0.0)
+        self.keep(0.0, True)
 
-    def keep(self, seconds: float) -> None:
-        """Brings what is there to the disk, and how long it took."""
-        for name in sorted(self._arrays, key=lambda name: name == DONE):  # the marks last
+    def keep(self, seconds: float, linear: bool) -> None:
+        """Brings what is there to the disk, with how long it took, and marks the rows as done after that."""
+        for name in self._arrays:
             self._arrays[name].flush()
+        if self._new:
+            self._arrays[DONE][np.concatenate(self._new)] = 1
+            self._arrays[DONE].flush()
+            self._new = []
         self.seconds += seconds
-        state = {"format": FORMAT, "arrays": list(self._arrays), "seconds": self.seconds}
+        self.linear &= linear
+        state = {"format": FORMAT, "arrays": list(self._arrays), "seconds": self.seconds, "linear": self.linear}
         write_text(self.aside / META, json.dumps(state))
 
-    def finish(self, described: Mapping[str, Any]) -> None:
+    def finish(self, described: Mapping[str, Any], linear: bool) -> None:
         """Gives the folder its name, all rows being there."""
+        self.keep(0.0, linear)
         assert self.done.all()
-        self.keep(0.0)
         names = [name for name in self._arrays if name != DONE]
         self._arrays = {}  # before the folder moves: some systems keep open files where they are
         for name in names:
             sync(self.aside / name)
         (self.aside / DONE).unlink()
         sizes = {name: (self.aside / name).stat().st_size for name in names}
-        meta = {"format": FORMAT, "bytes": sizes, "seconds": self.seconds, **described}
+        meta = {"format": FORMAT, "bytes": sizes, "seconds": self.seconds, "linear": self.linear, **described}
         write_text(self.aside / META, json.dumps(meta, indent=2, ensure_ascii=False))
         if self.folder.exists():  # damaged, or of another format: nothing that is whole is ever made anew
             shutil.rmtree(self.folder)

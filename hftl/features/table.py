@@ -10,6 +10,7 @@ import numpy as np
 from hftl.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.console import say
 from hftl.data.source import Splits, load_splits
+from hftl.errors import ConfigError
 from hftl.features.cache import Features, compute_features
 from hftl.features.tap import Layers
 from hftl.files import whole_file
@@ -53,6 +54,7 @@ def write_features(
         The file of each split.
 
     Raises:
+        ConfigError: `output` cannot be a folder.
         DataError: The data do not open, or do not fit the task.
         ModelError: The model does not.
         FeatureError: Features cannot be computed or kept.
@@ -60,6 +62,10 @@ def write_features(
     from accelerate import Accelerator
 
     run = RunConfig(DataConfig(source), ModelConfig(model), train=TrainConfig(batch_size_per_device=batch_size))
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: '{output}' cannot be a folder: {error.strerror or error}.") from error
     accelerator = Accelerator()
     splits = load_splits(run.data)
     make: Callable[[Splits], Task] = task or infer_task(splits)
@@ -71,7 +77,6 @@ def write_features(
         files[split] = Path(output) / f"{split}.parquet"
         with together("write features"):
             if accelerator.is_main_process:
-                files[split].parent.mkdir(parents=True, exist_ok=True)
                 _write(found, made, files[split])
         say(f"features: {files[split]}")
     return files

@@ -37,11 +37,13 @@ def linear_head(model: TaskModel) -> nn.Linear | None:
 
 def random_before_head(model: TaskModel) -> list[str]:
     """Returns the layers outside of the backbone that draw at random in training: dropout before the head."""
-    return [
+    found = [
         f"{name} ({module.p:g})"
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and not model.in_backbone(name)
-    ] + [f"drop_rate ({model.net.drop_rate:g})" for _ in [0] if getattr(model.net, "drop_rate", 0)]
+    ]
+    rate = getattr(model.net, "drop_rate", 0)  # timm calls dropout as a function
+    return [*found, f"drop_rate ({rate:g})"] if rate else found
 
 
 class FeatureReader(nn.Module):

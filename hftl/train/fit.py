@@ -20,8 +20,9 @@ from hftl.train.agree import agree, refuse_nonfinite, scaler_backs_off
 from hftl.train.best import BestWeights
 from hftl.train.folder import run_folder
 from hftl.train.gradient import StepGradient
-from hftl.train.heads import fit_heads, trains_on_features
+from hftl.train.heads import fit_heads
 from hftl.train.history import History, Recorder
+from hftl.train.on_features import trains_on_features
 from hftl.train.optim import make_optimizer, set_rates
 from hftl.train.plan import Plan, make_plan
 from hftl.train.probe import fit_probe
@@ -63,7 +64,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
 
     if run.adapt.method == "probe":
         return fit_probe(accelerator, model, task, splits, run)
-    if trains_on_features(model, run):
+    if trains_on_features(model, task, splits, run):
         return fit_heads(accelerator, model, task, splits, run)
     config, folder, max_length = run.train, run_folder(run), run.data.max_length
     rows = task.encode(splits["train"], model.processor, config.seed, max_length)

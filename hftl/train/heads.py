@@ -20,7 +20,7 @@ from hftl.data.source import Splits
 from hftl.errors import NonfiniteError, Stopped
 from hftl.evaluation.metrics import BUILT_IN, EvaluateMetric, MeanLoss
 from hftl.features.cache import Features, compute_features
-from hftl.features.tap import linear_head, random_before_head
+from hftl.features.tap import linear_head
 from hftl.files import write_text
 from hftl.models.parts import TaskModel
 from hftl.tasks.task import Task
@@ -39,21 +39,6 @@ if TYPE_CHECKING:
 
 HEADS = "heads.json"
 """In the run folder: every head that was tried, and what it reached on validation."""
-
-
-def trains_on_features(model: TaskModel, run: RunConfig) -> bool:
-    """Whether this run trains a head on features that are computed once; says why not, where it might have."""
-    if run.adapt.method != "frozen" or not run.adapt.frozen.cache:
-        return False
-    before = random_before_head(model)
-    if linear_head(model) is None:
-        why = "the new head is more than one linear layer (text: --model.pooling mean or cls makes it one)"
-    elif before:
-        why = f"{', '.join(before)} before the head draws anew for every row (--model.dropout 0 leaves it out)"
-    else:
-        return True
-    say(f"adapt: frozen, the backbone runs in every epoch: {why}")
-    return False
 
 
 def fit_heads(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig) -> History:
@@ -84,13 +69,16 @@ def fit_heads(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
     views = range(frozen.views) if task.modality == "image" and frozen.views else [None]
     if views == [None] and task.modality == "image" and run.data.augment.any:
         say("adapt: frozen, on the images as they are (--adapt.frozen.views N learns from N augmented views of each)")
+    if frozen.views and task.modality != "image":
+        say("adapt: adapt.frozen.views is for images; it has no effect here")
     of_split = {"train": [_features(accelerator, model, task, splits, run, "train", view) for view in views]}
     if "validation" in splits:
         of_split["validation"] = [_features(accelerator, model, task, splits, run, "validation", None)]
     lengths = task.encode(splits["train"], model.processor, config.seed, run.data.max_length).lengths
     plan = make_plan(accelerator, run, len(splits["train"]), None)
     recorder = Recorder(accelerator, run, run_folder(run), plan.total, None)
-    recorder.started = began  # the features are what such a training costs
+    # the features are what such a training costs, whether this run computed them or another one
+    recorder.started = began - sum(part.seconds for parts in of_split.values() for part in parts if part.from_cache)
     with recorder, StopRequest(accelerator) as stop:
         trial = _Trial(head, task, run, plan, of_split, lengths, accelerator.device, stop)
         done = on_main(accelerator, trial.train, run_folder(run))
@@ -152,6 +140,9 @@ class _Trial:
         self.labels = torch.from_numpy(np.array(features["train"][0].labels))
         self.lengths = lengths
         self.held_out = features.get("validation", [None])[0]
+        if self.held_out is not None:
+            values, labels = self.held_out.values, self.held_out.labels
+            self.validation = [torch.from_numpy(np.array(part)).to(device) for part in (values, labels)]
         settings = head_settings(run, choosing=self.held_out is not None)
         self.bank = HeadBank(head, settings, run.train.max_grad_norm, device)
         self.metric = run.train.best_metric or task.best_metric
@@ -223,8 +214,7 @@ class _Trial:
         """Measures every head on validation and keeps what is best; returns whether patience is over."""
         if self.held_out is None:
             return False
-        values = torch.from_numpy(np.array(self.held_out.values)).to(self.device)
-        labels = torch.from_numpy(np.array(self.held_out.labels)).to(self.device)
+        values, labels = self.validation
         for number in range(len(self.bank.settings)):
             weight, bias = self.bank.copy_of(number)
             found = self._measure(values @ weight.T + bias, labels)

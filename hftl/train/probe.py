@@ -55,6 +55,7 @@ def fit_probe(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
     layer = linear_head(model)
     with Recorder(accelerator, run, run_folder(run), 0, None) as recorder:
         found = compute_features(accelerator, model, task, splits["train"], run)
+        recorder.started -= found.seconds if found.from_cache else 0.0  # as if this run had computed them
         if layer is None or layer.bias is None or not found.linear:
             raise AdaptError(no_linear_head(model))
         chosen, weights, content = on_main(accelerator, lambda: _fit(found, task.head.num_outputs, run))
