@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+
+from hftl.config.schema import DataConfig
+
+_CONFIG = "YAML file whose data section names columns and the like, as for a recipe"
 
 
 def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,6 +19,7 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument("--output", default="check", help="folder for check.html and check.json (%(default)s)")
     command.add_argument("--fail_on", nargs="*", metavar="FINDING", help="findings that make the exit code 1")
     command.add_argument("--fix", metavar="FOLDER", help="write a cleaned copy of the data into this new folder")
+    command.add_argument("--config", help=_CONFIG)
     command.set_defaults(act=_check)
 
     command = commands.add_parser("rank", help="which backbone? candidates compared by features of this data")
@@ -25,6 +31,7 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument("--by", default="linear probe", help="score that orders the table (%(default)s)")
     command.add_argument("--output", default="rank", help="folder for rank.html and rank.json (%(default)s)")
     command.add_argument("--explain", action="store_true", help="say what each score assumes, and its source")
+    command.add_argument("--config", help=_CONFIG)
     command.set_defaults(act=_rank)
 
     command = commands.add_parser("compare", help="did transfer help? ways of adapting on the same split and budget")
@@ -50,6 +57,7 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument("--layers", default="head", choices=("head", "mean", "all"), help=layers)
     command.add_argument("--batch_size", type=count, default=32, help="rows at a time (%(default)s)")
     command.add_argument("--output", default="features", help="folder for SPLIT.parquet (%(default)s)")
+    command.add_argument("--config", help=_CONFIG)
     command.set_defaults(act=_features)
 
 
@@ -60,10 +68,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def _data(options: argparse.Namespace) -> DataConfig:
+    from hftl.config.parse import load
+
+    data = load(options.config).data if options.config else DataConfig()
+    return replace(data, source=options.data)
+
+
 def _check(options: argparse.Namespace) -> None:
     from hftl.audit.check import check
 
-    found = check(options.data, options.model, output=options.output, fix=options.fix, fail_on=options.fail_on)
+    found = check(_data(options), options.model, output=options.output, fix=options.fix, fail_on=options.fail_on)
     sys.exit(1 if found.failed else 0)
 
 
@@ -71,7 +86,7 @@ def _rank(options: argparse.Namespace) -> None:
     from hftl.choosing.ranking import rank
 
     chosen = {"rows": options.rows, "output": options.output, "explain": options.explain, "by": options.by}
-    rank(options.data, options.models, **chosen)
+    rank(_data(options), options.models, **chosen)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -93,5 +108,5 @@ def _features(options: argparse.Namespace) -> None:
     from hftl.features.table import write_features
 
     write_features(
-        options.data, options.model, layers=options.layers, batch_size=options.batch_size, output=options.output
+        _data(options), options.model, layers=options.layers, batch_size=options.batch_size, output=options.output
     )

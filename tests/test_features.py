@@ -280,6 +280,10 @@ def test_a_folder_that_cannot_be_written_is_said(text_run, monkeypatch, tmp_path
 def test_the_command_writes_parquet(texts, tiny_bert, text_run, tmp_path, capsys):
     main(["features", str(texts), "--model", tiny_bert, "--layers", "all", "--output", str(tmp_path / "out")])
     table = pq.read_table(tmp_path / "out" / "test.parquet")
+    (tmp_path / "columns.yaml").write_text("data: {label_column: kind}")
+    with pytest.raises(SystemExit):
+        main(["features", str(texts), "--model", tiny_bert, "--config", str(tmp_path / "columns.yaml")])
+    assert "there is no column 'kind'" in capsys.readouterr().err
     assert table.column_names == ["row", "label", "layer_1", "layer_2"] and table.num_rows == 13
     assert set(table["label"].to_pylist()) == {"animal", "food", "tool"}
     every = of(replace(text_run("frozen")), "test", layers="all")

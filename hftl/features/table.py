@@ -29,7 +29,7 @@ _ROWS = 10_000
 
 
 def write_features(
-    source: str,
+    source: str | DataConfig,
     model: str,
     *,
     layers: Layers = "head",
@@ -43,7 +43,7 @@ def write_features(
     `features`, a list of D float32 numbers; for all layers `layer_1`, `layer_2`, … instead.
 
     Args:
-        source: As `data.source`.
+        source: As `data.source`, or a whole data section.
         model: As `model.name`.
         layers: head: the input of the head. mean: the mean of the pooled layers. all: each of them (texts).
         batch_size: Rows at a time.
@@ -61,7 +61,8 @@ def write_features(
     """
     from accelerate import Accelerator
 
-    run = RunConfig(DataConfig(source), ModelConfig(model), train=TrainConfig(batch_size_per_device=batch_size))
+    data = source if isinstance(source, DataConfig) else DataConfig(source)
+    run = RunConfig(data, ModelConfig(model), train=TrainConfig(batch_size_per_device=batch_size))
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
