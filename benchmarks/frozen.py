@@ -178,7 +178,7 @@ def _pass(run: Any, kind: Any, cache: Path) -> float:
         run, splits, task, _, model = _built(replace(run, output_dir=str(cache) + "-run"), kind)
         few = splits["train"].select(range(min(PASS_ROWS, len(splits["train"]))))
         rows = task.encode(few, model.processor, None, None)
-        size = run.train.batch_size_per_device * features._ROWS_AT_ONCE
+        size = features.rows_at_once(run, "cpu")
         order = list(range(len(few))) if rows.lengths is None else (-rows.lengths).argsort(kind="stable").tolist()
         batches = [[(0, row, 1.0) for row in order[at : at + size]] for at in range(0, len(order), size)]
         started = time.process_time()

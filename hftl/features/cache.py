@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 KEEP_S = 10.0
 """Seconds between two moments at which the rows so far are brought to the disk."""
-_ROWS_AT_ONCE = 4
-"""Batches of training that go through the model at once: no gradients, so there is room."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def _passes(
     epoch: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     """Yields row numbers [B], features [B, D] and labels of all processes' batches, rows of like length together."""
-    size = run.train.batch_size_per_device * _ROWS_AT_ONCE
+    size = rows_at_once(run, accelerator.device.type)
     rank, world = accelerator.process_index, accelerator.num_processes
     order = left if rows.lengths is None else left[np.argsort(-rows.lengths[left], kind="stable")]
     device, workers = accelerator.device.type, run.data.num_workers
@@ -176,6 +174,16 @@ def _passes(
             parts = _gathered(accelerator, parts)
             found = {name: part.cpu().numpy() for name, part in parts.items()}
             yield found["index"], found["values"], found.get("labels")
+
+
+def rows_at_once(run: RunConfig, device: str) -> int:
+    """Returns how many rows go through the model together.
+
+    An accelerator has room for several batches of training where there are no gradients. A CPU is fastest where what a
+    batch leaves between two layers stays in its caches (mobilenetv2: 16 images at a time take 0.6 of the time of 128).
+    """
+    batch = run.train.batch_size_per_device
+    return min(batch, 16) if device == "cpu" else 4 * batch
 
 
 def _gathered(accelerator: Accelerator, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
