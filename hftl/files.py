@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hftl.errors import ConfigError
+
 PARTIAL = ".partial"
 """Ending of what is being written; nothing that ends so is ever read."""
 
@@ -30,6 +32,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def output_folder(folder: str | Path) -> Path:
+    """Returns the folder that `--output` names, made where it is missing.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: '{folder}' cannot be a folder: {error.strerror or error}.") from error
+    return Path(folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import hftl
 from hftl.config.schema import FrozenConfig
-from hftl.errors import ConfigError, FeatureError, NonfiniteError, Stopped
+from hftl.errors import CheckpointError, ConfigError, FeatureError, NonfiniteError, Stopped
 from hftl.features.tap import linear_head
 from hftl.train.head_bank import HeadBank, HeadSetting
 from hftl.train.heads import HEADS
@@ -224,6 +224,17 @@ def test_a_stop_keeps_the_features_and_the_same_command_ends_where_it_would_have
     again = trained(run, hftl.TextClassification, FrozenConfig(), "stopped")
     assert all(torch.equal(a, b) for a, b in zip(whole[:2], again[:2], strict=True))
     assert again[2].records == whole[2].records and again[2].best == whole[2].best
+
+
+def test_a_history_that_cannot_be_written_ends_the_run(text_run, monkeypatch):
+    from hftl.train.history import Recorder
+
+    def full(self):
+        self.file = open("/dev/full", "w")
+
+    monkeypatch.setattr(Recorder, "_begin", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        trained(text_run("frozen", "mean"), hftl.TextClassification)
 
 
 def test_two_processes_train_the_head_of_one(texts, tiny_bert, tmp_path, forks):

@@ -6,8 +6,8 @@ from conftest import ROOT, run_python
 
 # The order in CONTRIBUTING.md. A module imports lower ranks, and modules of its own room.
 RANKS = {
-    "shown": -1, "errors": 0, "console": 0, "files": 0, "processes": 0.5, "hub": 1, "config": 1, "data": 2, "models": 3,
-    "evaluation.metrics": 3.5, "tasks": 4, "adaptation": 4, "evaluation": 5, "features": 5.5, "audit": 5.7,
+    "shown": -1, "errors": 0, "console": 0, "files": 0.5, "processes": 0.5, "hub": 1, "config": 1, "data": 2,
+    "models": 3, "evaluation.metrics": 3.5, "tasks": 4, "adaptation": 4, "evaluation": 5, "features": 5.5, "audit": 5.7,
     "features.table": 6.5, "train": 6, "publishing": 7, "audit.check": 7.5, "audit.page": 7.2, "choosing": 8,
     "testing": 7.5, "predictor": 7.5, "embedded": 8.5, "use": 8, "demo": 8, "doctor": 8, "recipe": 8,
     "cli_data": 8.5, "cli": 9,

@@ -22,7 +22,7 @@ from hftl.console import say
 from hftl.data.columns import find_column, find_text_columns
 from hftl.data.source import Splits, load_splits
 from hftl.errors import ConfigError, DataError, nearest
-from hftl.files import write_text
+from hftl.files import output_folder, write_text
 from hftl.shown import redacted
 
 SERIOUS = ("unreadable", "unlabelled", "leaks", "conflicts")
@@ -76,7 +76,7 @@ def check(
     config = data if isinstance(data, DataConfig) else DataConfig(source=str(data))
     names = SERIOUS if fail_on is not None and not fail_on else tuple(fail_on or ())
     _refuse(names, model, fix, config.source)
-    folder = _make_folder(Path(output))
+    folder = output_folder(output)
     # rows as the source has them: a validation split that hftl would cut is not there yet
     splits = replace(load_splits(replace(config, validation_fraction=0.0, train_per_class=None)), lenient=True)
     numbering = Numbering({split: len(rows) for split, rows in splits.items()})
@@ -115,14 +115,6 @@ def _refuse(names: Sequence[str], model: str | None, fix: str | None, source: st
     place = folder_problem(fix, source) if fix is not None else None
     if problems or place:
         raise ConfigError(*problems, *([place] if place else []))
-
-
-def _make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output: the folder '{folder}' cannot be made: {error.strerror or error}.") from error
-    return folder
 
 
 def survey(splits: Splits, numbering: Numbering) -> TextSurvey | ImageSurvey:

@@ -16,7 +16,7 @@ from hftl.data.source import Splits, load_splits
 from hftl.errors import ConfigError, ModelError, nearest, shorten
 from hftl.features.estimators import ESTIMATORS
 from hftl.features.sample import Kind
-from hftl.files import write_text
+from hftl.files import output_folder, write_text
 from hftl.tasks.infer import infer_task
 from hftl.tasks.task import SupervisedTask
 
@@ -137,7 +137,7 @@ def rank(
     names = candidate_names(models)
     if by not in ESTIMATORS:
         raise ConfigError(f"--by: '{by}' is not one of {', '.join(ESTIMATORS)}.{nearest(by, ESTIMATORS)}")
-    folder = _folder(output)
+    folder = None if output is None else output_folder(output)
     from accelerate import Accelerator
 
     data = DataConfig(source=source) if isinstance(source, str) else source
@@ -185,17 +185,6 @@ def candidate_names(models: Sequence[str] | str | Path) -> list[str]:
     if not names:
         raise ConfigError("--models: no name of a model; say names, or a file with one on each line.")
     return names
-
-
-def _folder(output: str | Path | None) -> Path | None:
-    if output is None:
-        return None
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output: '{output}' cannot be a folder: {error.strerror}.") from error
-    return folder
 
 
 def _some(train: Dataset, rows: int, seed: int) -> Dataset:

@@ -10,10 +10,9 @@ import numpy as np
 from hftl.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.console import say
 from hftl.data.source import Splits, load_splits
-from hftl.errors import ConfigError
 from hftl.features.cache import Features, compute_features
 from hftl.features.tap import Layers
-from hftl.files import whole_file
+from hftl.files import output_folder, whole_file
 from hftl.models.build import build_model
 from hftl.processes import together
 from hftl.tasks.infer import infer_task
@@ -63,10 +62,7 @@ def write_features(
 
     data = source if isinstance(source, DataConfig) else DataConfig(source)
     run = RunConfig(data, ModelConfig(model), train=TrainConfig(batch_size_per_device=batch_size))
-    try:
-        Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output: '{output}' cannot be a folder: {error.strerror or error}.") from error
+    folder = output_folder(output)
     accelerator = Accelerator()
     splits = load_splits(run.data)
     make: Callable[[Splits], Task] = task or infer_task(splits)
@@ -75,7 +71,7 @@ def write_features(
     files = {}
     for split, rows in splits.items():
         found = compute_features(accelerator, net, made, rows, run, split=split, layers=layers)
-        files[split] = Path(output) / f"{split}.parquet"
+        files[split] = folder / f"{split}.parquet"
         with together("write features"):
             if accelerator.is_main_process:
                 _write(found, made, files[split])

@@ -85,6 +85,7 @@ def fit_heads(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
         for values in done.records:
             recorder.history.steps = values.pop("step")
             recorder.log(**values)
+        on_main(accelerator, recorder.settle)
         recorder.history.steps = done.steps
         recorder.history.best = done.best
         on_main(accelerator, lambda: write_text(run_folder(run) / HEADS, json.dumps(done.table, indent=2)))

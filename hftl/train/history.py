@@ -155,6 +155,11 @@ class Recorder:
         else:
             say(f"step {self.history.steps}/{self.total} {line}")
 
+    def settle(self) -> None:
+        """Raises the `CheckpointError` of a record that is not on disk; to be called by the main process for all."""
+        if self.failure:
+            raise self.failure
+
     def _close_file(self) -> None:
         if self.file is not None:
             with suppress(OSError):  # what a failing disk did not take has been reported

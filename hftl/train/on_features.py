@@ -18,9 +18,8 @@ def trains_on_features(model: TaskModel, task: Task, splits: Splits, run: RunCon
     """Whether this run trains a head on features that are computed once; says why not, where it might have."""
     if run.adapt.method != "frozen" or not run.adapt.frozen.cache:
         return False
-    before = random_before_head(model)
     rows = task.encode(splits["train"], model.processor, None, run.data.max_length)
-    batch = task.collate(rows.fetch([0], 0))
+    before, batch = random_before_head(model), task.collate(rows.fetch([0], 0))
     if linear_head(model) is None:
         why = "the new head is more than one linear layer (text: --model.pooling mean or cls makes it one)"
     elif before:

@@ -68,13 +68,8 @@ def fit_probe(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
         recorder.history.selection = chosen
         with muted():  # it has been said
             recorder.log(**{f"cross_validation/{name}": chosen[name] for name in ("accuracy", "loss")})
-        on_main(accelerator, lambda: _settle(recorder))
+        on_main(accelerator, recorder.settle)
     return recorder.history
-
-
-def _settle(recorder: Recorder) -> None:
-    if recorder.failure:
-        raise recorder.failure
 
 
 def _fit(found: Features, num_outputs: int, run: RunConfig) -> tuple[dict[str, Any], Any, bytes]:
