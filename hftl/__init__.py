@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         AugmentConfig,
         CheckpointConfig,
         DataConfig,
+        DetectorConfig,
         FrozenConfig,
         LoraConfig,
         ModelConfig,
@@ -38,8 +39,15 @@ if TYPE_CHECKING:
     from hftl.publishing.push import push
     from hftl.recipe import run_recipe
     from hftl.tasks.image_classification import ImageClassification
+    from hftl.tasks.image_text_classification import ImageTextClassification
+    from hftl.tasks.image_text_retrieval import ImageTextRetrieval
+    from hftl.tasks.object_detection import ObjectDetection
+    from hftl.tasks.question_answering import QuestionAnswering
+    from hftl.tasks.semantic_segmentation import SemanticSegmentation
     from hftl.tasks.task import SupervisedTask, Task
     from hftl.tasks.text_classification import TextClassification
+    from hftl.tasks.text_embedding import TextEmbedding
+    from hftl.tasks.token_classification import TokenClassification
     from hftl.train.fit import fit
     from hftl.train.folder import run_folder
     from hftl.train.start import prepare, start
@@ -50,6 +58,7 @@ _HOMES = {
         "AugmentConfig",
         "CheckpointConfig",
         "DataConfig",
+        "DetectorConfig",
         "FrozenConfig",
         "LoraConfig",
         "ModelConfig",
@@ -68,7 +77,14 @@ _HOMES = {
     "hftl.predictor": ("Predictor", "load"),
     "hftl.tasks.task": ("SupervisedTask", "Task"),
     "hftl.tasks.image_classification": ("ImageClassification",),
+    "hftl.tasks.question_answering": ("QuestionAnswering",),
+    "hftl.tasks.image_text_retrieval": ("ImageTextRetrieval",),
+    "hftl.tasks.object_detection": ("ObjectDetection",),
+    "hftl.tasks.semantic_segmentation": ("SemanticSegmentation",),
+    "hftl.tasks.image_text_classification": ("ImageTextClassification",),
     "hftl.tasks.text_classification": ("TextClassification",),
+    "hftl.tasks.token_classification": ("TokenClassification",),
+    "hftl.tasks.text_embedding": ("TextEmbedding",),
     "hftl.adaptation.apply": ("adapt",),
     "hftl.train.folder": ("run_folder",),
     "hftl.train.start": ("prepare", "start"),
@@ -86,20 +102,28 @@ __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DetectorConfig",
     "FrozenConfig",
     "HftlError",
     "ImageClassification",
+    "ImageTextClassification",
+    "ImageTextRetrieval",
     "LoraConfig",
     "ModelConfig",
+    "ObjectDetection",
     "Outcome",
     "Predictor",
     "ProbeConfig",
     "PublishConfig",
+    "QuestionAnswering",
     "RunConfig",
+    "SemanticSegmentation",
     "Splits",
     "SupervisedTask",
     "Task",
     "TextClassification",
+    "TextEmbedding",
+    "TokenClassification",
     "TrainConfig",
     "adapt",
     "build_model",

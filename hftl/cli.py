@@ -91,7 +91,12 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("input", metavar="INPUT", help="image file, folder of images, table, or a text in quotes")
     command.add_argument("--pair", help="second text, for models of text pairs")
     command.add_argument("--batch_size", type=count, default=32, help="rows at a time (%(default)s)")
-    command.add_argument("--output", help="write to this .parquet, .csv or .jsonl file instead of the terminal")
+    command.add_argument(
+        "--output", help="write to this .parquet, .csv or .jsonl file, or folder (masks too), not the terminal"
+    )
+    command.add_argument("--labels", nargs="+", help="of a model of images and texts: which label each image gets")
+    command.add_argument("--template", help="text for each label, such as 'a photo of a {}'")
+    command.add_argument("--query", help="of such a model: list images by how near they are to this text")
     command.set_defaults(act=_predict)
 
     command = commands.add_parser("push", help="upload a finished run to the hub, for the first time or again")
@@ -204,7 +209,20 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from hftl.use import predict_to_table
 
-    predict_to_table(options.model, options.input, options.pair, options.batch_size, options.output, options.revision)
+    labels = options.labels
+    if labels is not None and len(labels) == 1:
+        labels = [label.strip() for label in labels[0].split(",")]
+    predict_to_table(
+        options.model,
+        options.input,
+        options.pair,
+        options.batch_size,
+        options.output,
+        options.revision,
+        labels=labels,
+        template=options.template,
+        query=options.query,
+    )
 
 
 def _push(options: argparse.Namespace) -> None:

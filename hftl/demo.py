@@ -20,6 +20,7 @@ from hftl.data.source import load_splits
 from hftl.errors import ArtifactError, ConfigError, DataError, HftlError, first_line, shorten
 from hftl.predictor import Predictor, load
 from hftl.publishing.record import RunRecord
+from hftl.tasks.task import input_kinds
 
 if TYPE_CHECKING:
     import gradio
@@ -57,6 +58,7 @@ def serve(
     _need_gradio()
     free_port(host, port)  # a taken port is said before a large model is loaded
     predictor = load(place, revision)
+    _refuse(predictor)
     rows, origin = example_rows(predictor, source)
     demo = build_demo(predictor, rows, origin, title=Path(place).resolve().name, about=describe(place, predictor))
     say(f"demo: {start(demo, host, port)}  (Ctrl-C ends it)")
@@ -94,9 +96,7 @@ def build_demo(
             top = min(len(predictor.labels), TOP_CLASSES)
             classes = gradio.Label(label="Most probable classes", num_top_classes=top)
         answer = _answer(predictor)
-        asked = (
-            [button.click] if predictor.task.modality == "image" else [button.click, *(box.submit for box in inputs)]
-        )
+        asked = [button.click] if _takes_image(predictor) else [button.click, *(box.submit for box in inputs)]
         gradio.on(asked, answer, inputs, classes, api_name="predict")
         if examples:
             # run on click, and never kept on disk: GRADIO_CACHE_EXAMPLES would run them all before the page opens
@@ -218,6 +218,19 @@ def _need_gradio() -> None:
         raise ConfigError('hftl demo needs gradio, not installed here: pip install "hftl[demo]"')
 
 
+def _takes_image(predictor: Predictor) -> bool:
+    return list(input_kinds(predictor.task).values()) == ["image"]
+
+
+def _refuse(predictor: Predictor) -> None:
+    kinds = set(input_kinds(predictor.task).values())
+    if predictor.task.head.problem_type != "single_label_classification" or kinds not in ({"image"}, {"text"}):
+        raise ConfigError(
+            f"hftl demo makes pages for models that give one image or text a class; this one is for "
+            f"{predictor.task.name.replace('_', ' ')}. Use hftl predict."
+        )
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -228,7 +241,7 @@ def _is_loopback(host: str) -> bool:
 def _input_boxes(predictor: Predictor) -> list[Any]:
     import gradio
 
-    if predictor.task.modality == "image":
+    if _takes_image(predictor):
         # as uploaded, so that it is decoded as the training images were; examples as PNG, which loses nothing
         return [gradio.Image(type="filepath", image_mode=None, format="png", label="Image", height=320)]
     columns = predictor.columns
@@ -246,7 +259,7 @@ def _answer(predictor: Predictor) -> Callable[..., dict[str, float]]:
         """Probability of each class, in the order of the model's outputs."""
         missing = [name for name, value in zip(predictor.columns, values, strict=True) if not (value or "").strip()]
         if missing:
-            kind = "an image" if predictor.task.modality == "image" else "a text"
+            kind = "an image" if _takes_image(predictor) else "a text"
             raise gradio.Error(f"Give {kind} for: {', '.join(missing)}.", print_exception=False)
         try:
             with one_at_a_time:
@@ -275,7 +288,7 @@ def _chosen(rows: Dataset, predictor: Predictor) -> list[list[Any]]:
             turns.append((seen[label], position))
         order = [position for _, position in sorted(turns)]
     rows = rows.select_columns(predictor.columns).select(list(order[:EXAMPLES]))
-    if predictor.task.modality == "image":
+    if _takes_image(predictor):
         column, processor = predictor.columns[0], predictor.model.processor
         stored = rows.cast_column(column, Image(decode=False))[column]
         return [[decode_image(image, processor.mode, predictor.data.max_pixels)] for image in stored]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from hftl.config.schema import DataConfig, RunConfig, TrainConfig
 from hftl.console import muted
 from hftl.data.loader import Rows
+from hftl.data.paths import IMAGES
 from hftl.errors import DataError, nearest, shorten
 from hftl.evaluation.evaluate import evaluate_rows
 from hftl.models.parts import TaskModel
 from hftl.publishing.artifact import load_artifact
 from hftl.publishing.place import artifact_folder, find, rows_left_out, trained_data
-from hftl.tasks.task import Task
+from hftl.tasks.task import Task, input_kinds, optional_columns
+from hftl.zero_shot import Labelled, Texts, embed_texts, images_alone, prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,27 +65,37 @@ class Predictor:
     @property
     def columns(self) -> list[str]:
         """The columns that rows are read from."""
-        inputs = self.task.state()["inputs"]
-        return list(inputs.get("columns") or [inputs["column"]])
+        return list(input_kinds(self.task))
 
-    def predict(self, inputs: Any, batch_size: int = 32) -> list[dict[str, Any]]:
+    def predict(
+        self, inputs: Any, batch_size: int = 32, labels: Sequence[str] | None = None, template: str | None = None
+    ) -> list[dict[str, Any]]:
         """Returns one readable row for each input, in order: for a classifier prediction, confidence, probabilities.
 
         Args:
-            inputs: A list of images (PIL, paths or arrays), of texts, of pairs of texts, or of rows (mappings by
-                column); or a `datasets.Dataset`. One input alone counts as a list of one.
+            inputs: A list of images (PIL, paths or arrays), of texts, of tuples where the model takes several columns,
+                or of rows (mappings by column); or a `datasets.Dataset`. One input alone counts as a list of one.
+                Where the model can do without the others, one column's inputs alone.
             batch_size: Inputs at a time.
+            labels: For a model that compares images with texts: labels in words, of which each image gets one.
+            template: Such as `a photo of a {}`: the text for each label.
 
         Raises:
             DataError: The inputs do not fit the model, or an image cannot be decoded; its position and path are named.
         """
         rows = self._dataset(inputs)
         found = _Collected()
+        writer = found if labels is None else Labelled(found, self.texts(prompts(labels, template), labels))
         if len(rows):
             with muted():
-                encoded = self.encode(rows)
-            self.run(encoded, batch_size, found)
+                encoded = self.encode(rows if labels is None else images_alone(self.task, rows))
+            self.run(encoded, batch_size, writer)
         return [{name: value for name, value in row.items() if name not in ("row", "label")} for row in found.rows]
+
+    def texts(self, texts: Sequence[str], names: Sequence[str]) -> Texts:
+        """Returns texts in the space that the model has for images and texts; see `hftl.zero_shot`."""
+        with muted():
+            return embed_texts(self.model.eval(), self.task, texts, names, self.data.max_length)
 
     def encode(self, rows: Dataset) -> Rows:
         """Returns rows as the model's examples, preprocessed as for evaluation."""
@@ -112,7 +124,7 @@ class Predictor:
         return metrics
 
     def _dataset(self, inputs: Any) -> Dataset:
-        from datasets import Dataset, Features, Image
+        from datasets import Dataset, Image
 
         if isinstance(inputs, Dataset):
             return inputs.select_columns(self._known(inputs.column_names))
@@ -121,33 +133,75 @@ class Predictor:
         columns = self.columns
         if inputs and isinstance(inputs[0], Mapping):
             self._known(list(inputs[0]))
-            table = {name: [row[name] for row in inputs] for name in columns}
-        elif len(columns) == 1:
-            table = {columns[0]: list(inputs)}
+            table = {name: [row.get(name) for row in inputs] for name in columns}
+        elif alone := self._alone(inputs):
+            table = {alone: list(inputs)}
         elif all(isinstance(row, (tuple, list)) and len(row) == len(columns) for row in inputs):
             table = {name: [row[position] for row in inputs] for position, name in enumerate(columns)}
         else:
-            raise DataError(f"predict: this model takes {len(columns)} texts a row ({', '.join(columns)}), as tuples.")
-        if self.task.modality != "image":
-            strange = [type(text).__name__ for texts in table.values() for text in texts if not isinstance(text, str)]
-            if strange:
-                wanted = "a text" if len(columns) == 1 else f"a tuple of {len(columns)} texts"
-                raise DataError(f"predict: this model takes {wanted} a row, not {strange[0]}.")
-            return Dataset.from_dict(table)
-        images = [str(image) if isinstance(image, Path) else image for image in table[columns[0]]]
-        missing = [image for image in images if isinstance(image, str) and not Path(image).is_file()]
-        if missing:
-            raise DataError(f"predict: there is no file {shorten(missing, 4)}.")
-        return Dataset.from_dict({columns[0]: images}, features=Features({columns[0]: Image()}))
+            raise DataError(f"predict: this model takes {self._wanted()} a row ({', '.join(columns)}).")
+        kinds = {name: kind for name, kind in input_kinds(self.task).items() if name in table}
+        for name, kind in kinds.items():
+            if kind == "image":
+                table[name] = _images(table[name])
+            elif kind == "text":
+                may_lack = name in optional_columns(self.task)
+                strange = [
+                    type(text).__name__
+                    for text in table[name]
+                    if not isinstance(text, str) and not (may_lack and text is None)
+                ]
+                if strange:
+                    raise DataError(f"predict: this model takes {self._wanted()} a row, not {strange[0]}.")
+        rows = Dataset.from_dict(table)
+        for name, kind in kinds.items():
+            rows = rows.cast_column(name, Image()) if kind == "image" else rows
+        return rows
+
+    def _alone(self, inputs: Sequence[Any]) -> str | None:
+        """Returns the column that inputs belong to which are no tuples, where the model can do without the others."""
+        kinds, optional = input_kinds(self.task), optional_columns(self.task)
+        if len(kinds) == 1:
+            return next(iter(kinds))
+        if any(isinstance(value, (tuple, list)) for value in inputs):
+            return None
+        files = "image" in kinds.values()
+        texts = [isinstance(value, str) and not (files and Path(value).suffix.lower() in IMAGES) for value in inputs]
+        kind = "text" if all(texts) else "image" if not any(texts) else None
+        column = next((name for name, of in kinds.items() if of == kind), None)
+        return column if all(name in optional for name in kinds if name != column) else None
+
+    def _wanted(self) -> str:
+        """Returns what a row of inputs is, in words."""
+        kinds = list(input_kinds(self.task).values())
+        if len(kinds) == 1:
+            return {"image": "an image", "words": "a list of words"}.get(kinds[0], f"a {kinds[0]}")
+        return f"a tuple of {len(kinds)} texts" if set(kinds) == {"text"} else f"a tuple of {', '.join(kinds)}"
 
     def _known(self, names: Sequence[str]) -> list[str]:
-        missing = [name for name in self.columns if name not in names]
+        optional = optional_columns(self.task)
+        missing = [name for name in self.columns if name not in names and name not in optional]
+        if not missing and optional and not set(names) & set(self.columns):
+            missing = self.columns
         if missing:
             raise DataError(
                 f"predict: rows lack the column(s) {', '.join(missing)}; they have {', '.join(names)}."
                 f"{nearest(missing[0], names)}"
             )
-        return self.columns
+        return [name for name in self.columns if name in names]
+
+
+def _images(given: Sequence[Any]) -> list[Any]:
+    """Returns images with paths as text, for `datasets.Image`.
+
+    Raises:
+        DataError: A path leads to no file.
+    """
+    images = [str(image) if isinstance(image, Path) else image for image in given]
+    missing = [image for image in images if isinstance(image, str) and not Path(image).is_file()]
+    if missing:
+        raise DataError(f"predict: there is no file {shorten(missing, 4)}.")
+    return images
 
 
 class _Collected:

@@ -163,6 +163,31 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tables(tmp_path_factory) -> Path:
+    """Folder of JSON lines: texts of words of any kinds, which kinds (as a list, a text, and 0/1), and how many words.
+
+    Columns: text; kinds (list), joined (`animal|food`); animal, food, tool (0/1); length and weight (numbers with
+    fractions, of one and of 1,000 units). Train 64, validation 16, test 21 rows, some of them of no kind at all.
+    """
+    import json
+
+    folder = tmp_path_factory.mktemp("tables")
+    rng = random.Random(0)
+    for split, count in {"train": 64, "validation": 16, "test": 21}.items():
+        lines = []
+        for number in range(count):
+            kinds = [kind for bit, kind in enumerate(WORDS) if number >> bit & 1]
+            words = ["the", "my"] + [rng.choice(WORDS[kind]) for kind in kinds for _ in range(rng.randint(1, 4))]
+            rng.shuffle(words)
+            flags = {kind: int(kind in kinds) for kind in WORDS}
+            numbers = {"length": len(words) + 0.25, "weight": 1000 * (5 + flags["animal"] + len(words) / 8) + 0.5}
+            row = {"text": " ".join(words), "kinds": kinds, "joined": " | ".join(kinds)} | flags | numbers
+            lines.append(json.dumps(row))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> str:
     """Folder of a BERT of 2 layers and hidden size 32 with random weights and a vocabulary of words and letters."""
     import torch

@@ -107,9 +107,10 @@ def faulty(spec: dict, out: Path) -> None:
 def _open(spec: dict, prepared: bool = True):
     import hftl
     from hftl.config.parse import parse
+    from hftl.tasks import TASKS
 
     run = parse(hftl.RunConfig(), spec["flags"])
-    kind = hftl.ImageClassification if spec["recipe"].startswith("image") else hftl.TextClassification
+    kind = TASKS[spec["recipe"]]
     return (*hftl.prepare(run, kind), kind) if prepared else (run, None, None, kind)
 
 

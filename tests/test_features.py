@@ -218,6 +218,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
+@pytest.mark.slow
 def test_two_processes_that_want_the_same_compute_it_once(text_run, tiny_bert, tmp_path):
     source = text_run().data.source
     jobs = [
@@ -237,6 +238,7 @@ def test_two_processes_that_want_the_same_compute_it_once(text_run, tiny_bert, t
     assert np.array_equal(*(np.load(tmp_path / f"job{number}-0.npy") for number in range(2)))
 
 
+@pytest.mark.slow
 def test_two_machines_with_one_disk_do_not_wait_for_each_other(text_run, tiny_bert, tmp_path):
     """Each is the first process of its machine, and both would write: the lock of one would hold up the other."""
     with socket.socket() as free:

@@ -390,7 +390,7 @@ def test_a_run_that_is_complete_says_so_and_one_that_was_stopped_begins_again(te
     assert caught.value.metrics == metrics
 
 
-@pytest.mark.parametrize("head", ["logistic", "svm"])
+@pytest.mark.parametrize("head", ["logistic", pytest.param("svm", marks=pytest.mark.slow)])
 def test_two_processes_save_and_measure_what_one_does(head, forks, texts, tiny_bert, tmp_path):
     found = {}
     for processes in (1, 2):

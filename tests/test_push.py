@@ -379,6 +379,7 @@ def test_on_two_processes_one_pushes(hub, pushing, forks, tmp_path):
     assert hub.store.repos[ID].files["model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hub", ["xet"], indirect=True)
 def test_on_two_processes_a_push_that_fails_ends_all_alike(hub, pushing, tmp_path):
     """Under the real launcher."""

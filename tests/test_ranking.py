@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_recipe
 
 import hftl
 from hftl import cli
@@ -43,6 +42,25 @@ class Bright(hftl.SupervisedTask):
 
     def __init__(self, splits):
         super().__init__(ImageInputs.find(splits), Brightness())
+
+
+class EvenAndLarge(Brightness):
+    """Two labels at once."""
+
+    def head(self, stock):
+        return HeadSpec(stock, 2, ("even", "large"), "multi_label_classification")
+
+    def labels(self, examples):
+        return torch.tensor([[float(row["label"] % 2 == 0), float(row["label"] > 4)] for row in examples])
+
+
+class Traits(hftl.SupervisedTask):
+    """Images of digits with two labels each."""
+
+    name, stock = "traits", "timm"
+
+    def __init__(self, splits):
+        super().__init__(ImageInputs.find(splits), EvenAndLarge())
 
 
 @pytest.fixture
@@ -145,9 +163,8 @@ def test_a_text_checkpoint_with_a_head_of_its_own_has_nce_and_leep(texts, tiny_b
 
 
 def test_regression_and_several_labels_of_tasks_of_ones_own(tiny_timm, tmp_path):
-    traits = load_recipe("custom_task").DigitTraits
     names = ["embedded:letters", tiny_timm["test_resnet"]]
-    found = rank("embedded:digits", names, task=traits, rows=150, output=tmp_path)
+    found = rank("embedded:digits", names, task=Traits, rows=150, output=tmp_path)
     assert found.kind == "labels" and found.order[0] == "embedded:letters"
     assert set(found.scores["head"]) == {"linear probe", "LogME", "H-score", "k-NN"}
     assert 0.9 < found.scores["head"]["linear probe"]["embedded:letters"].value <= 1

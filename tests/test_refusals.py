@@ -232,7 +232,8 @@ def test_a_class_that_train_lacks_is_named(table, image_run, image_copy):
 
 
 def test_real_numbers_are_not_classes(table):
-    problem = the_only(refused_text(table("text,label", *(f"words,{number}.5" for number in range(8)))))
+    run = table("text,label", *(f"words,{number}.5" for number in range(8)))
+    problem = the_only(refused_text(with_data(run, problem_type="single_label_classification")))
     assert "'label' holds real numbers" in problem
 
 
@@ -458,6 +459,7 @@ def test_problems_of_texts_and_labels_come_together(table):
                 "--model.name=no/such/model",
                 "--data.source=TABLE",
                 "--data.validation_fraction=0",
+                "--data.problem_type=single_label_classification",
             ],
             ["'train.batch_size_per_device'?", "'no/such/model'", "'label' holds real numbers", "4 empty text(s)"],
         ),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hftl.adaptation.each import adapt_each, encoder_methods
 from hftl.adaptation.freeze import freeze_backbone, train_everything
 from hftl.adaptation.lora import add_lora
 from hftl.adaptation.report import AdaptReport, count
 from hftl.config.schema import AdaptConfig
 from hftl.console import say
+from hftl.errors import AdaptError
 from hftl.models.classic_head import KINDS as CLASSIC
 from hftl.models.parts import TaskModel
 
@@ -23,6 +25,17 @@ def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:
         AdaptError: The method does not fit the model.
     """
     targets: tuple[str, ...] = ()
+    problem = method_problem(config.method, bool(model.head_modules))
+    if problem:
+        raise AdaptError(problem)
+    ways = encoder_methods(model, config)
+    if len(set(ways.values())) > 1:
+        report = count(
+            model, " + ".join(f"{name} {way}" for name, way in ways.items()), adapt_each(model, config, ways)
+        )
+        say(str(report))
+        return report
+    config = replace(config, method=next(iter(ways.values()), config.method))
     if config.method in ("frozen", "probe"):
         freeze_backbone(model)
     elif config.method == "lora":
@@ -34,3 +47,10 @@ def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:
         report = replace(report, head=0)  # what takes its place is scikit-learn's, and has no parameters of torch's
     say(str(report))
     return report
+
+
+def method_problem(method: str, has_head: bool) -> str | None:
+    """Returns what is wrong with a way of adapting for a model with or without a head; None if nothing."""
+    if has_head or method not in ("frozen", "probe"):
+        return None
+    return f"adapt.method: {method} trains the head alone, and this model has none; say full or lora."

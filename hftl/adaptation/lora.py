@@ -13,21 +13,29 @@ from hftl.models.parts import TaskModel
 from hftl.models.quiet import quiet
 
 
-def add_lora(model: TaskModel, config: LoraConfig) -> tuple[str, ...]:
+def add_lora(
+    model: TaskModel, config: LoraConfig, within: Sequence[str] = (), whole: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Wraps `model.net` by peft and returns the stock names of the adapted layers.
+
+    Args:
+        model: Changed in place.
+        config: What the adapters are.
+        within: Modules of the backbone that get adapters; all of it where none are named.
+        whole: Modules of the backbone that train whole beside the head, and are saved with it.
 
     Raises:
         AdaptError: A pattern matches no layer of the backbone, or the backbone has none that can be adapted.
     """
     import peft
 
-    targets = find_targets(model, config.target_modules)
+    targets = find_targets(model, config.target_modules, within)
     settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
         lora_dropout=config.dropout,
         target_modules=list(targets),
-        modules_to_save=list(model.head_modules),
+        modules_to_save=[*model.head_modules, *whole],
         bias="none",
     )
     with quiet():
@@ -36,11 +44,11 @@ def add_lora(model: TaskModel, config: LoraConfig) -> tuple[str, ...]:
     model.net.peft_config["default"].base_model_name_or_path = model.source.name
     model.net.peft_config["default"].revision = model.source.revision
     model.frozen = "statistics"
-    _verify(model, targets)
+    _verify(model, targets, whole)
     return targets
 
 
-def find_targets(model: TaskModel, patterns: Sequence[str] | None) -> tuple[str, ...]:
+def find_targets(model: TaskModel, patterns: Sequence[str] | None, within: Sequence[str] = ()) -> tuple[str, ...]:
     """Returns the stock names of the backbone layers to adapt.
 
     Args:
@@ -48,14 +56,19 @@ def find_targets(model: TaskModel, patterns: Sequence[str] | None) -> tuple[str,
         patterns: Each is a layer's name, the end of one (after a dot), or a regular expression for the whole
             name. None means every dense linear and convolution but the first layer (patch or stem), where
             there is nothing to share, and depthwise ones, which a low-rank update cannot make smaller.
+        within: As `add_lora`.
 
     Raises:
         AdaptError: As `add_lora`; all patterns without a match in one message.
     """
     layers = {model.stock_name(name): module for name, module in model.named_modules() if _adaptable(module)}
-    layers = {name: module for name, module in layers.items() if model.in_backbone(name)}
+    layers = {
+        name: module
+        for name, module in layers.items()
+        if model.in_backbone(name) and (not within or model.under(name, within))
+    }
     if patterns is None:
-        first = _first_layers(model)
+        first = model.stem
         chosen = [name for name, module in layers.items() if name not in first and getattr(module, "groups", 1) == 1]
         if not chosen:
             raise AdaptError(
@@ -99,13 +112,7 @@ def _matches(pattern: str, name: str) -> bool:
         return False
 
 
-def _first_layers(model: TaskModel) -> tuple[str, ...]:
-    """Returns the layer that reads pixels, as timm names it."""
-    first = (getattr(model.net, "pretrained_cfg", None) or {}).get("first_conv") or ()
-    return (first,) if isinstance(first, str) else tuple(first)
-
-
-def _verify(model: TaskModel, targets: tuple[str, ...]) -> None:
+def _verify(model: TaskModel, targets: tuple[str, ...], whole: Sequence[str]) -> None:
     """Peft matches names by their ends and ignores what matches nothing: hold it to the exact layers and head."""
     adapted = {
         model.stock_name(name).partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name
@@ -113,8 +120,8 @@ def _verify(model: TaskModel, targets: tuple[str, ...]) -> None:
     learning = {
         model.stock_name(name) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name
     }
-    stray = {name for name in learning if not model.in_head(name)}
-    if adapted != set(targets) or stray or not learning:
+    stray = {name for name in learning if not model.in_head(name) and not model.under(name, whole)}
+    if adapted != set(targets) or stray or (model.head_modules and not learning):
         wrong = sorted((adapted ^ set(targets)) | stray)
         raise AdaptError(
             f"adapt.lora: peft would adapt other layers than asked for ({shorten(wrong)}). "

@@ -16,10 +16,10 @@ from hftl.audit.copies import Groups, conflicts, duplicates, leaks, near
 from hftl.audit.finding import FINDINGS, Finding, Numbering, spoken
 from hftl.audit.labels import Labels, imbalance, read_labels, unlabelled
 from hftl.audit.page import Shown, write_findings
-from hftl.audit.survey import ImageSurvey, TextSurvey
+from hftl.audit.survey import ImageSurvey, TextSurvey, words_as_texts
 from hftl.config.schema import DataConfig
 from hftl.console import say
-from hftl.data.columns import find_column, find_text_columns
+from hftl.data.columns import NAMES, find_column, find_text_columns
 from hftl.data.source import Splits, load_splits
 from hftl.errors import ConfigError, DataError, nearest
 from hftl.files import output_folder, write_text
@@ -79,6 +79,7 @@ def check(
     folder = output_folder(output)
     # rows as the source has them: a validation split that hftl would cut is not there yet
     splits = replace(load_splits(replace(config, validation_fraction=0.0, train_per_class=None)), lenient=True)
+    splits = words_as_texts(splits)
     numbering = Numbering({split: len(rows) for split, rows in splits.items()})
     seen = survey(splits, numbering)
     labels = read_labels(splits, numbering)
@@ -135,6 +136,9 @@ def survey(splits: Splits, numbering: Numbering) -> TextSurvey | ImageSurvey:
         problems += error.problems
     else:
         say(f"check: images from column '{column.name}' ({column.why})")
+        texts = [name for name in features if name.lower() in NAMES["text"]]
+        if texts:
+            say(f"check: texts beside them ({', '.join(texts)}) are not looked at: rows of one image are duplicates")
         return ImageSurvey(splits, numbering, column.name)
     try:
         text, pair = find_text_columns(features, config.text_column, config.text_pair_column)

@@ -13,6 +13,7 @@ from hftl.data.columns import arrow_column, find_column
 from hftl.data.source import Splits
 from hftl.errors import DataError, shorten
 from hftl.tasks.single_label import SingleLabel
+from hftl.tasks.targets import SINGLE, choose_problem
 
 FEW = 5
 """A class with fewer training rows is rare."""
@@ -45,10 +46,12 @@ def read_labels(splits: Splits, numbering: Numbering) -> Labels:
         numbering: Of their rows.
     """
     none = Labels(np.full(len(numbering), -1, np.int64), [], 0)
-    train = splits["train"]
+    train, config = splits["train"], splits.config
+    if config.label_columns or config.label_separator:
+        return replace(none, why_not="a row may have several labels, or numbers")
     try:
         with muted():
-            column = find_column("label", train.features, splits.config.label_column).name
+            column = find_column("label", train.features, config.label_column).name
     except DataError as error:
         return replace(none, why_not=f"no label column is known ({error.problems[0]})")
     import pyarrow as pa
@@ -57,9 +60,10 @@ def read_labels(splits: Splits, numbering: Numbering) -> Labels:
     if pa.types.is_nested(kind):
         return replace(none, why_not=f"column '{column}' holds several labels in each row")
     with muted():
+        problem, why = choose_problem(splits)
         target = SingleLabel.find(replace(splits, lenient=True))
-    if any("real numbers" in problem for problem in target.problems):
-        return replace(none, why_not=f"column '{column}' holds real numbers, not classes")
+    if problem != SINGLE:
+        return replace(none, why_not=f"labels are no classes ({why})")
     if len(target.names) > max(_MANY_CLASSES, len(train) / 2):
         return replace(none, why_not=f"column '{column}' has {len(target.names):,} different values, too many to learn")
     names, ids, codes = list(target.names), dict(target.ids), none.codes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,11 @@ from hftl.audit import near_images, near_texts
 from hftl.audit.finding import Entry, Finding, Numbering
 from hftl.audit.pictures import FLAT, drawn, look_at, odd_images, pictures_at
 from hftl.audit.text_keys import BATCH, key_of, normalised_pair, text_rows, verbatim_pair
-from hftl.console import say
+from hftl.console import muted, say
+from hftl.data.columns import find_column
 from hftl.data.source import Splits
+from hftl.data.windows import words_in
+from hftl.errors import DataError
 
 Pairs = list[tuple[int, int, float]]
 
@@ -37,6 +41,37 @@ class Survey:
         usable = np.ones(len(self.keys), bool)
         usable[list(self.unusable)] = False
         return usable
+
+
+def words_as_texts(splits: Splits) -> Splits:
+    """Returns rows whose lists of words are texts, joined by blanks, where they have neither images nor texts."""
+    from datasets import Value
+
+    column = _words_column(splits)
+    if column is None:
+        return splits
+
+    def joined(row: dict[str, Any]) -> dict[str, str]:
+        return {column: words_in(row[column])[0]}
+
+    sets = {}
+    for split, rows in splits.items():
+        kinds = rows.features.copy()
+        kinds[column] = Value("string")
+        sets[split] = rows.map(joined, features=kinds)
+    return replace(splits, sets=sets)
+
+
+def _words_column(splits: Splits) -> str | None:
+    features, config = splits["train"].features, splits.config
+    with muted():
+        for role, given in (("image", config.image_column), ("text", config.text_column)):
+            with suppress(DataError):
+                if not hasattr(features[find_column(role, features, given).name], "feature"):
+                    return None
+        with suppress(DataError):
+            return find_column("words", features, config.text_column).name
+    return None
 
 
 class TextSurvey(Survey):

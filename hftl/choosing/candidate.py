@@ -92,6 +92,11 @@ def look_at(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset)
 
 
 def _scored(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset) -> Candidate:
+    kind = KINDS.get(task.head.problem_type or "")
+    if kind is None:
+        raise DataError(
+            f"rank: there are no scores for {task.name.replace('_', ' ')}; tasks of type {', '.join(KINDS)} have them."
+        )
     model = build_model(run, task.head)
     views, classes = {}, None
     places: dict[str, Layers] = {"head": "head"}
@@ -104,9 +109,6 @@ def _scored(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset)
         began = time.perf_counter()
         source = source_probabilities(run, task, found.values) if layers == "head" and found.linear else None
         classes = classes if source is None else source.shape[1]
-        kind = KINDS.get(task.head.problem_type)
-        if kind is None:
-            raise DataError(f"rank: a task of type '{task.head.problem_type}' has no scores; {', '.join(KINDS)} have.")
         sample = Sample(found.values, found.labels, kind, source)
         estimates = {key: each.compute(sample) for key, each in ESTIMATORS.items() if each.fits(sample)}
         seconds = time.perf_counter() - began

@@ -148,7 +148,7 @@ def judge(
             model=str(some.settings.get("model.name")),
             split=split,
             rows=rows[1],
-            metric="accuracy",
+            metric=some.answers[split].metric,
             budget=budget,
             results=results,
             baseline=baseline,
@@ -160,20 +160,20 @@ def judge(
 
 
 def row_scores(record: RunRecord, split: str) -> Any:
-    """Returns the score of each row of a split [N] float64, larger is better: here 1 where it is right, else 0.
+    """Returns the score of each row of a split [N] float64, larger is better: see `hftl.publishing.answers`.
 
     Raises:
-        ArtifactError: The run has no predictions of that split from which right and wrong can be told.
+        ArtifactError: The run has no predictions of that split that can be compared with the truth.
     """
-    judged = record.judged.get(split)
-    if judged is None:
-        raise ArtifactError(f"'{record.folder}' has no predictions of {split} beside true classes.")
-    return (judged.labels == judged.predictions).astype(np.float64)
+    answers = record.answers.get(split)
+    if answers is None:
+        raise ArtifactError(f"'{record.folder}' has no predictions of {split} beside true labels.")
+    return answers.scores
 
 
 def _rows(record: RunRecord, split: str) -> tuple[str, int]:
     scores = row_scores(record, split)
-    return record.judged[split].fingerprint, len(scores)
+    return record.answers[split].fingerprint, len(scores)
 
 
 def _result(
@@ -222,15 +222,16 @@ def _spared(
 
 
 def _validation(record: RunRecord) -> tuple[float, float]:
-    """Returns what a run is chosen by, larger is better: accuracy on validation, then the loss there."""
-    score, loss = (record.metrics.get(f"validation/{name}") for name in ("accuracy", "loss"))
-    return (-1.0 if score is None else score), (-np.inf if loss is None else -loss)
+    """Returns what a run is chosen by, larger is better: the compared metric on validation, then the loss there."""
+    answers = next(iter(record.answers.values()), None)  # of any split: all are measured by the same metric
+    score, loss = (record.metrics.get(f"validation/{name}") for name in (answers.metric if answers else "", "loss"))
+    return (-np.inf if score is None else score), (-np.inf if loss is None else -loss)
 
 
 def _on_validation(result: MethodResult) -> tuple[float, float, int]:
     """As `_validation`, of a method; of equal ones the simplest."""
     loss = np.inf if result.validation_loss is None else result.validation_loss
-    return result.validation or 0.0, -loss, -METHODS.index(result.method)
+    return -np.inf if result.validation is None else result.validation, -loss, -METHODS.index(result.method)
 
 
 def _finite(value: Any) -> Any:

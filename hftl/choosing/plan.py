@@ -64,6 +64,7 @@ def make_plan(
         ConfigError: Every problem of configuration, data and model, in one message.
     """
     from hftl.data.source import load_splits
+    from hftl.tasks import TASKS
     from hftl.tasks.infer import infer_task
     from hftl.train.folder import finished_metrics, resume_problems
     from hftl.train.start import prepare
@@ -71,11 +72,11 @@ def make_plan(
     try:
         with muted():
             splits = load_splits(base.data)
-            kind: Any = find_task(task) if task else infer_task(splits)
-            modality = kind(splits).modality
+            kind: Any = find_task(task) if task else TASKS.get(base.task) or infer_task(splits)
+            bound = kind(splits)
     except HftlError as error:
         raise ConfigError(*base.problems, *value_problems(base), *error.problems) from None
-    base, passes = _with_budget(base, methods, modality)
+    base, passes = _with_budget(replace(base, task=bound.name), methods, bound)
     problems = _split_problems(list(splits))
     trainings = {
         method: [trial(base, method, base.train.seed + number, folder, overwrite) for number in range(seeds)]
@@ -84,7 +85,7 @@ def make_plan(
     complete = []
     for runs in trainings.values():
         for run in runs:
-            there = resolve(run, modality)
+            there = resolve(run, bound.modality, getattr(bound, "defaults", {}))
             problems += resume_problems(there)
             if run.resume == "auto" and finished_metrics(there) is not None:
                 complete.append(str(run.output_dir))
@@ -146,9 +147,10 @@ def _split_problems(splits: Sequence[str]) -> list[str]:
     return ["data.validation_fraction: without validation rows nothing could choose the best method; say more than 0."]
 
 
-def _with_budget(base: RunConfig, methods: Sequence[str], modality: str) -> tuple[RunConfig, str]:
+def _with_budget(base: RunConfig, methods: Sequence[str], task: Any) -> tuple[RunConfig, str]:
     """Returns `base` with the length of all trainings in it, and that in words."""
     if base.train.max_steps is not None:
         return base, f"{base.train.max_steps:,} steps"
-    epochs = base.train.num_epochs or max(default_epochs(method, modality) or 1 for method in methods)
+    own = getattr(task, "defaults", {})
+    epochs = base.train.num_epochs or max(default_epochs(method, task.modality, own) or 1 for method in methods)
     return replace(base, train=replace(base.train, num_epochs=epochs)), f"{epochs:g} passes"

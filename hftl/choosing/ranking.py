@@ -143,7 +143,12 @@ def rank(
     data = DataConfig(source=source) if isinstance(source, str) else source
     splits = load_splits(data)
     built = (task or infer_task(splits))(splits)
-    kind = KINDS[built.head.problem_type]
+    kind = KINDS.get(built.head.problem_type or "")
+    if kind is None:
+        raise ConfigError(
+            f"rank: a row of {built.name} has no one label or number, which the scores look at; compare backbones by "
+            "short trainings (hftl compare), or rank them on a classification of the same rows."
+        )
     if kind not in ESTIMATORS[by].kinds:
         raise ConfigError(f"--by: {by} is not defined for labels of this kind ({kind}); say {REFERENCE}.")
     used = _some(splits["train"], rows, data.seed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hftl.config.schema import RunConfig
+from hftl.config.schema import AdaptConfig, RunConfig
 
 # How these came about, and what chose them, is in RESULTS.md.
 _DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
@@ -22,18 +23,19 @@ BY_STEPS = ("num_epochs", "max_steps", "lr", "head_lr", "head_first", "eval_ever
 """Settings of `train` that say how steps are made, None where the method chooses."""
 
 
-def resolve(run: RunConfig, modality: str) -> RunConfig:
+def resolve(run: RunConfig, modality: str, own: Mapping[str, Mapping[str, float]] | None = None) -> RunConfig:
     """Returns `run` with every open default filled in.
 
     Args:
         run: The configuration as given; None means "choose for me".
         modality: `image` or `text`, from the task.
+        own: The task's own settings by method (or `scratch`); they come before those of the modality.
     """
     if run.adapt.method == "probe":  # nothing is trained by steps: no rate or length applies, so none is in the record
         none = dict.fromkeys(BY_STEPS, None)
         return replace(run, train=replace(run.train, **none), output_dir=run.output_dir or default_folder(run))
-    method = run.adapt.method if run.model.pretrained else "scratch"
-    table = _DEFAULTS.get((modality, method)) or _DEFAULTS["text", "full"]
+    method = _strongest(run.adapt) if run.model.pretrained else "scratch"
+    table = (own or {}).get(method) or _DEFAULTS.get((modality, method)) or _DEFAULTS["text", "full"]
     chosen = {name: value for name, value in table.items() if getattr(run.train, name) is None}
     if run.train.lr is not None and run.train.head_lr is None:
         # a backbone rate given by hand keeps the table's proportion between head and backbone
@@ -41,9 +43,15 @@ def resolve(run: RunConfig, modality: str) -> RunConfig:
     return replace(run, train=replace(run.train, **chosen), output_dir=run.output_dir or default_folder(run))
 
 
-def default_epochs(method: str, modality: str) -> float | None:
+def _strongest(config: AdaptConfig) -> str:
+    """Returns the way of adapting whose rates suit all encoders: those of full training are the smallest."""
+    ways = {config.image or config.method, config.text or config.method}
+    return next((way for way in ("full", "lora") if way in ways), config.method)
+
+
+def default_epochs(method: str, modality: str, own: Mapping[str, Mapping[str, float]] | None = None) -> float | None:
     """Returns how many passes `resolve` gives to a method (or `scratch`); None to one that does not train in passes."""
-    return _DEFAULTS.get((modality, method), {}).get("num_epochs")
+    return ((own or {}).get(method) or _DEFAULTS.get((modality, method), {})).get("num_epochs")
 
 
 def default_folder(run: RunConfig) -> str:

@@ -11,74 +11,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+from hftl.config.data_schema import AugmentConfig as AugmentConfig
+from hftl.config.data_schema import DataConfig as DataConfig
+from hftl.config.data_schema import ProblemType as ProblemType
+
 Pooling = Literal["auto", "stock", "cls", "mean"]
 Method = Literal["full", "frozen", "lora", "probe"]
+EncoderMethod = Literal["full", "frozen", "lora"]
 ProbeHead = Literal["logistic", "linear_svm", "svm", "random_forest", "knn", "ridge", "lda"]
+Fusion = Literal["concat", "gated", "cross_attention"]
 Schedule = Literal["linear", "cosine", "constant"]
 BatchNorm = Literal["auto", "keep", "update"]
-OnError = Literal["raise", "skip"]
 OnNonfinite = Literal["stop", "skip"]
 OnOutOfMemory = Literal["halve", "raise"]
 Resume = Literal["never", "auto"]
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
-    """Random changes to training images. Size, normalisation and interpolation are the backbone's own (timm)."""
+class DetectorConfig:
+    """RT-DETR's neck and decoder, which a timm backbone gets for object detection; a detector brings its own."""
 
-    crop_scale: float = 0.6
-    """Smallest share of the image area that the random crop keeps, in (0, 1]; 1 switches the crop off."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip. Set 0 where left and right matter (digits, letters)."""
-    color_jitter: float = 0.2
-    """Strength of brightness, contrast and saturation jitter, at least 0; 0 switches it off."""
-    auto_augment: str | None = None
-    """A timm policy such as `rand-m9-mstd0.5-inc1`; none by default."""
-
-    @property
-    def any(self) -> bool:
-        """Whether anything is changed at random."""
-        return self.crop_scale < 1 or self.hflip > 0 or self.color_jitter > 0 or self.auto_augment is not None
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which rows, and which of their columns."""
-
-    source: str = ""
-    """Hub id, folder of class folders, CSV/Parquet/JSONL file or a folder of them, or `embedded:digits`."""
-    subset: str | None = None
-    """Configuration name of a hub data set that has several."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
-    image_column: str | None = None
-    """Column with images; found by itself when there is one candidate."""
-    text_column: str | None = None
-    """Column with texts; found by itself when there is one candidate."""
-    text_pair_column: str | None = None
-    """Column with the second text of a pair."""
-    label_column: str | None = None
-    """Column with labels; found by itself when there is one candidate."""
-    validation_fraction: float = 0.1
-    """Share of train cut off, stratified by label, when there is no validation split; in [0, 1). 0: no validation."""
-    train_per_class: int | None = None
-    """Keep only this many training rows of each class (few-label experiments)."""
-    seed: int = 0
-    """Seed of the cuts above. Apart from `train.seed`, so that several training seeds see the same split."""
-    max_length: int | None = None
-    """Longest text in tokens, cut beyond; the tokenizer's own limit by default."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    num_workers: int | None = None
-    """Processes that prepare batches; by default 0 on CPU and for text, up to 8 for images on an accelerator."""
-    worker_timeout: float = 300.0
-    """Seconds without a batch after which such a process is taken for hung and the run ends; 0 waits for ever."""
-    max_pixels: int = 64_000_000
-    """Largest image, width x height, that is decoded; read from the header, before any memory is taken."""
-    on_error: OnError = "raise"
-    """Rows that cannot be used (image, text or label). raise: refuse the data. skip: look at every row first, leave
-    the bad ones out and write them to quarantine.jsonl with the reason."""
-    max_skipped: float = 0.05
-    """Share of the rows of a split that may be left out before the data are refused all the same, in [0, 1]."""
+    width: int = 128
+    """Channels of neck and decoder; a multiple of 32."""
+    levels: int = 2
+    """Feature maps of the backbone that are used, 1 to 3: of stride 32, then 16, then 8. Each finds smaller objects,
+    and has four times as many places."""
+    decoder_layers: int = 2
+    """Layers that refine the proposals, at least 1."""
+    num_queries: int = 100
+    """Most objects that can be found in an image; at most (height / stride) x (width / stride) over the levels."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +54,27 @@ class ModelConfig:
     """How text features are read. auto believes the checkpoint's `1_Pooling`, else takes the stock class."""
     revision: str | None = None
     """Branch, tag or commit of a text checkpoint on the hub."""
-    image_size: int | None = None
-    """Side of the square input in pixels; the backbone's own by default."""
+    image_size: int | list[int] | None = None
+    """Side of the square input in pixels, or [height, width]; the backbone's own by default."""
+    decoder_size: int = 64
+    """Channels of the decoder that segmentation puts on the backbone; its time grows with their square."""
     dropout: float | None = None
     """Dropout probability everywhere in the model, in [0, 1); the checkpoint's own by default."""
     trust_remote_code: bool = False
     """Run code that a hub repository brings along. Needs `revision` as a full commit: code that nobody can change."""
+    text_name: str = ""
+    """The text encoder, a hub id or folder, where `name` is the image encoder (image and text together); `pooling` and
+    `revision` are then this one's."""
+    fusion: Fusion = "concat"
+    """How image and text are joined. concat: both vectors, their product and difference. gated: a gate chooses between
+    them, feature by feature. cross_attention: the words look at the places of the image."""
+    fusion_size: int = 256
+    """Width of the fusion, a multiple of 4."""
+    modality_dropout: float = 0.0
+    """Share of the training rows that lose their image or their text, in [0, 1): either may then be missing later."""
+    projection_size: int = 256
+    """Size of the space that images and texts share (retrieval)."""
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
 
 
 @dataclass(frozen=True)
@@ -158,6 +134,10 @@ class AdaptConfig:
     """Batch norms of the backbone in a full run. keep: as the checkpoint has them (statistics, scale and shift), so
     that a step does not depend on how its rows are cut into batches. update: they learn. auto: keep, unless training
     starts from random weights."""
+    image: EncoderMethod | None = None
+    """Way for the image encoder alone, where there is a text encoder too; as `method` by default."""
+    text: EncoderMethod | None = None
+    """Likewise for the text encoder."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +227,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
+    task: str = "auto"
+    """What is learnt: the name of a task (`hftl.tasks.TASKS`), or auto: found from the columns and labels of the data,
+    and said. A recipe for one task has it already."""
     output_dir: str | None = None
     """The run folder; by default runs/DATA-MODEL-METHOD-sSEED."""
     overwrite: bool = False

@@ -16,12 +16,21 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "data.train_per_class": (1, float("inf"), "at least 1"),
     "data.seed": (0, 2**32 - 1, "0 to 4294967295"),
     "data.max_length": (2, float("inf"), "at least 2 tokens"),
+    "data.stride": (0, float("inf"), "at least 0 tokens"),
+    "data.max_answer_length": (1, float("inf"), "at least 1 token"),
     "data.num_workers": (0, float("inf"), "at least 0"),
     "data.worker_timeout": (0, float("inf"), "at least 0 seconds"),
     "data.max_pixels": (1, float("inf"), "at least 1"),
     "data.max_skipped": (0, 1, "[0, 1]"),
-    "model.image_size": (8, float("inf"), "at least 8 pixels"),
+    "data.ignore_index": (-1, float("inf"), "at least -1"),
+    "model.decoder_size": (8, float("inf"), "at least 8"),
+    "model.detector.levels": (1, 3, "1 to 3"),
+    "model.detector.decoder_layers": (1, float("inf"), "at least 1"),
+    "model.detector.num_queries": (1, float("inf"), "at least 1"),
     "model.dropout": (0, 0.999999, "[0, 1)"),
+    "model.fusion_size": (4, float("inf"), "a multiple of 4"),
+    "model.modality_dropout": (0, 0.999999, "[0, 1)"),
+    "model.projection_size": (1, float("inf"), "at least 1"),
     "adapt.lora.r": (1, float("inf"), "at least 1"),
     "adapt.lora.alpha": (1e-12, float("inf"), "above 0"),
     "adapt.lora.dropout": (0, 0.999999, "[0, 1)"),
@@ -54,14 +63,19 @@ _LISTS: dict[str, tuple[float, str]] = {
     "adapt.frozen.weight_decays": (0.0, "a list of at least one number, each at least 0"),
 }
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "data.pair_loss": ("auto", "cosine", "cosent", "infonce", "siglip"),
     "model.pooling": ("auto", "stock", "cls", "mean"),
+    "model.fusion": ("concat", "gated", "cross_attention"),
     "adapt.method": ("full", "frozen", "lora", "probe"),
+    "adapt.image": (None, "full", "frozen", "lora"),
+    "adapt.text": (None, "full", "frozen", "lora"),
     "adapt.probe.head": ("logistic", "linear_svm", "svm", "random_forest", "knn", "ridge", "lda"),
     "adapt.batch_norm": ("auto", "keep", "update"),
     "train.schedule": ("linear", "cosine", "constant"),
     "train.on_nonfinite": ("stop", "skip"),
     "train.on_oom": ("halve", "raise"),
+    "data.problem_type": ("auto", "single_label_classification", "multi_label_classification", "regression"),
     "data.on_error": ("raise", "skip"),
     "resume": ("never", "auto"),
 }
@@ -79,15 +93,24 @@ def _value_problems(values: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: {value!r} is not a number; allowed: {allowed}."
         elif not low <= value <= high or value == float("inf"):
             yield f"{name}: {value} is out of range; allowed: {allowed}."
+    size = values["model.image_size"]
+    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
+    if size is not None and not all(type(side) is int and side >= 8 for side in sides):
+        yield f"model.image_size: {size!r} is out of range; allowed: a side or [height, width], at least 8 pixels each."
+    if values["model.detector.width"] < 32 or values["model.detector.width"] % 32:
+        yield f"model.detector.width: {values['model.detector.width']} is out of range; allowed: 32, 64, 96, …"
     for name, (low, allowed) in _LISTS.items():
         value = values[name]
         fine = isinstance(value, (list, tuple)) and bool(value)
         fine = fine and all(isinstance(each, (int, float)) and low <= each < float("inf") for each in value or ())
         if value is not None and not fine:
             yield f"{name}: {value!r} is out of range; allowed: {allowed}."
+    if isinstance(values["model.fusion_size"], int) and values["model.fusion_size"] % 4:
+        yield f"model.fusion_size: {values['model.fusion_size']} is not a multiple of 4 (heads of the attention)."
     for name, allowed in _CHOICES.items():
         if values[name] not in allowed:
-            yield f"{name}: {values[name]!r} is not one of {', '.join(allowed)}.{nearest(str(values[name]), allowed)}"
+            words = [choice for choice in allowed if choice is not None]
+            yield f"{name}: {values[name]!r} is not one of {', '.join(words)}.{nearest(str(values[name]), words)}"
 
 
 def value_problems(run: RunConfig) -> list[str]:

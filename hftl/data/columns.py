@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,9 +15,16 @@ if TYPE_CHECKING:
 NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "img", "picture", "photo", "pixel_values", "image_path", "file_name", "path"),
     "text": ("text", "sentence", "content", "document", "review", "question", "utterance", "tweet", "comment"),
-    "label": ("label", "labels", "class", "target", "category", "fine_label", "intent", "y"),
+    "words": ("tokens", "words", "text", "sentence"),
+    "tags": ("ner_tags", "tags", "ner", "labels", "label", "ner_labels", "pos_tags", "upos", "chunk_tags"),
+    "question": ("question", "query", "question_text"),
+    "context": ("context", "passage", "paragraph", "document", "text"),
+    "answers": ("answers", "answer"),
+    "label": ("label", "labels", "class", "target", "category", "fine_label", "intent", "y", "score", "rating"),
 }
 """Usual names of columns by role, in the order in which they win over each other."""
+_SETTINGS = {"words": "text", "tags": "label", "question": "text", "context": "text_pair", "answers": "label"}
+"""Roles that are named by the setting of another one."""
 INPUTS = ("input_ids", "token_type_ids", "attention_mask", "pixel_values")
 """What models call their inputs; a label column of such a name would take the place of an input."""
 _PAIRS = (
@@ -25,9 +32,11 @@ _PAIRS = (
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
+    ("question", "context"),
     ("text1", "text2"),
     ("text_a", "text_b"),
     ("query", "passage"),
+    ("anchor", "positive"),
 )
 
 
@@ -43,7 +52,8 @@ def find_column(role: str, features: Features, given: str | None) -> Column:
     """Returns the column that plays `role`.
 
     Args:
-        role: `image`, `text` or `label`.
+        role: `image`, `text`, `label`; or what a task calls its texts and labels: `words`, `tags`, `question`,
+            `context`, `answers`.
         features: Names and types of the columns.
         given: The column named in the configuration, if any.
 
@@ -51,9 +61,9 @@ def find_column(role: str, features: Features, given: str | None) -> Column:
         DataError: The named column does not exist; no column fits; or several fit equally well.
     """
     listing = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items())
-    flag = f"data.{role}_column"
+    flag = f"data.{_SETTINGS.get(role, role)}_column"
     if given is not None:
-        if role == "label" and given in INPUTS:
+        if _SETTINGS.get(role, role) == "label" and given in INPUTS:
             raise DataError(f"{flag}: '{given}' is what models call an input; rename the column.")
         if given in features:
             return Column(given, f"named by {flag}")
@@ -69,7 +79,8 @@ def find_column(role: str, features: Features, given: str | None) -> Column:
     if by_name:
         return Column(by_name[0], "by its name")
     if len(fitting) == 1 and role != "label":
-        return Column(fitting[0], f"the only column that can hold {'images' if role == 'image' else 'text'}")
+        held = {"image": "images", "words": "words", "tags": "tags", "answers": "answers"}.get(role, "text")
+        return Column(fitting[0], f"the only column that can hold {held}")
     if not fitting or role == "label":
         paths = "string" in listing and role == "image"
         hint = (
@@ -107,6 +118,21 @@ def arrow_column(rows: Dataset, column: str) -> pa.ChunkedArray:
     return table.column(column)
 
 
+def filled_columns(rows: Dataset, names: Iterable[str]) -> list[str]:
+    """Returns the columns of `names` that are there and not empty from top to bottom.
+
+    Raises:
+        DataError: One has a value in some rows only.
+    """
+    found = []
+    for name in names:
+        missing = arrow_column(rows, name).null_count if name in rows.column_names else len(rows)
+        if 0 < missing < len(rows):
+            raise DataError(f"column '{name}' is empty in {missing} of {len(rows)} rows; give it for all or for none.")
+        found += [name] if missing < len(rows) else []
+    return found
+
+
 def label_codes(rows: Dataset, column: str) -> Any:
     """Returns each row's label as an integer code [N] (numpy int64), or None where labels are real numbers.
 
@@ -129,8 +155,15 @@ def _fits(role: str, kind: Any) -> bool:
     name = _type_name(kind)
     if role == "image":  # columns of paths are images by now, where their paths may be opened
         return name == "Image"
-    if role == "text":
+    if role in ("text", "question", "context"):
         return name in ("string", "large_string")
+    if role == "answers":
+        inner = getattr(kind, "feature", kind)
+        return isinstance(inner, Mapping) and {"text", "answer_start"} <= set(inner)
+    if role in ("words", "tags"):
+        return name in ("List", "LargeList") and _fits("label" if role == "tags" else "text", kind.feature)
+    if _type_name(getattr(kind, "feature", None)) in ("ClassLabel", "string", "large_string", "int32", "int64"):
+        return True  # lists of labels
     return name == "ClassLabel" or name in ("string", "large_string", "bool", "float32", "float64") or "int" in name
 
 

@@ -24,6 +24,7 @@ from hftl.errors import DataError, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 _AT_ONCE = 64
 """Images in memory, undecoded, while all are looked at."""
@@ -112,26 +113,47 @@ class ImageRows:
         ]
 
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
-        """Returns examples with `pixel_values` [C, H, W] float32 in place of the image column."""
+        """Returns an `example` for each row.
+
+        Raises:
+            DataError: An image, or what belongs to it, cannot be used; with split and row.
+        """
         table = self.dataset[list(rows)]
         columns = [name for name in table if name != self.column]
         examples = []
         with untouched_rng(), quiet_pillow():
             for position, row in enumerate(rows):
-                image = self._decode(table[self.column][position], row)
-                if self.seed is not None:
-                    seed_for_sample(self.seed, epoch, row)
-                pixels = self.transform(image)
-                examples.append({"pixel_values": pixels} | {name: table[name][position] for name in columns})
+                image = self._image(table[self.column][position], row, epoch)
+                try:
+                    examples.append(self.example(image, {name: table[name][position] for name in columns}))
+                except DataError as error:
+                    raise DataError(f"{self._where(row)}: {error}") from error
         return examples
+
+    def example(self, image: Any, values: dict[str, Any]) -> Example:
+        """Returns `pixel_values` [C, H, W] float32 beside the row's other columns."""
+        return {"pixel_values": self.transform(image)} | values
+
+    def pixels(self, stored: Stored, row: int, epoch: int) -> Tensor:
+        """Returns the transformed image [C, H, W] of a row."""
+        return self.transform(self._image(stored, row, epoch))
+
+    def _image(self, stored: Stored, row: int, epoch: int) -> Any:
+        """Returns the PIL image of a row; what is random next depends on the row and the epoch alone."""
+        image = self._decode(stored, row)
+        if self.seed is not None:
+            seed_for_sample(self.seed, epoch, row)
+        return image
+
+    def _where(self, row: int) -> str:
+        return f"{self.split} row {row}".strip()
 
     def _decode(self, stored: Stored, row: int) -> Any:
         """Returns the PIL image of a row, or raises a `DataError` that names it."""
         try:
             return decode_image(stored, self.mode, self.max_pixels)
         except DataError as error:
-            where = f"{self.split} row {row}".strip()
-            raise DataError(f"{where}: the image ({place(stored)}) cannot be decoded: {error}.") from error
+            raise DataError(f"{self._where(row)}: the image ({place(stored)}) cannot be decoded: {error}.") from error
 
 
 def _files(dataset: Dataset, column: str) -> str:
@@ -176,11 +198,12 @@ def untouched_rng() -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def unreadable_images(dataset: Dataset, column: str, split: str, max_pixels: int) -> list[str]:
-    """Returns a sentence when images of a split are missing or not images. Only headers are read."""
+def unreadable_images(dataset: Dataset, column: str, split: str, max_pixels: int, optional: bool = False) -> list[str]:
+    """Returns a sentence when images of a split are not images, or missing unless `optional`. Headers are read only."""
     bad = [
         f"row {row} ({place(stored)}): {reason}"
         for row, stored, reason in _refused(dataset, column, lambda stored: check_header(stored, max_pixels))
+        if not (optional and is_absent(stored))
     ]
     if not bad:
         return []
@@ -190,10 +213,21 @@ def unreadable_images(dataset: Dataset, column: str, split: str, max_pixels: int
     ]
 
 
-def broken_images(dataset: Dataset, column: str, split: str, max_pixels: int) -> dict[int, BadRow]:
-    """Returns the rows of a split whose images are missing or cannot be decoded, by number. All are decoded."""
+def is_absent(stored: Stored) -> bool:
+    """Whether a row has no image at all."""
+    return stored is None or stored.get("path") is None and stored.get("bytes") is None
+
+
+def broken_images(
+    dataset: Dataset, column: str, split: str, max_pixels: int, optional: bool = False
+) -> dict[int, BadRow]:
+    """Returns the rows of a split whose images cannot be decoded, or are missing unless `optional`. All are decoded."""
     found = _refused(dataset, column, lambda stored: decode_image(stored, "RGB", max_pixels), progress=split)
-    return {row: BadRow(reason, column, place(stored), (stored or {}).get("path")) for row, stored, reason in found}
+    return {
+        row: BadRow(reason, column, place(stored), (stored or {}).get("path"))
+        for row, stored, reason in found
+        if not (optional and is_absent(stored))
+    }
 
 
 def _refused(

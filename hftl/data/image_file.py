@@ -73,6 +73,22 @@ def decode_with_mode(stored: Stored, mode: str, max_pixels: int) -> tuple[Image,
         return (pixels if pixels.mode == mode else pixels.convert(mode)), stored_mode
 
 
+def decode_indices(stored: Stored, max_pixels: int) -> np.ndarray:
+    """Returns the numbers in an image of one channel [H, W], upright: grey values or indices into its palette, int32.
+
+    Raises:
+        DataError: As `decode_image`; or there are several channels, whose colours are not numbers of classes.
+    """
+    with _opened(stored, max_pixels) as image:
+        if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+            raise DataError(
+                f"not a mask: its pixels are {image.mode}, and which colour is which class cannot be known; save it "
+                "with one channel (grey or palette) that holds class numbers"
+            )
+        image.load()
+        return np.asarray(_upright(image, _orientation(image))).astype(np.int32)
+
+
 def check_header(stored: Stored, max_pixels: int) -> tuple[int, int]:
     """Returns width and height as stored, from the header of an image and nothing more.
 
@@ -81,6 +97,17 @@ def check_header(stored: Stored, max_pixels: int) -> tuple[int, int]:
     """
     with _opened(stored, max_pixels) as image:
         return image.size
+
+
+def upright_size(stored: Stored, max_pixels: int) -> tuple[int, int]:
+    """Returns height and width of what `decode_image` returns, from the header alone.
+
+    Raises:
+        DataError: As `decode_image`, as far as the header tells.
+    """
+    with _opened(stored, max_pixels) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def place(stored: Stored) -> str:

@@ -15,23 +15,28 @@ from hftl.errors import DataError, first_line, nearest, shorten
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FILE = "labels.json"
+FILES = ("labels.json", "classes.json")
+"""Names of the file beside the data, the first that is there."""
+FILE = FILES[0]
 
 
 def names_beside(folder: Path) -> list[str] | None:
-    """Returns the class names in `folder/labels.json`, in the order of the label numbers; None where there is none.
+    """Returns the class names in `folder/labels.json` (or classes.json), in the order of the label numbers, or None.
 
     Raises:
         DataError: The file is not a JSON list of different names.
     """
-    file = folder / FILE
-    if not file.is_file():
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
         return None
     try:
         names = json.loads(file.read_text(encoding="utf-8-sig"))
         json.dumps(names, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(f"data.source: {file} is not valid JSON: {first_line(error)}.") from error
+    if file.name != FILE and not isinstance(names, list):
+        say(f"data: {file.name} is not used: it is not a list of class names")
+        return None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise DataError(f"data.source: {file} must hold a list of class names, in the order of the label numbers.")
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []

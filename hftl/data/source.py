@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
 from hftl.console import say
+from hftl.data.box_folders import open_box_folders
 from hftl.data.columns import find_column, label_codes
 from hftl.data.given import GIVEN, given_rows
+from hftl.data.label_names import FILES as LABELS
 from hftl.data.label_names import check_labels, names_beside
+from hftl.data.mask_folders import open_mask_folders
 from hftl.data.paths import IMAGES, check_stored, with_images
 from hftl.data.quarantine import without
+from hftl.data.split_names import SPLIT_NAMES, first_word, split_folders, split_of
 from hftl.data.tables import TABLES, files_of_split, open_tables
 from hftl.errors import DataError, first_line, nearest, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SPLIT_NAMES: dict[str, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 EMBEDDED = ("digits",)
 
@@ -156,22 +154,12 @@ def _named(loaded: Mapping[Any, Dataset]) -> dict[str, Dataset]:
     """Renames splits to our three names; others (e.g. `unsupervised`) are left out, and that is said."""
     out: dict[str, Dataset] = {}
     for name, rows in loaded.items():
-        ours = _split_of(str(name))
+        ours = split_of(str(name))
         if ours is None or ours in out:
             say(f"data: split '{name}' is not used")
         else:
             out[ours] = rows
     return out
-
-
-def _split_of(name: str) -> str | None:
-    """Returns the split a folder or file name stands for: `val` -> validation, `train-00000-of-00002` -> train."""
-    first = _first_word(name)
-    return next((ours for ours, names in SPLIT_NAMES.items() if first in names), None)
-
-
-def _first_word(name: str) -> str:
-    return re.split(r"[^a-z]+", name.lower())[0]
 
 
 def _folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
@@ -183,17 +171,23 @@ def _folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
         except Exception as error:
             raise DataError(f"data.source: cannot read the saved data set '{path}': {first_line(error)}") from error
         return with_images(_named(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}, config, path)
+    with_boxes = open_box_folders(path, config)
+    if with_boxes:
+        return with_boxes
+    with_masks = open_mask_folders(path)
+    if with_masks:
+        return with_masks
     tables: dict[str, dict[str, list[Path]]] = {}
     others: list[Path] = []
     for file in sorted(path.iterdir()):
-        beside = file.name in ("labels.json", *METADATA)
+        beside = file.name in (*LABELS, *METADATA)
         if file.is_file() and file.suffix.lower() in TABLES and not beside:
-            split, word = _split_of(file.stem), _first_word(file.stem)
+            split, word = split_of(file.stem), first_word(file.stem)
             if split:
                 tables.setdefault(split, {}).setdefault(word, []).append(file)
             else:
                 others.append(file)
-    if tables or others and not _split_folders(path):
+    if tables or others and not split_folders(path):
         if not tables and len(others) > 1:
             names = shorten([file.name for file in others])
             raise DataError(
@@ -210,7 +204,7 @@ def _folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
 def _images(path: Path) -> Mapping[str, Dataset]:
     from datasets import load_dataset
 
-    folders = _split_folders(path)
+    folders = split_folders(path)
     for sub in sorted(path.iterdir()):
         if folders and sub.is_dir() and sub not in folders.values():
             say(f"data: folder '{sub.name}' is not used")
@@ -256,16 +250,6 @@ def _has_class_folders(folder: Path) -> bool:
         return False
     inside = (entry for sub in os.scandir(folder) if sub.is_dir() for entry in os.scandir(sub))
     return not any(entry.is_dir() or entry.name.startswith("metadata.") for entry in inside)
-
-
-def _split_folders(path: Path) -> dict[str, Path]:
-    """Returns the folders named after splits; of `train` and `train_old` the first."""
-    out: dict[str, Path] = {}
-    for sub in sorted(path.iterdir()):
-        split = _split_of(sub.name)
-        if split and sub.is_dir():
-            out.setdefault(split, sub)
-    return out
 
 
 def _embedded(name: str) -> Mapping[str, Dataset]:

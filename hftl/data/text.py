@@ -63,7 +63,7 @@ def tokenize(
 
     # the library would hash the tokenizer by pickling it, which changes once it has been used
     manner = [tokenizer.model_input_names, tokenizer.truncation_side, "hftl 2"]
-    key = [dataset._fingerprint, _identity(tokenizer), manner, list(columns), max_length, keep]
+    key = [dataset._fingerprint, tokenizer_identity(tokenizer), manner, list(columns), max_length, keep]
     with in_turns("tokenize"):
         encoded = dataset.map(
             encode,
@@ -85,7 +85,8 @@ def token_limit(tokenizer: Any, max_length: int | None) -> int:
     return limit if limit < 10**6 else 512
 
 
-def _identity(tokenizer: Any) -> str:
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Returns what a tokenizer computes as text, whatever it was used for before."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return repr(sorted(tokenizer.get_vocab().items()))

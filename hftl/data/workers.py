@@ -153,6 +153,16 @@ def start_worker(_: int) -> None:
 
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    sys.excepthook = _without_lost_connections
+
+
+def _without_lost_connections(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Says what nobody caught, but not that the main process has gone.
+
+    The thread of multiprocessing that hands tensors over would print a traceback for that.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end(processes: Sequence[BaseProcess], pid: int, said: str) -> str:

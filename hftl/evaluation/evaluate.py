@@ -14,15 +14,17 @@ from hftl.console import say
 from hftl.data.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
 from hftl.data.source import Splits
 from hftl.data.workers import Batches
-from hftl.evaluation.metrics import BUILT_IN, EvaluateMetric, MeanLoss, Metric
+from hftl.evaluation.metrics import MeanLoss, all_metrics
 from hftl.files import PARTIAL, sync
-from hftl.models.memory import joined
+from hftl.models.memory import joined, rows_of
 from hftl.models.parts import TaskModel
-from hftl.tasks.task import Batch, Outputs, Task
+from hftl.tasks.task import Batch, Outputs, Task, Tunable, shown_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_MOST_HELD = 10_000
+"""Rows after which a list that was always empty is taken for one of texts."""
 _GATHER_EVERY = 16
 """Batches between two gathers of predictions to the main process, and between two looks for an interruption."""
 
@@ -56,7 +58,8 @@ def evaluate(
                 continue
             rows = task.encode(splits[split], model.processor, None, run.data.max_length)
             labelled = _Labelled(writer, split) if writer else None
-            found = evaluate_rows(accelerator, model, task, rows, run, labelled, bool(predictions))
+            tune = split == "validation" and isinstance(task, Tunable)
+            found = evaluate_rows(accelerator, model, task, rows, run, labelled, bool(predictions), tune=tune)
             metrics |= {f"{split}/{name}": value for name, value in found.items()}
             shown = " ".join(f"{name} {value:.4f}" for name, value in found.items() if _worth_a_line(name, task))
             say(f"{split}: {shown}")
@@ -73,6 +76,7 @@ def evaluate_rows(
     writer: Any = None,
     collect: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
+    tune: bool = False,
 ) -> dict[str, float]:
     """Returns the metrics of one encoded split, the same on all processes.
 
@@ -85,13 +89,13 @@ def evaluate_rows(
         writer: Takes predictions on the main process: `write(list of rows)`.
         collect: Whether predictions are gathered at all (the same on all processes).
         interrupted: Asked after every few batches, by all processes together: whether to break off.
+        tune: Whether these rows choose what the task leaves open (`Tunable`), before its metrics are computed.
 
     Raises:
         Interrupted: `interrupted` said so.
     """
     loss = MeanLoss()
-    others = [EvaluateMetric(name) for name in run.train.metrics if name not in BUILT_IN]
-    metrics: list[Metric] = [*task.metrics(), *others]
+    metrics = all_metrics(task.metrics(), run.train.metrics)
     in_order = _InOrder(writer)
     pending: list[tuple[int, dict[str, Any]]] = []
     with evaluation_batches(accelerator, task, rows, run) as batches:
@@ -101,7 +105,7 @@ def evaluate_rows(
                 for metric in metrics:
                     metric.update(outputs, batch)
             if collect:
-                decoded = _with_labels(task, outputs, batch)
+                decoded = _with_labels(task, outputs, batch) if len(batch["index"]) else []
                 pending += zip(batch["index"].tolist(), decoded, strict=True)
                 if number % _GATHER_EVERY == 0:
                     in_order.add(_gather(accelerator, pending))
@@ -110,13 +114,17 @@ def evaluate_rows(
                 raise Interrupted
     if collect:
         in_order.add(_gather(accelerator, pending))
-    found: dict[str, float] = {}
-    for mine in [loss, *metrics]:
-        whole, *parts = _gather(accelerator, [mine])
-        for part in parts:
-            whole.merge(part)
-        found |= whole.compute()
-    return found
+    wholes = [_merged(_gather(accelerator, [mine])) for mine in [loss, *metrics]]
+    if tune:
+        cast(Tunable, task).tune(wholes[1:])
+    return {name: value for whole in wholes for name, value in whole.compute().items()}
+
+
+def _merged(parts: list[Any]) -> Any:
+    whole, *others = parts
+    for other in others:
+        whole.merge(other)
+    return whole
 
 
 def evaluation_batches(accelerator: Accelerator, task: Task, rows: Rows, run: RunConfig) -> Batches:
@@ -156,22 +164,17 @@ def predict(accelerator: Accelerator, model: TaskModel, batches: Batches) -> Ite
 
 
 def _without_filler(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
-    keep = batch["weight"] > 0
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: cut(inner) for name, inner in value.items()}
-        return value[keep] if isinstance(value, torch.Tensor) and value.shape[:1] == keep.shape else value
-
-    return cut(dict(outputs)), cut(batch)
+    # filler comes alone, in a batch of its own (`eval_batches`): nothing of that batch counts
+    none, count = slice(0, 0), len(batch["weight"])
+    return rows_of(dict(outputs), none, count), rows_of(batch, none, count)
 
 
 def _with_labels(task: Task, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
     """Adds the true label, in the words of the task, to each decoded row."""
-    decoded = task.decode(outputs)
+    decoded = task.decode(outputs, batch)
     names = task.head.labels
     labels = batch.get("labels")
-    if labels is None or labels.ndim != 1 or labels.is_floating_point() or not names:
+    if task.head.problem_type != "single_label_classification" or labels is None or not names:
         return decoded
     return [{"label": names[label]} | row for label, row in zip(labels.tolist(), decoded, strict=True)]
 
@@ -183,7 +186,7 @@ def _gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
 
 
 def _worth_a_line(name: str, task: Task) -> bool:
-    return name in ("loss", "macro_f1", task.best_metric)
+    return name in ("loss", task.best_metric, *shown_metrics(task))
 
 
 class _InOrder:
@@ -216,6 +219,13 @@ class _Labelled:
         self.writer.write([{"split": self.split} | row for row in rows])
 
 
+def _typed(schema: Any) -> Any:
+    """Returns a schema in which lists of nothing are lists of texts."""
+    import pyarrow as pa
+
+    return pa.schema([pa.field(f.name, pa.list_(pa.string())) if f.type == pa.list_(pa.null()) else f for f in schema])
+
+
 class TableWriter:
     """Writes rows to Parquet, CSV or JSON lines (by the ending of the file) as they come.
 
@@ -226,20 +236,30 @@ class TableWriter:
         self.path = path
         self.aside = path.with_name(path.name + PARTIAL)
         self.writer: Any = None
+        self.held: list[dict[str, Any]] = []
+        """First rows, as long as a list that was empty in all of them has no type."""
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows with the same keys as the first ones."""
-        import pyarrow as pa
-
         if self.path.suffix != ".parquet":
             return self._write_text(rows)
-        table = pa.Table.from_pylist(rows, schema=self.writer.schema if self.writer else None)
+        self.held += rows
+        return self._write_held(whole=False)
+
+    def _write_held(self, whole: bool) -> None:
+        import pyarrow as pa
+
+        table = pa.Table.from_pylist(self.held, schema=self.writer.schema if self.writer else None)
         if self.writer is None:
             from pyarrow.parquet import ParquetWriter
 
-            self.writer = ParquetWriter(self.aside, table.schema)
+            schema = _typed(table.schema)
+            if not whole and schema != table.schema and len(self.held) < _MOST_HELD:
+                return
+            table = table.cast(schema)
+            self.writer = ParquetWriter(self.aside, schema)
         self.writer.write_table(table)
-        return None
+        self.held = []
 
     def _write_text(self, rows: list[dict[str, Any]]) -> None:
         import csv
@@ -271,6 +291,8 @@ class TableWriter:
 
     def close(self) -> None:
         """Finishes the file, once."""
+        if self.held:
+            self._write_held(whole=True)
         if self.writer is not None:
             writer, self.writer = self.writer, None
             writer.close()

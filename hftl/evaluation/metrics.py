@@ -29,6 +29,7 @@ BUILT_IN = (
     "macro_recall",
     "micro_recall",
     "weighted_recall",
+    "mcc",
 )
 
 
@@ -79,11 +80,14 @@ class MeanLoss:
 
 
 class ClassificationMetrics:
-    """Accuracy, F1, precision and recall from one confusion matrix [K, K] of integers (rows: true class).
+    """Accuracy, F1, precision, recall and MCC from one confusion matrix [K, K] of integers (rows: true class).
 
     As scikit-learn's `zero_division=0`: a class without true or predicted rows scores 0, and a class
     with neither is left out of macro averages.
     """
+
+    shares_of_rows = BUILT_IN[:-1]  # a correlation is none
+    """Numbers whose standard error is that of a share of the rows, exactly or nearly; see `BestSoFar`."""
 
     def __init__(self, num_classes: int) -> None:
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
@@ -98,7 +102,7 @@ class ClassificationMetrics:
         self.confusion += other.confusion
 
     def compute(self) -> dict[str, float]:
-        """Returns the metrics named in `BUILT_IN`, each in [0, 1]."""
+        """Returns the metrics named in `BUILT_IN`, each in [0, 1]; `mcc` in [-1, 1]."""
         confusion = self.confusion
         return class_scores(confusion.diagonal(), confusion.sum(1), confusion.sum(0))
 
@@ -125,25 +129,47 @@ def class_scores(right: Any, true: Any, predicted: Any) -> dict[str, float]:
         # with one label a row, micro averages of all three are the accuracy
         out[f"micro_{name}"] = accuracy
         out[f"weighted_{name}"] = float((score * true).sum() / total)
-    return out
+    return out | {"mcc": _mcc(right, true, predicted)}
+
+
+def _mcc(right: Any, true: Any, predicted: Any) -> float:
+    """Returns Matthews' correlation of true and predicted classes; 0 where all rows are of one class on either side.
+
+    For several classes: Gorodkin 2004, https://doi.org/10.1016/j.compbiolchem.2004.09.006.
+    """
+    total = float(true.sum())
+    scale = (total**2 - float((true * true).sum())) * (total**2 - float((predicted * predicted).sum()))
+    return float((right.sum() * total - (true * predicted).sum()) / scale**0.5) if scale > 0 else 0.0
 
 
 def _ratio(above: Any, below: Any) -> Any:
     return np.divide(above, below, out=np.zeros(len(above)), where=below > 0)
 
 
+def all_metrics(own: Sequence[Metric], named: Sequence[str]) -> list[Metric]:
+    """Returns a task's own accumulators, and one of `evaluate` for each name that they do not compute themselves.
+
+    Args:
+        own: Fresh ones.
+        named: As `train.metrics`.
+    """
+    computed = {name for metric in own for name in metric.compute()}
+    return [*own, *(EvaluateMetric(name) for name in named if name not in computed)]
+
+
 class EvaluateMetric:
-    """Any metric of the `evaluate` library, by hub id or local script, on predicted and true classes."""
+    """Any metric of the `evaluate` library, by hub id or local script, on classes, or on the numbers of one output."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.predictions: list[int] = []
-        self.references: list[int] = []
+        self.predictions: list[float] = []
+        self.references: list[float] = []
 
     def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Adds the argmax of logits [B, K] and labels [B]."""
-        self.predictions += outputs["logits"].argmax(-1).tolist()
-        self.references += batch["labels"].tolist()
+        """Adds the argmax of logits [B, K] and labels [B]; with labels [B, 1] of numbers the outputs [B, 1]."""
+        labels, logits = batch["labels"], outputs["logits"]
+        self.predictions += (logits.argmax(-1) if labels.ndim == 1 else logits.float().squeeze(1)).tolist()
+        self.references += labels.reshape(len(labels)).tolist()
 
     def merge(self, other: EvaluateMetric) -> None:
         """Adds another process's predictions."""
@@ -174,17 +200,26 @@ def load_evaluate(name: str) -> Any:
     return evaluate.load(name)
 
 
-def metric_problems(names: Sequence[str]) -> list[str]:
-    """Returns a sentence for each metric that neither hftl nor `evaluate` has."""
+def metric_problems(names: Sequence[str], computed: Sequence[str] = BUILT_IN, why_not: str = "") -> list[str]:
+    """Returns a sentence for each metric that neither the task nor `evaluate` has.
+
+    Args:
+        names: As `train.metrics`.
+        computed: What the task computes itself.
+        why_not: Why no metric of `evaluate` fits the task, as the end of a sentence; empty where they fit.
+    """
     problems = []
     for name in names:
-        if name in BUILT_IN:
-            continue  # computed anyway
+        if name in computed:
+            continue
+        if why_not:
+            problems.append(f"train.metrics: '{name}' is not built in ({', '.join(computed)}), and {why_not}.")
+            continue
         try:
             load_evaluate(name)
         except Exception as error:
             reason = first_line(error)
             problems.append(
-                f"train.metrics: '{name}' is not built in ({', '.join(BUILT_IN)}) and evaluate.load fails: {reason}"
+                f"train.metrics: '{name}' is not built in ({', '.join(computed)}) and evaluate.load fails: {reason}"
             )
     return problems

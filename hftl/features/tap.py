@@ -83,6 +83,9 @@ class FeatureReader(nn.Module):
         """
         if self.layers != "head":
             return {"features": self._pooled_layers(inputs)}
+        if self.model.joins_vectors:
+            self.linear = False
+            return {"features": self.model.vectors(inputs)}
         entered, head = _Calls(), linear_head(self.model)
         with entered.watching([module for _, module in head_layers(self.model)]):
             logits = self.model(inputs)["logits"]

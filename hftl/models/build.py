@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from hftl.config.schema import RunConfig
+from hftl.config.schema import ModelConfig, RunConfig
 from hftl.console import say
 from hftl.errors import ArtifactError
 from hftl.models.classic_head import open_head
 from hftl.models.parts import HeadSpec, TaskModel
+from hftl.models.scale import add_scale
+
+FAMILIES: dict[str, str] = {
+    "timm": "hftl.models.timm_model",
+    "UperNetForSemanticSegmentation": "hftl.models.segmentation_model",
+    "RTDetrForObjectDetection": "hftl.models.detection_model",
+    "AutoModelForTokenClassification": "hftl.models.window_model",
+    "AutoModelForQuestionAnswering": "hftl.models.window_model",
+    "SentenceTransformer": "hftl.models.embedding_model",
+    "ImageTextForClassification": "hftl.models.image_text_model",
+    "ImageTextDualEncoder": "hftl.models.image_text_model",
+}
+"""`HeadSpec.stock` -> the module that builds it; auto classes of transformers are built by the one for text.
+
+Each module has `build(run, spec)`, `open_saved(folder, spec)` and `name_problem(config)`; it may have
+`spec_problem(config, spec)`.
+"""
 
 
 def build_model(run: RunConfig, spec: HeadSpec) -> TaskModel:
@@ -21,33 +40,31 @@ def build_model(run: RunConfig, spec: HeadSpec) -> TaskModel:
     Raises:
         ModelError: The name is unknown, or the weights cannot be loaded.
     """
-    if spec.stock == "timm":
-        from hftl.models.timm_model import build_timm
-
-        model: TaskModel = build_timm(run.model, spec, run.data.augment)
-    else:
-        from hftl.models.text_model import build_text
-
-        model = build_text(run.model, spec)
+    model: TaskModel = _family(spec.stock).build(run, spec)
+    add_scale(model, spec)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     new = sum(parameter.numel() for parameter in model.head_parameters())
     start = "pretrained" if run.model.pretrained else "random weights"
     say(
         f"model: {run.model.name} ({start}), {parameters:,} parameters; "
-        f"new head: {', '.join(model.head_modules)} ({new:,})"
+        f"new head: {', '.join(model.head_modules) or 'none'} ({new:,})"
     )
     return model
 
 
-def model_name_problem(name: str, stock: str) -> str | None:
-    """Returns what is wrong with a model name for a stock class, seen without building anything; None if nothing."""
-    if stock == "timm":
-        from hftl.models.timm_model import timm_name_problem
+def model_name_problem(config: ModelConfig, stock: str) -> str | None:
+    """Returns what is wrong with the names of models for a class, seen without building anything; None if nothing."""
+    return _family(stock).name_problem(config)
 
-        return timm_name_problem(name)
-    from hftl.models.checkpoint_files import text_name_problem
 
-    return text_name_problem(name)
+def model_problem(config: ModelConfig, spec: HeadSpec) -> str | None:
+    """Returns what is wrong with a model for what a task asks for, where its family can say so; None if nothing."""
+    check = getattr(_family(spec.stock), "spec_problem", None)
+    return check(config, spec) if check is not None else None
+
+
+def _family(stock: str) -> Any:
+    return import_module(FAMILIES.get(stock, "hftl.models.text_model"))
 
 
 def trust_problems(run: RunConfig) -> list[str]:
@@ -81,14 +98,7 @@ def open_model(folder: Path, spec: HeadSpec, classic: bool = False) -> TaskModel
         ArtifactError: The folder is incomplete or damaged.
     """
     try:
-        if spec.stock == "timm":
-            from hftl.models.timm_model import open_timm
-
-            model: TaskModel = open_timm(folder, spec)
-        else:
-            from hftl.models.text_model import open_text
-
-            model = open_text(folder, spec)
+        model: TaskModel = _family(spec.stock).open_saved(folder, spec)
         if classic:
             model.use_classic_head(open_head(folder))
     except ArtifactError:

@@ -48,8 +48,9 @@ def file_beside(config: ModelConfig, file: str) -> str | None:
     )
 
 
-def text_name_problem(name: str) -> str | None:
+def name_problem(config: ModelConfig) -> str | None:
     """Returns what is wrong with a checkpoint name that needs no network to see; None if nothing."""
+    name = config.name
     path = Path(name).expanduser()
     if path.is_dir():
         return None if (path / "config.json").is_file() else f"model.name: '{name}' is a folder without config.json."

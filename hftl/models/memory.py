@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +20,14 @@ class RowLimit:
     Args:
         purpose: What the rows are for, in messages.
         enabled: Whether to try with fewer rows; otherwise being out of memory is an error at once.
+        whole: Whether rows are compared with each other, over all processes: fewer of them would be another loss, and
+            a process that tries again would leave the others waiting for its rows. So none does.
     """
 
-    def __init__(self, purpose: str, enabled: bool = True) -> None:
+    def __init__(self, purpose: str, enabled: bool = True, whole: bool = False) -> None:
         self.purpose = purpose
-        self.enabled = enabled
+        self.enabled = enabled and not whole
+        self.whole = whole
         self.rows: int | None = None
 
     def cut(self, batch: Batch) -> Iterator[Batch]:
@@ -33,7 +36,7 @@ class RowLimit:
         pieces = 1 if self.rows is None else -(-count // self.rows)
         edges = [count * i // pieces for i in range(pieces + 1)]
         for first, end in zip(edges, edges[1:], strict=False):
-            yield batch if pieces == 1 else _rows(batch, first, end, count)
+            yield batch if pieces == 1 else rows_of(batch, slice(first, end), count)
 
     def retrying(
         self, attempt: Callable[[], T], largest: Callable[[], int], undo: Callable[[], None] = lambda: None
@@ -65,8 +68,9 @@ class RowLimit:
         clear_device_cache(garbage_collection=True)
         tried = min(self.rows or largest, largest)
         if tried == 1 or not self.enabled:
+            why = " The loss compares the rows of a batch, so they are not taken fewer at a time." if self.whole else ""
             raise HftlError(
-                f"out of memory in {self.purpose} with {tried} row(s) at once: {said}. Make "
+                f"out of memory in {self.purpose} with {tried} row(s) at once: {said}.{why} Make "
                 "train.batch_size_per_device, data.max_length or model.image_size smaller, use adapt.method lora or "
                 "frozen, a smaller model, or mixed precision (accelerate_config.yaml)."
             )
@@ -95,8 +99,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
-def _rows(value: Any, first: int, end: int, count: int) -> Any:
-    if isinstance(value, dict):
-        return {name: _rows(inner, first, end, count) for name, inner in value.items()}
+def rows_of(value: Any, rows: slice, count: int) -> Any:
+    """Returns some rows of a batch of `count`: of tensors [count, …] and lists of that length, also in mappings."""
+    if isinstance(value, Mapping):
+        return {name: rows_of(inner, rows, count) for name, inner in value.items()}
     per_row = isinstance(value, torch.Tensor) and value.shape[:1] == (count,)
-    return value[first:end] if per_row or isinstance(value, list) and len(value) == count else value
+    return value[rows] if per_row or isinstance(value, list) and len(value) == count else value

@@ -63,7 +63,7 @@ class PooledTextForSequenceClassification(PreTrainedModel):
         return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs):
-        """Returns logits [B, K], and the mean cross entropy when labels [B] are given."""
+        """Returns logits [B, K], and the mean loss of the `problem_type` when labels are given."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -71,5 +71,13 @@ class PooledTextForSequenceClassification(PreTrainedModel):
             inputs["token_type_ids"] = token_type_ids
         features = self.backbone(**inputs).last_hidden_state
         logits = self.classifier(self.dropout(self.pool(features, attention_mask)))
-        loss = nn.functional.cross_entropy(logits, labels) if labels is not None else None
+        loss = self.loss(logits, labels) if labels is not None else None
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def loss(self, logits, labels):
+        """Returns the mean loss: labels are classes [B], zeros and ones [B, K], or numbers [B, K] (one output: [B])."""
+        if self.config.problem_type == "regression":
+            return nn.functional.mse_loss(logits, labels.reshape(logits.shape).to(logits.dtype))
+        if self.config.problem_type == "multi_label_classification":
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return nn.functional.cross_entropy(logits, labels)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class Source:
     hub_id: str | None = None
     licence: str | None = None
     language: str | list[str] | None = None
+    beside: Source | None = None
+    """The text encoder's, where this is the image encoder's and the model has both."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,28 @@ class HeadSpec:
     """What a task wants on top of a backbone.
 
     Attributes:
-        stock: The stock class to build: `timm`, or a transformers auto class (`AutoModelForSequenceClassification`, …).
-        num_outputs: Width K of the output.
+        stock: The class to build: a name in `hftl.models.build.FAMILIES`, or a transformers auto class
+            (`AutoModelForSequenceClassification`, …).
+        num_outputs: Width K of the output; 0: there is no head, the network itself learns.
         labels: Names of the outputs, or empty.
-        problem_type: transformers' name for what the outputs mean.
+        problem_type: transformers' name for what the outputs mean; None where it has none.
+        scale: Mean and standard deviation of each output's target, in its own units; None where outputs have no unit.
+        options: What else the data say about the architecture, as JSON values.
     """
 
     stock: str
     num_outputs: int
     labels: tuple[str, ...] = ()
-    problem_type: ProblemType = "single_label_classification"
+    problem_type: ProblemType | None = "single_label_classification"
+    scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> HeadSpec:
+        """Returns the spec whose `asdict` has been through JSON."""
+        scale = values.get("scale")
+        tuples = {"labels": tuple(values["labels"]), "scale": scale and (tuple(scale[0]), tuple(scale[1]))}
+        return cls(**values | tuples)
 
 
 class TaskModel(nn.Module, ABC):
@@ -64,6 +78,12 @@ class TaskModel(nn.Module, ABC):
     """
 
     modality: str
+    compared: tuple[str, ...] = ("logits",)
+    """The outputs that must be the same when a saved model is opened again."""
+    encoders: Mapping[str, str] = {}
+    """Module of each encoder by what it reads (`image`, `text`), where there are several."""
+    exports = False
+    """Whether `hftl export` can make a graph of it: one image, or tokens [B, T] -> `logits`."""
 
     def __init__(
         self,
@@ -82,13 +102,15 @@ class TaskModel(nn.Module, ABC):
         self.head_modules = tuple(head_modules)
         self.backbone_root = backbone_root
         self.frozen: Frozen = "nothing"
+        self.still: tuple[str, ...] = ()
+        """Modules of the backbone that stay in eval mode whole, beside what `frozen` says."""
         self.evaluation_limit = RowLimit("evaluation")
         self.adapted = False
         """Whether `net` is peft's wrapper around the stock network."""
 
     @abstractmethod
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the network's outputs by name, `logits` [B, K] among them."""
+        """Returns the network's outputs by name, those of `compared` among them; each has one entry a row."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -117,16 +139,17 @@ class TaskModel(nn.Module, ABC):
         self.net.set_submodule(name, head)
 
     def stock_outputs(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Returns what the stock network computes in eval mode: logits [B, K], or features [B, D] under a classic head.
+        """Returns what the stock network computes in eval mode: logits [B, K] (or what is `compared` [B, …]).
 
-        No stock class holds a classic head: what is saved is the network without one, and the head beside it.
+        Under a classic head they are features [B, D]: no stock class holds such a head, so what is saved is the network
+        without one, and the head beside it.
         """
         head = self.classic
         if head is not None:
             head.bypassed = True
         try:
             with torch.no_grad():
-                return self(inputs)["logits"]
+                return compared_outputs(self(inputs), self.compared)
         finally:
             if head is not None:
                 head.bypassed = False
@@ -134,6 +157,21 @@ class TaskModel(nn.Module, ABC):
     def stock_labels(self) -> list[str]:
         """Returns the names of the outputs as the stock library recorded them, or [] where it has none."""
         return []
+
+    @property
+    def joins_vectors(self) -> bool:
+        """Whether the head takes vectors of several encoders, which `vectors` gives."""
+        return False
+
+    def vectors(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Returns what the encoders make of a batch, side by side [B, D]; the model takes it as the input `vectors`."""
+        raise NotImplementedError
+
+    @property
+    def stem(self) -> tuple[str, ...]:
+        """Stock names of the layers that read pixels, as timm names them."""
+        first = (getattr(self.net, "pretrained_cfg", None) or {}).get("first_conv") or ()
+        return (first,) if isinstance(first, str) else tuple(first)
 
     @property
     def build_args(self) -> dict[str, Any]:
@@ -151,8 +189,12 @@ class TaskModel(nn.Module, ABC):
 
     def in_head(self, name: str) -> bool:
         """Whether a module or parameter (by its name in this model or in the stock network) belongs to the head."""
+        return self.under(name, self.head_modules)
+
+    def under(self, name: str, modules: Iterable[str]) -> bool:
+        """Whether a module or parameter is one of some modules (by their stock names) or inside of one."""
         name = self.stock_name(name)
-        return any(name == head or name.startswith(head + ".") for head in self.head_modules)
+        return any(name == module or name.startswith(module + ".") for module in modules)
 
     def in_backbone(self, name: str) -> bool:
         """Whether a module or parameter belongs to the backbone."""
@@ -176,4 +218,14 @@ class TaskModel(nn.Module, ABC):
                 # the root's own flag steers the dropout before the head in timm's networks
                 if name not in ("", "net") and self.in_backbone(name) and (self.frozen == "all" or holds_statistics):
                     module.training = False
+        if mode and self.still:
+            for name, module in self.named_modules():
+                module.training &= not self.under(name, self.still)
         return self
+
+
+def compared_outputs(outputs: Any, names: Sequence[str]) -> Tensor:
+    """Returns one of a model's outputs as it is, or several side by side [B, …], flattened per row."""
+    if len(names) == 1:
+        return outputs[names[0]]
+    return torch.cat([outputs[name].flatten(1) for name in names], 1)

@@ -74,8 +74,14 @@ def check_files(config: ModelConfig, read: Any) -> None:
     _check_tokenizer(config, tokenizer)
 
 
-def check_own_code(repo: str, revision: str, own: Path) -> None:
+def check_own_code(repo: str, revision: str, own: Path, *parts: Path) -> None:
     """Refuses to run what a repository holds as our modelling file, where it is not byte for byte that file.
+
+    Args:
+        repo: Hub id.
+        revision: Commit.
+        own: The file that config.json names.
+        *parts: The files that it imports.
 
     Raises:
         ArtifactError: It is another file, or config.json names other code.
@@ -84,9 +90,10 @@ def check_own_code(repo: str, revision: str, own: Path) -> None:
 
     described = json.loads(Path(hf_hub_download(repo, "config.json", revision=revision)).read_text(encoding="utf-8"))
     others = sorted(place for _, place in _code(described) if place.partition(".")[0] != own.stem)
-    same = Path(hf_hub_download(repo, own.name, revision=revision)).read_bytes() == own.read_bytes()
-    if others or not same:
-        what = f"names other code ({shorten(others)})" if others else f"holds another {own.name} than hftl's"
+    held = {file: Path(hf_hub_download(repo, file.name, revision=revision)) for file in (own, *parts)}
+    different = [file.name for file, found in held.items() if found.read_bytes() != file.read_bytes()]
+    if others or different:
+        what = f"names other code ({shorten(others)})" if others else f"holds another {different[0]} than hftl's"
         raise ArtifactError(f"{repo}@{revision[:8]} {what}; it was not run.")
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hftl.config.schema import ModelConfig
+from hftl.config.schema import ModelConfig, RunConfig
 from hftl.console import say
 from hftl.errors import ModelError, first_line, shorten
-from hftl.models.checkpoint_files import file_beside, pooling_of, read_json, source_of, text_name_problem
+from hftl.models.checkpoint_files import file_beside, name_problem, pooling_of, read_json, source_of
 from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
 from hftl.models.quiet import quiet
 from hftl.models.remote_code import check_files, check_own_code, only_pickled
@@ -32,12 +32,18 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _POOLED = "PooledTextForSequenceClassification"
 
 
+__all__ = ["build", "name_problem", "open_saved"]
+
+
 class TextModel(TaskModel):
     """A transformers network with a new head."""
 
     modality = "text"
     trusted = False
     """Whether the network is of code that the checkpoint brought along."""
+    exports = True
+    pools = True
+    """Whether a text becomes one vector, in the way that its checkpoint asks for."""
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the stock class's outputs, from `input_ids` and `attention_mask` [B, T]."""
@@ -53,6 +59,13 @@ class TextModel(TaskModel):
 
     def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
         """Opens with the auto class of the task; our pooled class from the file that was saved with it."""
+        net = self.reopened(place, revision)
+        if self.classic is not None:
+            net.set_submodule(*self.head_modules, nn.Identity())  # it has no weights there
+        return {"transformers": lambda inputs: net(**inputs).logits}
+
+    def reopened(self, place: str | Path, revision: str | None = None) -> Any:
+        """Returns what was saved at a place as the auto class of the task opens it, in eval mode."""
         import transformers
 
         auto = getattr(transformers, self.spec.stock)
@@ -64,10 +77,7 @@ class TextModel(TaskModel):
                 check_own_code(str(place), revision or "main", Path(modeling_pooled_text.__file__))
             # the folder's own file, not the class in this process: that is what a reader elsewhere will run
             trust = is_pooled(self.net) or self.trusted
-            net = auto.from_pretrained(place, trust_remote_code=trust, use_safetensors=True, **options).eval()
-        if self.classic is not None:
-            net.set_submodule(*self.head_modules, nn.Identity())  # it has no weights there
-        return {"transformers": lambda inputs: net(**inputs).logits}
+            return auto.from_pretrained(place, trust_remote_code=trust, use_safetensors=True, **options).eval()
 
     def stock_labels(self) -> list[str]:
         """Returns transformers' `id2label` in order."""
@@ -100,18 +110,19 @@ def is_pooled(net: nn.Module) -> bool:
     return type(net).__name__ == _POOLED
 
 
-def build_text(config: ModelConfig, spec: HeadSpec) -> TextModel:
-    """Returns the checkpoint `config.name` as `spec.stock` (or our pooled class) with `spec.num_outputs` outputs.
+def build(run: RunConfig, spec: HeadSpec, kind: type[TextModel] = TextModel) -> TextModel:
+    """Returns the checkpoint `run.model.name` as `spec.stock` (or our pooled class) with `spec.num_outputs` outputs.
 
     Raises:
         ModelError: The checkpoint cannot be found or has no such class.
     """
-    problem = text_name_problem(config.name)
+    config = run.model
+    problem = name_problem(config)
     if problem:
         raise ModelError(problem)
     try:
         with quiet():
-            return _build(config, spec)
+            return _build(config, spec, kind)
     except (OSError, ValueError, KeyError, RecursionError) as error:
         pickled = next((file for file in _PICKLES if config.pretrained and file_beside(config, file)), None)
         if pickled and not any(file_beside(config, file) for file in _SAFE):
@@ -122,7 +133,7 @@ def build_text(config: ModelConfig, spec: HeadSpec) -> TextModel:
         ) from error
 
 
-def open_text(folder: Path, spec: HeadSpec) -> TextModel:
+def open_saved(folder: Path, spec: HeadSpec, kind: type[TextModel] = TextModel) -> TextModel:
     """Returns the model in a folder written by `TextModel.save`, its head as trained. No code in the folder runs."""
     import transformers
 
@@ -135,17 +146,17 @@ def open_text(folder: Path, spec: HeadSpec) -> TextModel:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     root = net.base_model_prefix
     source = Source(str(folder), None, True, "transformers")
-    return TextModel(net, tokenizer, source, spec, _head_modules(net, set(), root), root)
+    return kind(net, tokenizer, source, spec, _head_modules(net, set(), root), root)
 
 
-def _build(config: ModelConfig, spec: HeadSpec) -> TextModel:
+def _build(config: ModelConfig, spec: HeadSpec, of: type[TextModel]) -> TextModel:
     import transformers
     from transformers import AutoTokenizer
 
     check_files(config, lambda file: read_json(config, file))
     tokenizer = AutoTokenizer.from_pretrained(config.name, **_trust(config))
-    pooling, why = pooling_of(config)
-    say(f"model: features of {config.name} by {pooling} ({why})")
+    pooling, why = pooling_of(config) if of.pools else ("stock", "")
+    say(f"model: features of {config.name} by {pooling} ({why})" if of.pools else "model: features of each token")
     kind, net_config = _class_and_config(config, spec, pooling)
     if config.pretrained:
         net, new = _load(kind, config.name, config.revision, net_config)
@@ -159,7 +170,7 @@ def _build(config: ModelConfig, spec: HeadSpec) -> TextModel:
     kept = [name for name, _ in net.named_parameters() if name not in new and _under(name, head)]
     if config.pretrained and kept:
         _reinitialise(net, head)  # the checkpoint's own head answers another question
-    model = TextModel(net, tokenizer, source_of(config), spec, head, root)
+    model = of(net, tokenizer, source_of(config), spec, head, root)
     model.trusted = not kind.__module__.startswith(("transformers.", "hftl."))
     return model
 
@@ -203,9 +214,7 @@ def _class_and_config(config: ModelConfig, spec: HeadSpec, pooling: str) -> tupl
     )
     base = AutoConfig.from_pretrained(config.name, **_trust(config))
     if config.dropout is not None:
-        for name in _DROPOUTS:
-            if getattr(base, name, None) is not None:
-                setattr(base, name, config.dropout)
+        set_dropout(base, config.dropout)
     if pooling == "stock":
         base.problem_type = spec.problem_type
         for key, value in names.items():
@@ -240,6 +249,13 @@ def _class_and_config(config: ModelConfig, spec: HeadSpec, pooling: str) -> tupl
         **names,
     )
     return PooledTextForSequenceClassification, pooled
+
+
+def set_dropout(config: Any, probability: float) -> None:
+    """Sets every dropout that a configuration of transformers names."""
+    for name in _DROPOUTS:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, probability)
 
 
 def register_pooled() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,13 @@ from hftl.hub import redacted
 from hftl.models.build import build_model, open_model
 from hftl.models.classic_head import FILE as HEAD
 from hftl.models.classic_head import ClassicHead, open_head, save_head
-from hftl.models.parts import HeadSpec, Reader, TaskModel
+from hftl.models.parts import HeadSpec, Reader, TaskModel, compared_outputs
 from hftl.models.quiet import quiet
+from hftl.models.scale import fold_scale
 from hftl.publishing.place import CONFIG, artifact_folder
 from hftl.publishing.record import DESCRIPTION
 from hftl.tasks import restore
-from hftl.tasks.task import Task
+from hftl.tasks.task import Task, shown_metrics
 
 if TYPE_CHECKING:
     from hftl.data.loader import Rows
@@ -57,6 +59,7 @@ def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, fo
     model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # safetensors stores no other layout
     inputs = task.collate(sample.fetch(list(range(min(8, len(sample)))), 0))["inputs"]
     expected = model.stock_outputs(inputs)
+    fold_scale(model)
     _save_sample(inputs, expected, folder)
     readers: dict[str, Callable[[], dict[str, Reader]]] = {}
     if model.adapted:
@@ -212,7 +215,7 @@ def _base_model(folder: Path, described: dict[str, Any], spec: HeadSpec) -> Task
 def _read_description(folder: Path) -> tuple[dict[str, Any], HeadSpec, Task]:
     try:
         described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        spec = HeadSpec(**described["head"] | {"labels": tuple(described["head"]["labels"])})
+        spec = HeadSpec.from_json(described["head"])
         return described, spec, restore(described["task"], described["state"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{folder / DESCRIPTION} is damaged: {type(error).__name__}: {error}") from error
@@ -221,6 +224,9 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], HeadSpec, Task]:
 def _at_revision(config: Any, base: dict[str, Any]) -> Any:
     """Returns the model section of a run, pinned to the commit that the base model had then."""
     config = replace(config, trust_remote_code=False)  # a folder cannot say that its own code is to be trusted
+    beside = base.get("beside") or {}
+    if beside.get("hub_id") and beside.get("revision"):
+        config = replace(config, revision=beside["revision"])
     if not base.get("hub_id") or not base.get("revision"):
         return config
     if base["library"] == "timm":
@@ -242,10 +248,10 @@ def adapted_net(base: Any, place: str | Path, **options: Any) -> Any:
 
 def adapter_reader(model: TaskModel, base: Any, place: str | Path, **options: Any) -> dict[str, Reader]:
     """Opens an adapter with peft on the network `base`; `model` only says how the network is called."""
-    opened = type(model).__new__(type(model))
-    torch.nn.Module.__init__(opened)
+    opened = copy(model)
+    opened._modules = {}  # its own, not the model's
     opened.net = adapted_net(base, place, **options)
-    return {"peft": lambda inputs: opened.forward(inputs)["logits"]}
+    return {"peft": lambda inputs: compared_outputs(opened.forward(inputs), model.compared)}
 
 
 def _save_adapter(model: TaskModel, folder: Path) -> None:
@@ -270,6 +276,9 @@ def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> Non
     }
     described = {
         "task": task.name,
+        "pipeline_tag": getattr(task, "pipeline_tag", "") or task.name.replace("_", "-"),
+        "shown": shown_metrics(task),
+        "usage": getattr(task, "usage", ""),
         "state": task.state(),
         "head": asdict(model.spec),
         "base_model": base,

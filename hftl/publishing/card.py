@@ -8,7 +8,9 @@ from typing import Any
 
 from hftl.errors import shorten
 from hftl.evaluation.intervals import wilson
-from hftl.publishing.card_code import is_classic, pipeline_task, use_code
+from hftl.evaluation.multi_label import label_scores
+from hftl.publishing.answers import Tagged
+from hftl.publishing.card_code import is_classic, pipeline_task, saved_library, use_code
 from hftl.publishing.record import RunRecord
 from hftl.shown import shown
 
@@ -20,7 +22,7 @@ _METHODS = {
     "lora": "LoRA adapters and a new head",
     "probe": "A classic head on features of the frozen backbone",
 }
-_SHOWN = ("accuracy", "macro_f1", "weighted_f1", "macro_precision", "macro_recall")
+_ALSO_SHOWN = ("weighted_f1", "macro_precision", "macro_recall", "loss")
 
 
 def write_card(record: RunRecord, part: str, into: Path, repo: str | None = None) -> None:
@@ -52,7 +54,7 @@ def _metadata(record: RunRecord, part: str, repo: str | None) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     base = record.described["base_model"]
-    has_base = bool(base["hub_id"]) and base["pretrained"]
+    bases = [each["hub_id"] for each in _sources(record) if each["hub_id"] and each["pretrained"]]
     source = _source(record)
     tests = {name: value for name, value in record.metrics.items() if name.startswith("test/") and value is not None}
     intervals = record.intervals("test")
@@ -67,21 +69,26 @@ def _metadata(record: RunRecord, part: str, repo: str | None) -> Any:
             metric_value=round(tests[f"test/{name}"], 4),
             metric_args={"interval_95": [round(end, 4) for end in intervals[name]]} if name in intervals else None,
         )
-        for name in ("accuracy", "macro_f1", *(["loss"] if "test/accuracy" not in tests else []))
-        if f"test/{name}" in tests
+        for name in ([name for name in record.shown if f"test/{name}" in tests] or ["loss"] if tests else [])
     ]
     return ModelCardData(
-        library_name="peft" if part == "adapter" else "hftl" if is_classic(record) else base["library"],
+        library_name="peft" if part == "adapter" else "hftl" if is_classic(record) else saved_library(record),
         pipeline_tag=pipeline_task(record),
         license=(base["licence"] or "").lower() or None,
-        language=base["language"],
-        base_model=base["hub_id"] if has_base else None,
-        base_model_relation=("adapter" if part == "adapter" else "finetune") if has_base else None,
+        language=next((each["language"] for each in _sources(record) if each["language"]), None),
+        base_model=(bases if len(bases) > 1 else bases[0]) if bases else None,
+        base_model_relation=("adapter" if part == "adapter" else "finetune") if bases else None,
         datasets=[source] if _is_hub_id(source) else None,
         tags=["hftl", record.described["method"]],
         model_name=(repo or str(record.folder)).rsplit("/", 1)[-1] if results else None,
         eval_results=results or None,
     )
+
+
+def _sources(record: RunRecord) -> list[dict[str, Any]]:
+    """Returns where each encoder came from: one, or the image and the text encoder."""
+    base = record.described["base_model"]
+    return [base, *([base["beside"]] if base.get("beside") else [])]
 
 
 def _title(record: RunRecord) -> str:
@@ -93,9 +100,12 @@ def _summary(record: RunRecord) -> str:
     base = record.described["base_model"]
     start = "pretrained weights" if base["pretrained"] else "random weights"
     method = _METHODS.get(record.described["method"], record.described["method"])
-    name = f"`{base['hub_id'] or record.settings['model.name']}`"
-    revision = f" (revision `{base['revision']}`)" if base["revision"] else ""
-    return f"{method} trained on {_code(record.settings['data.source'])}, starting from {start} of {name}{revision}."
+    named = [
+        each["hub_id"] or (record.settings["model.name"] if each is base else each["name"]) for each in _sources(record)
+    ]
+    revisions = [f" (revision `{each['revision']}`)" if each["revision"] else "" for each in _sources(record)]
+    name = " and ".join(f"`{hub_id}`{revision}" for hub_id, revision in zip(named, revisions, strict=True))
+    return f"{method} trained on {_code(record.settings['data.source'])}, starting from {start} of {name}."
 
 
 def _data(record: RunRecord) -> str:
@@ -125,7 +135,9 @@ def _data(record: RunRecord) -> str:
 def _results(record: RunRecord) -> str:
     intervals = record.intervals("test")
     names = [name for name in record.metrics if record.metrics[name] is not None]
-    shown = [name for name in names if name.partition("/")[2] in (*_SHOWN, "loss")] if intervals else names
+    shown = (
+        [name for name in names if name.partition("/")[2] in (*record.shown, *_ALSO_SHOWN)] if record.answers else names
+    )
     lines = ["| metric | value | 95 % interval |", "|---|---|---|"]
     for name in shown:
         split, _, metric = name.partition("/")
@@ -135,7 +147,11 @@ def _results(record: RunRecord) -> str:
     if not intervals:
         return "\n".join(lines)
     note = "Intervals: over the rows of the test split (Wilson for proportions, bootstrap for others), not over seeds."
-    return "\n".join(lines) + f"\n\n{note}\n\n{_per_class(record)}"
+    classes = f"\n\n{_per_class(record)}" if "test" in record.judged else ""
+    found = record.answers.get("test")
+    if isinstance(found, Tagged):
+        classes = f"\n\n{_per_label(found)}"
+    return "\n".join(lines) + f"\n\n{note}{classes}"
 
 
 def _scores(record: RunRecord) -> list[tuple[str, int, float, float, float, tuple[float, float]]]:
@@ -162,11 +178,30 @@ def _per_class(record: RunRecord) -> str:
     return "\n".join(lines)
 
 
+def _per_label(found: Tagged) -> str:
+    scores = label_scores(found.labels, found.probabilities, found.thresholds)
+    head = "| label | test rows | threshold | average precision | precision | recall | F1 |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for k, name in enumerate(found.names):
+        numbers = [scores[of][k] for of in ("average_precision", "precision", "recall", "f1")]
+        cells = [
+            _cell(name),
+            str(scores["rows"][k]),
+            f"{found.thresholds[k]:.4f}",
+            *(f"{each:.3f}" for each in numbers),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = "A row has a label where its probability is at least the threshold, which validation chose by F1."
+    return "\n".join(lines) + f"\n\n{note}"
+
+
 def _limits(record: RunRecord) -> str:
     if "test" not in record.facts["rows"]:
         return "There was no test split: nothing here was measured on rows that chose nothing."
     if "test" not in record.judged:
-        return "Measured on one test split; other data may differ."
+        found = record.answers.get("test")
+        on = f"{len(found.rows):,} test rows of one data set" if found else "one test split"
+        return f"Measured on {on}; other data may differ."
     scores = _scores(record)
     weak = [f"{_plain(label)} ({f1:.2f})" for label, rows, _, _, f1, _ in scores if rows and f1 < WEAK_F1]
     few = [f"{_plain(label)} ({rows})" for label, rows, *_ in scores if rows < FEW_ROWS]

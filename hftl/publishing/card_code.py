@@ -19,6 +19,7 @@ def use_code(record: RunRecord, part: str, repo: str | None) -> str:
         "place": place,
         "task": pipeline_task(record),
         "timm": f"hf-hub:{repo}" if repo else f"local-dir:{place}",
+        "all": "" if record.classes else f", top_k={record.described['head']['num_outputs']}",
         "trust": ", trust_remote_code=True" if _is_pooled(record) else "",
         "where": f'"{place}"' + (', subfolder="adapter"' if repo else ""),
         "folder": f'snapshot_download("{repo}", allow_patterns="adapter/*") + "/adapter"' if repo else f'"{place}"',
@@ -28,7 +29,12 @@ def use_code(record: RunRecord, part: str, repo: str | None) -> str:
         "revision": repr(base["revision"]),
         "arguments": "".join(f", {name}={value!r}" for name, value in base["arguments"].items()),
     }
-    kind = "pooled" if _is_pooled(record) and part == "adapter" else base["library"]
+    usage = record.described.get("usage")
+    if usage and part == "model":
+        return "```python\n" + usage.replace("{place}", place).strip() + "\n```"
+    kind = "pooled" if _is_pooled(record) and part == "adapter" else saved_library(record)
+    if part == "adapter" and (usage or saved_library(record) != base["library"]):
+        kind = "composed"
     if is_classic(record):
         kind, fill["head"] = "classic", _CLASSIC[record.described["classic_head"]]
         return _USE[kind, part].format(**fill)
@@ -38,12 +44,18 @@ def use_code(record: RunRecord, part: str, repo: str | None) -> str:
     return code
 
 
+def saved_library(record: RunRecord) -> str:
+    """Returns the library whose class was saved: a timm backbone may stand in a network of transformers."""
+    library, stock = record.described["base_model"]["library"], record.described["head"]["stock"]
+    return "transformers" if library == "timm" and stock != "timm" else library
+
+
 _CLASSIC = {"svm": "a support vector machine", "random_forest": "a random forest", "knn": "a nearest-neighbour vote"}
 _USE = {
     ("timm", "model"): """\
 import timm, transformers
 
-classify = transformers.pipeline("{task}", "{place}")  # transformers
+classify = transformers.pipeline("{task}", "{place}"{all})  # transformers
 model = timm.create_model("{timm}", pretrained=True).eval()  # or timm""",
     ("timm", "adapter"): """\
 import timm, peft
@@ -64,7 +76,7 @@ or puts a head of random weights on it and warns.""",
     ("transformers", "model"): """\
 import transformers
 
-classify = transformers.pipeline("{task}", "{place}"{trust})""",
+classify = transformers.pipeline("{task}", "{place}"{all}{trust})""",
     ("transformers", "adapter"): """\
 import peft, transformers
 
@@ -72,6 +84,10 @@ base = transformers.{stock}.from_pretrained(
     "{base}", revision={revision}, num_labels={outputs}, ignore_mismatched_sizes=True
 )
 model = peft.PeftModel.from_pretrained(base, {where}).eval()""",
+    ("composed", "adapter"): """\
+import hftl  # it puts the new head on the backbone {base}; the merged model opens without it
+
+model = hftl.load({where})""",
     ("pooled", "adapter"): """\
 import peft, transformers
 from huggingface_hub import snapshot_download
@@ -87,7 +103,7 @@ model = peft.PeftModel.from_pretrained(base, folder).eval()""",
 
 def pipeline_task(record: RunRecord) -> str:
     """Returns the name of a task as the hub and pipelines have it."""
-    return record.described["task"].replace("_", "-")
+    return record.described.get("pipeline_tag") or record.described["task"].replace("_", "-")
 
 
 def is_classic(record: RunRecord) -> bool:

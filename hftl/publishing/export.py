@@ -67,7 +67,7 @@ def export_folder(
     target = Path(output) if output is not None else _default_folder(source_folder, format)
     _check_folder(target)
     model, task = load_artifact(source_folder)
-    _refuse_classic(model, path)
+    _refuse(model, task, path)
     data = trained_data(source_folder)
     dataset = labelled_rows(task, data, source, split, rows_left_out(source_folder))
     with muted():
@@ -103,7 +103,12 @@ def export_folder(
     return report
 
 
-def _refuse_classic(model: TaskModel, path: str | Path) -> None:
+def _refuse(model: TaskModel, task: Task, path: str | Path) -> None:
+    if not model.exports:
+        raise ConfigError(
+            f"export: '{path}' is a model for {task.name.replace('_', ' ')}; only models that take one image or text "
+            "and give logits [B, K] are exported. It opens as it is with the code in its card."
+        )
     if model.classic is not None:
         raise ConfigError(
             f"export: the head of '{path}' is a {model.classic.kind} of scikit-learn's, which is no part of a graph. "

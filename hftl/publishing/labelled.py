@@ -10,7 +10,7 @@ from hftl.config.schema import DataConfig
 from hftl.data.columns import arrow_column
 from hftl.data.source import load_splits
 from hftl.errors import DataError, shorten
-from hftl.tasks.task import Task
+from hftl.tasks.task import Task, input_kinds
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +38,7 @@ def labelled_rows(
     """
     config = trained
     if source is not None:
-        column = task.state()["inputs"].get("column") if task.modality == "image" else None
+        column = next((name for name, kind in input_kinds(task).items() if kind == "image"), None)
         config = replace(config, source=source, train_per_class=None, validation_fraction=0.0, image_column=column)
     splits = load_splits(config, training=False, leave_out=left_out if source is None else None)
     if split not in splits:
@@ -58,6 +58,14 @@ def _like_training(rows: Dataset, task: Task) -> Dataset:
     target = task.state()["target"]
     column = target.get("column")
     kind = rows.features.get(column)
+    known = target.get("names")
+    for name in target.get("columns") or []:
+        inner = getattr(rows.features.get(name), "feature", None)
+        if known and isinstance(inner, ClassLabel) and list(inner.names) != known:
+            raise DataError(
+                f"--data: column '{name}' numbers the labels {shorten(inner.names)}; the model {shorten(known)}. "
+                "Give lists of names where training had names, or the same classes."
+            )
     if kind is None or "values" not in target or isinstance(kind, ClassLabel) and list(kind.names) == target["names"]:
         return rows
     by_name = dict(zip(target["names"], target["values"], strict=True))
@@ -85,11 +93,20 @@ def _written(rows: Dataset, column: str) -> set[str]:
 
 def _check_labels(rows: Dataset, task: Task) -> None:
     target = task.state()["target"]
-    column = target.get("column")
-    if column not in rows.features:
-        raise DataError(f"--data: there is no label column '{column}'. Columns: {', '.join(rows.features)}.")
-    if "values" not in target:
+    columns = target.get("columns") or [target.get("column")]
+    missing = [str(name) for name in columns if name not in rows.features]
+    if missing:
+        raise DataError(
+            f"--data: there is no label column '{', '.join(missing)}'. Columns: {', '.join(rows.features)}."
+        )
+    look = getattr(getattr(task, "target", None), "unusable", None)
+    bad = look(rows) if look else {}
+    if bad:
+        said = [f"row {row}: {why.reason} {why.value}".rstrip() for row, why in bad.items()]
+        raise DataError(f"--data: {len(bad)} row(s) have labels that cannot be used: {shorten(said, 4)}.")
+    if "column" not in target or "values" not in target:
         return
+    column = target["column"]
     known, unknown = set(target["values"]), set()
     for start in range(0, len(rows), 10_000):
         unknown |= set(rows.select_columns([column])[start : start + 10_000][column]) - known

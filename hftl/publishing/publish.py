@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from hftl.adaptation.report import AdaptReport
 from hftl.config.schema import RunConfig
 from hftl.console import say
-from hftl.data.columns import arrow_column
 from hftl.data.loader import Rows
 from hftl.data.quarantine import left_out
 from hftl.data.source import Splits
@@ -177,18 +176,9 @@ def _tell_trackers(accelerator: Accelerator, outcome: Outcome) -> None:
 
 
 def _class_counts(splits: Splits, task: Task) -> dict[str, dict[str, int]]:
-    """Returns the rows of each class by split, for tasks that have one class a row."""
-    target = task.state().get("target", {})
-    if not {"column", "names", "values"} <= set(target):
-        return {}
-    counts = {}
-    for split, rows in splits.items():
-        counted = arrow_column(rows, target["column"]).value_counts().to_pylist()
-        found = {entry["values"]: entry["counts"] for entry in counted}
-        counts[split] = {
-            name: found.get(value, 0) for name, value in zip(target["names"], target["values"], strict=True)
-        }
-    return counts
+    """Returns the rows of each class or label by split, for targets that count them."""
+    count = getattr(getattr(task, "target", None), "counts", None)
+    return {split: count(rows) for split, rows in splits.items()} if count else {}
 
 
 def _command() -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from hftl.errors import ArtifactError, first_line, nearest
-from hftl.evaluation.intervals import confusion_intervals, confusion_matrix
-from hftl.evaluation.metrics import class_scores
+from hftl.publishing.answers import Answers, Judged, codes, read_answers
 
 DESCRIPTION = "hftl.json"
 """In `model/` and `adapter/`: task, labels, head and base model. Written last, so its presence means verified."""
@@ -23,30 +20,6 @@ COMPARISON = "compare.json"
 NEEDED = ("config.yaml", "metrics.json", "report.json")
 _VALUES_AT_A_TIME = 2_000_000
 """Probabilities held at once while a predictions file is read: 16 MB."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Rows of one split whose true and predicted class are known, in the order of the split.
-
-    All arrays are [N]; classes are positions in `RunRecord.classes`.
-    """
-
-    rows: Any
-    labels: Any
-    predictions: Any
-    confidences: Any
-    num_classes: int
-
-    @cached_property
-    def confusion(self) -> Any:
-        """How many rows of each true class were predicted as each class [K, K]."""
-        return confusion_matrix(self.labels, self.predictions, self.num_classes)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Equal for splits with equal labels in equal order."""
-        return hashlib.sha256(self.labels.astype(np.int64).tobytes()).hexdigest()
 
 
 class RunRecord:
@@ -88,6 +61,19 @@ class RunRecord:
         return head.get("labels", []) if head.get("problem_type") == "single_label_classification" else []
 
     @property
+    def labels(self) -> list[str]:
+        """Names of classes, or of labels of which a row may have any number, in the order of the outputs."""
+        head = self.described.get("head", {})
+        return self.classes or (
+            head.get("labels", []) if head.get("problem_type") == "multi_label_classification" else []
+        )
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The metrics that are named first, in order."""
+        return tuple(self.described.get("shown", ("accuracy", "macro_f1")))
+
+    @property
     def splits(self) -> list[str]:
         """Splits that were measured, in the order of the metrics."""
         return list(dict.fromkeys(name.split("/")[0] for name in self.metrics if "/" in name))
@@ -103,36 +89,24 @@ class RunRecord:
         return [step for step, _ in points], [value for _, value in points]
 
     @cached_property
+    def answers(self) -> Mapping[str, Answers]:
+        """Truth and predictions by split; empty where the run wrote none, or none that this could read."""
+        return read_answers(self.described, self._columns, lambda columns: self._batches(columns, 100_000))
+
+    @property
     def judged(self) -> dict[str, Judged]:
-        """True and predicted classes by split; empty where the run wrote no such predictions."""
-        wanted = ("split", "row", "label", "prediction", "confidence")
-        if not self.classes or not set(wanted) <= set(self._columns):
-            return {}
-        parts: dict[str, list[Any]] = {}
-        for batch in self._batches(wanted, 100_000):
-            codes = [_codes(batch.column(name), self.classes) for name in ("label", "prediction")]
-            numbers = [batch.column(name).to_numpy(zero_copy_only=False) for name in ("row", "confidence")]
-            known = (codes[0] >= 0) & (codes[1] >= 0)
-            of = np.array(batch.column("split").to_pylist())
-            for split in dict.fromkeys(of[known].tolist()):
-                here = known & (of == split)
-                parts.setdefault(split, []).append((numbers[0][here], codes[0][here], codes[1][here], numbers[1][here]))
-        count = len(self.classes)
-        return {
-            split: Judged(*(np.concatenate(column) for column in zip(*found, strict=True)), num_classes=count)
-            for split, found in parts.items()
-        }
+        """True and predicted classes by split; empty where a row does not have exactly one class."""
+        return {split: found for split, found in self.answers.items() if isinstance(found, Judged)}
 
     def intervals(self, split: str) -> dict[str, tuple[float, float]]:
         """Returns 95 % intervals of the metrics that the predictions on disk give as metrics.json has them."""
-        if split not in self.judged:
+        if split not in self.answers:
             return {}
-        counts = self.judged[split].confusion
-        again = class_scores(counts.diagonal(), counts.sum(1), counts.sum(0))
-        said = {name: self.metrics.get(f"{split}/{name}") for name in again}
-        agree = [name for name, value in said.items() if value is not None and abs(value - again[name]) < 1e-9]
-        found = confusion_intervals(counts)
-        return {name: found[name] for name in agree}
+        answers = self.answers[split]
+        said = {name: (self.metrics.get(f"{split}/{name}"), value) for name, value in answers.computed().items()}
+        agree = [name for name, (one, other) in said.items() if one is not None and np.isclose(one, other, 1e-9, 1e-9)]
+        found = answers.intervals()
+        return {name: found[name] for name in agree if name in found}
 
     def probabilities(self, split: str) -> Iterator[tuple[Any, Any]]:
         """Yields probabilities [n, K] and true classes [n] of a split, a few rows at a time."""
@@ -143,10 +117,17 @@ class RunRecord:
 
         for batch in self._batches(("split", "label", "probabilities"), max(_VALUES_AT_A_TIME // count, 1)):
             batch = batch.filter(pa.array(np.array(batch.column("split").to_pylist()) == split))
-            labels = _codes(batch.column("label"), self.classes)
+            labels = codes(batch.column("label"), self.classes)
             flat = batch.column("probabilities").flatten().to_numpy(zero_copy_only=False)
             if len(labels) and len(flat) == len(labels) * count:
                 yield flat.reshape(-1, count)[labels >= 0], labels[labels >= 0]
+
+    def masks(self, split: str, rows: Collection[int]) -> dict[int, str]:
+        """Returns the predicted masks (PNG, base64) of some rows of a split; empty where the task predicts none."""
+        if not {"split", "row", "mask_png"} <= set(self._columns):
+            return {}
+        listed = (row for batch in self._batches(("split", "row", "mask_png"), 100) for row in batch.to_pylist())
+        return {row["row"]: row["mask_png"] for row in listed if row["split"] == split and row["row"] in rows}
 
     @cached_property
     def _columns(self) -> list[str]:
@@ -190,14 +171,6 @@ class RunRecord:
             return [json.loads(line) for line in lines]
         except ValueError as error:
             raise ArtifactError(f"{path} is not valid JSON lines: {error}.") from error
-
-
-def _codes(names: Any, classes: list[str]) -> Any:
-    """Returns the positions of `names` (Arrow strings) in `classes` [N] int64; -1 where there is none."""
-    encoded = names.dictionary_encode()
-    position = {name: code for code, name in enumerate(classes)}
-    codes = np.array([position.get(name, -1) for name in encoded.dictionary.to_pylist()] + [-1])
-    return codes[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,18 +1,27 @@
-"""One class for each image."""
+"""Labels of images: one class, several labels, or numbers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from hftl.data.source import Splits
 from hftl.tasks.inputs import ImageInputs
-from hftl.tasks.single_label import SingleLabel
+from hftl.tasks.targets import LabelTarget, find_target, restore_target
 from hftl.tasks.task import SupervisedTask
 
 
 class ImageClassification(SupervisedTask):
-    """Images with one label each, on any timm model."""
+    """Images with one class each, any number of labels, or numbers, on any timm model."""
 
     name = "image_classification"
     stock = "timm"
 
+    inputs_type = ImageInputs
+
     def __init__(self, splits: Splits) -> None:
-        super().__init__(ImageInputs.find(splits), SingleLabel.find(splits))
+        super().__init__(ImageInputs.find(splits), find_target(splits))
+
+    @classmethod
+    def make_target(cls, state: dict[str, Any]) -> LabelTarget:
+        """See `SupervisedTask.make_target`."""
+        return restore_target(state)

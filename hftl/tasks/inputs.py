@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hftl.config.schema import DataConfig
 from hftl.console import say
-from hftl.data.columns import find_column, find_text_columns
+from hftl.data.columns import Column, find_column, find_text_columns
 from hftl.data.image import ImageRows, broken_images, unreadable_images
 from hftl.data.loader import Example
 from hftl.data.quarantine import BadRow, BadRows
@@ -39,11 +39,21 @@ class ImageInputs:
         self.problems: list[str] = []
         self.split_of: dict[str, str] = {}
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The image column."""
+        return {self.column: "image"}
+
     @classmethod
-    def find(cls, splits: Splits) -> ImageInputs:
-        """Detects the image column and reads the header of every image; what is wrong goes into `problems`."""
+    def find(cls, splits: Splits, column: Column | None = None) -> ImageInputs:
+        """Detects the image column and reads the header of every image; what is wrong goes into `problems`.
+
+        Args:
+            splits: Rows.
+            column: The image column, where a task has found it already.
+        """
         try:
-            column = find_column("image", splits["train"].features, splits.config.image_column)
+            column = column or find_column("image", splits["train"].features, splits.config.image_column)
         except DataError as error:
             return _broken(cls("image"), error)
         say(f"data: images from column '{column.name}' ({column.why})")
@@ -86,6 +96,11 @@ class TextInputs:
         self.columns = list(columns)
         self.problems: list[str] = []
         self.collator: Any = None
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The text columns."""
+        return dict.fromkeys(self.columns, "text")
 
     @classmethod
     def find(cls, splits: Splits) -> TextInputs:

@@ -16,8 +16,9 @@ from hftl.data.quarantine import BadRow, BadRows
 from hftl.data.source import Splits
 from hftl.errors import DataError, shorten
 from hftl.evaluation.metrics import ClassificationMetrics, Metric
+from hftl.evaluation.ranking_metrics import RocAuc
 from hftl.models.parts import HeadSpec
-from hftl.tasks.task import Outputs
+from hftl.tasks.task import Batch, Outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +54,8 @@ class SingleLabel:
             found.problems = error.problems
             return found
         seen = {split: _counts(rows, column.name) for split, rows in splits.items()}
-        values, names, origin = _classes(splits, column.name, seen["train"])
+        present = sorted(value for value in seen["train"] if value is not None)
+        values, names, origin = named_classes(train.features[column.name], splits.class_names, present)
         found = cls(column.name, names, values)
         found.problems = _problems(splits, column.name, seen, found)
         say(f"data: labels from column '{column.name}' ({column.why}); {len(names)} classes {origin}: {shorten(names)}")
@@ -74,10 +76,11 @@ class SingleLabel:
         return functional.cross_entropy(outputs["logits"].float(), labels, reduction="none")
 
     def metrics(self) -> list[Metric]:
-        """Returns accuracy, F1, precision and recall."""
-        return [ClassificationMetrics(len(self.names))]
+        """Returns accuracy, F1, precision, recall and MCC; for two classes the area under the ROC curve too."""
+        counted = ClassificationMetrics(len(self.names))
+        return [counted, RocAuc()] if len(self.names) == 2 else [counted]
 
-    def decode(self, outputs: Outputs) -> list[dict[str, Any]]:
+    def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
         """Returns the class, its probability, and all probabilities in the order of the classes."""
         shares = outputs["logits"].float().softmax(-1).cpu()
         best = shares.argmax(-1).tolist()
@@ -94,6 +97,11 @@ class SingleLabel:
             split: {row: self._bad(value) for row, value in enumerate(found) if value not in known}
             for split, found in values.items()
         }
+
+    def counts(self, rows: Dataset) -> dict[str, int]:
+        """Returns the number of rows of each class."""
+        found = _counts(rows, self.column)
+        return {name: found.get(value, 0) for name, value in zip(self.names, self.values, strict=True)}
 
     def _bad(self, value: Any) -> BadRow:
         if value is None:
@@ -120,7 +128,7 @@ def _counts(rows: Dataset, column: str) -> dict[Any, int]:
 
 
 def _is_missing(value: Any, rows: Dataset, column: str) -> bool:
-    return value is None or value == "" or value == -1 and "ClassLabel" in str(rows.features[column])
+    return value is None or value == "" or value != value or value == -1 and "ClassLabel" in str(rows.features[column])
 
 
 def _label_values(rows: Dataset, column: str) -> list[Any]:
@@ -131,18 +139,23 @@ def _label_values(rows: Dataset, column: str) -> list[Any]:
     return [None if _is_missing(value, rows, column) else value for value in values]
 
 
-def _classes(splits: Splits, column: str, seen: dict[Any, int]) -> tuple[list[Any], list[str], str]:
-    """Returns the label values, the class names, and where the names come from."""
-    feature = splits["train"].features[column]
-    present = sorted(value for value in seen if value is not None)
+def named_classes(
+    feature: Any, beside: Sequence[str] | None, present: Sequence[Any]
+) -> tuple[list[Any], list[str], str]:
+    """Returns the values of all classes, their names, and where the names come from.
+
+    Args:
+        feature: Type of a label.
+        beside: From labels.json.
+        present: The values in train, sorted.
+    """
     if type(feature).__name__ == "ClassLabel":
         return list(range(len(feature.names))), list(feature.names), "named by the data set"
-    beside = splits.class_names
     if beside and all(isinstance(value, int) and 0 <= value < len(beside) for value in present):
-        return list(range(len(beside))), beside, "named in labels.json"
+        return list(range(len(beside))), list(beside), "named in labels.json"
     if beside and all(value in beside for value in present):
         return list(beside), list(beside), "in the order of labels.json"
-    return present, [str(value) for value in present], "found in train"
+    return list(present), [str(value) for value in present], "found in train"
 
 
 def _problems(splits: Splits, column: str, seen: dict[str, dict[Any, int]], target: SingleLabel) -> list[str]:
@@ -150,7 +163,9 @@ def _problems(splits: Splits, column: str, seen: dict[str, dict[Any, int]], targ
     present = {value for value in seen["train"] if value is not None}
     real = any(isinstance(value, float) and not value.is_integer() for value in present)
     if real:
-        out.append(f"data.label_column: '{column}' holds real numbers, not classes; is this a regression?")
+        out.append(
+            f"data.label_column: '{column}' holds real numbers, not classes; say --data.problem_type regression."
+        )
     for split, counts in seen.items() if not splits.lenient else ():
         if None in counts:
             out.append(f"data.source: {split} has {counts[None]} row(s) without a label in column '{column}'.")

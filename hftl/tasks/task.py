@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, C channels, H W height and width, D feature size, K o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Batch = dict[str, Any]
-"""`inputs` (what the model takes, by name), `labels`, and from the loader `index` [B] and `weight` [B]."""
+"""`inputs` (what the model takes, by name), `labels`, whatever else a task puts beside them; from the loader `index`
+[B] and `weight` [B]. Each entry is a tensor with B first or a list of B items: it is cut by rows."""
 Outputs = Mapping[str, Tensor]
+"""What the model computes, by name; each tensor has B first."""
 
 
 class Task(Protocol):
@@ -48,11 +50,11 @@ class Task(Protocol):
 
     @property
     def best_metric(self) -> str:
-        """Metric on validation that chooses the weights to keep; larger is better unless it is `loss`."""
+        """Metric on validation that chooses the weights to keep; which way is better, `larger_is_better` says."""
         ...
 
     def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> Rows:
-        """Returns the rows of one split as examples. `seed` None means evaluation: nothing random."""
+        """Returns the rows of one split as examples, one for each row. `seed` None: evaluation, nothing random."""
         ...
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -67,8 +69,8 @@ class Task(Protocol):
         """Returns fresh accumulators."""
         ...
 
-    def decode(self, outputs: Outputs) -> list[dict[str, Any]]:
-        """Returns one row a person can read for each example."""
+    def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
+        """Returns one row a person can read for each example: JSON values, the same keys in every row."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -76,8 +78,22 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Tunable(Protocol):
+    """A task with something that validation chooses after training, such as thresholds; it travels in `state`."""
+
+    def tune(self, metrics: Sequence[Metric]) -> None:
+        """Chooses from what `metrics()` have seen of the whole validation split; the same on all processes."""
+        ...
+
+
 class Inputs(Protocol):
     """How rows become model inputs."""
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """What each column that is read holds, in reading order: `image`, `text`, `words`, `number` or `category`."""
+        ...
 
     @property
     def modality(self) -> str:
@@ -126,11 +142,11 @@ class Target(Protocol):
         """Returns the head for a stock class."""
         ...
 
-    def labels(self, examples: list[Example]) -> Tensor | None:
+    def labels(self, examples: list[Example]) -> Tensor | list[Any] | None:
         """Returns the labels of a batch, or None where the rows have none."""
         ...
 
-    def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Outputs, labels: Any) -> Tensor:
         """Returns the loss of each example [B]."""
         ...
 
@@ -138,8 +154,8 @@ class Target(Protocol):
         """Returns fresh accumulators."""
         ...
 
-    def decode(self, outputs: Outputs) -> list[dict[str, Any]]:
-        """Returns one row a person can read for each example."""
+    def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
+        """Returns one row a person can read for each example: JSON values, the same keys in every row."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -152,12 +168,28 @@ class SupervisedTask:
 
     Inputs and targets that have the method of `hftl.data.quarantine.Judge` are asked which rows cannot be used.
 
+    Attributes:
+        name: What a saved model calls this task.
+        stock: The class to build (`HeadSpec.stock`).
+        pipeline_tag: What the hub calls this task; empty: the name with dashes.
+        shown: Metrics that a line, a card or a comparison names first, in order; the target's own, where it has some.
+        defaults: Settings of `train` by way of adapting (`full`, `frozen`, `lora`, `scratch`), before those of the
+            modality.
+        usage: Python that uses a saved model without hftl, for its card, with `{place}` where the model is; empty: a
+            pipeline of the hub's task.
+
     Raises:
         DataError: Everything that inputs and target found wrong with the data.
     """
 
     name: str
     stock: str
+    pipeline_tag: ClassVar[str] = ""
+    shown: tuple[str, ...] = ("accuracy", "macro_f1")
+    defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {}
+    usage: ClassVar[str] = ""
+    inputs_type: ClassVar[Any]
+    """Class of the inputs, for tasks that `restore` opens without data."""
 
     def __init__(self, inputs: Inputs, target: Target) -> None:
         if inputs.problems or target.problems:
@@ -167,6 +199,7 @@ class SupervisedTask:
         self.modality = inputs.modality
         self.head = target.head(self.stock)
         self.best_metric = target.best_metric
+        self.shown = getattr(target, "shown", self.shown)
 
     def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> Rows:
         """See `Task.encode`."""
@@ -186,9 +219,29 @@ class SupervisedTask:
         """See `Task.metrics`."""
         return self.target.metrics()
 
-    def decode(self, outputs: Outputs) -> list[dict[str, Any]]:
+    def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
         """See `Task.decode`."""
-        return self.target.decode(outputs)
+        return self.target.decode(outputs, batch)
+
+    def tune(self, metrics: Sequence[Metric]) -> None:
+        """Lets validation choose what the target leaves open, if anything; see `Tunable`."""
+        if isinstance(self.target, Tunable):
+            self.target.tune(metrics)
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """See `Inputs.kinds`."""
+        return self.inputs.kinds
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Columns of `kinds` that a row may lack when a trained model is used."""
+        return tuple(getattr(self.inputs, "optional", ()))
+
+    @property
+    def across_rows(self) -> bool:
+        """Whether the loss of a row depends on the other rows of its micro-batch, on all processes."""
+        return bool(getattr(self.target, "across_rows", False))
 
     def bad_rows(self, splits: Splits) -> BadRows:
         """Returns the rows that inputs or target cannot use, for `data.on_error skip`."""
@@ -197,6 +250,44 @@ class SupervisedTask:
     def state(self) -> dict[str, Any]:
         """See `Task.state`."""
         return {"inputs": self.inputs.state(), "target": self.target.state()}
+
+    @classmethod
+    def make_target(cls, state: dict[str, Any]) -> Target:
+        """Returns the target whose `state()` this was, without any data."""
+        raise NotImplementedError(f"{cls.__name__} does not say how its target is restored")
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> SupervisedTask:
+        """Returns the task whose `state()` this was, without any data."""
+        task = cls.__new__(cls)
+        SupervisedTask.__init__(task, cls.inputs_type(**state["inputs"]), cls.make_target(state["target"]))
+        return task
+
+
+def shown_metrics(task: Task) -> tuple[str, ...]:
+    """Returns the metrics that a line or a card names first."""
+    return tuple(getattr(task, "shown", (task.best_metric,)))
+
+
+def input_kinds(task: Task) -> dict[str, str]:
+    """Returns what each column that a task reads holds, in reading order; see `Inputs.kinds`."""
+    return dict(getattr(task, "kinds", {}))
+
+
+def optional_columns(task: Task) -> tuple[str, ...]:
+    """Returns the columns that a row may lack, as far as the model has learnt to do without them."""
+    return tuple(getattr(getattr(task, "inputs", None), "optional", ()))
+
+
+def larger_is_better(task: Task, metric: str) -> bool:
+    """Whether a larger value of one of the task's numbers is better: not of `loss` or of what a metric calls errors."""
+    errors = {name for each in task.metrics() for name in getattr(each, "smaller_is_better", ())}
+    return metric != "loss" and metric not in errors
+
+
+def is_share_of_rows(task: Task, metric: str) -> bool:
+    """Whether one of the task's numbers is a share of the rows, so that their number gives its standard error."""
+    return any(metric in getattr(each, "shares_of_rows", ()) for each in task.metrics())
 
 
 def check_splits(splits: Splits, check: Any) -> list[str]:

@@ -1,18 +1,27 @@
-"""One class for each text or pair of texts."""
+"""Labels of texts or pairs of texts: one class, several labels, or numbers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from hftl.data.source import Splits
 from hftl.tasks.inputs import TextInputs
-from hftl.tasks.single_label import SingleLabel
+from hftl.tasks.targets import LabelTarget, find_target, restore_target
 from hftl.tasks.task import SupervisedTask
 
 
 class TextClassification(SupervisedTask):
-    """Texts, or pairs of texts, with one label each, on any BERT-family model."""
+    """Texts, or pairs of texts, with one class each, any number of labels, or numbers, on any BERT-family model."""
 
     name = "text_classification"
     stock = "AutoModelForSequenceClassification"
 
+    inputs_type = TextInputs
+
     def __init__(self, splits: Splits) -> None:
-        super().__init__(TextInputs.find(splits), SingleLabel.find(splits))
+        super().__init__(TextInputs.find(splits), find_target(splits))
+
+    @classmethod
+    def make_target(cls, state: dict[str, Any]) -> LabelTarget:
+        """See `SupervisedTask.make_target`."""
+        return restore_target(state)

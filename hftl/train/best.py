@@ -14,6 +14,7 @@ from torch import Tensor
 from hftl.errors import CheckpointError, first_line
 from hftl.files import whole_file
 from hftl.models.parts import TaskModel
+from hftl.tasks.task import Task, is_share_of_rows, larger_is_better
 from hftl.train.agree import on_main
 from hftl.train.state import moving, spread
 
@@ -25,13 +26,14 @@ class BestSoFar:
     """The best value of a metric so far, and whether a later one is worth its weights.
 
     Args:
-        larger_is_better: How values compare.
-        rows: Size of the split that they were measured on.
+        task: Says which values are better, and whether they are shares of rows.
+        metric: Name of the metric.
+        rows: Size of the split that it is measured on.
     """
 
-    def __init__(self, larger_is_better: bool, rows: int) -> None:
-        self.sign = 1 if larger_is_better else -1
-        self.rows = rows
+    def __init__(self, task: Task, metric: str, rows: int) -> None:
+        self.sign = 1 if larger_is_better(task, metric) else -1
+        self.rows = rows if is_share_of_rows(task, metric) else 0
         self.best: float | None = None
         self.since = 0
         """Values since the best one."""
@@ -57,7 +59,7 @@ class BestSoFar:
     def error(self) -> float:
         """Returns the standard error of the best value as a share of rows (Agresti and Coull 1998), else 0."""
         assert self.best is not None
-        if self.sign < 0 or not 0 <= self.best <= 1:
+        if not self.rows:
             return 0.0
         share = (self.best * self.rows + 2) / (self.rows + 4)
         return math.sqrt(share * (1 - share) / self.rows)
@@ -70,14 +72,15 @@ class BestWeights(BestSoFar):
         accelerator: Only its main process writes and reads; the others are sent the tensors.
         model: The model itself, not the one that Accelerate prepared.
         folder: The run folder.
-        larger_is_better: How metric values compare.
+        task: As for `BestSoFar`.
+        metric: Likewise.
         rows: Size of the validation split.
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: TaskModel, folder: Path, larger_is_better: bool, rows: int
+        self, accelerator: Accelerator, model: TaskModel, folder: Path, task: Task, metric: str, rows: int
     ) -> None:
-        super().__init__(larger_is_better, rows)
+        super().__init__(task, metric, rows)
         self.accelerator = accelerator
         self.model = model
         self.file = folder / "checkpoints" / "best" / "weights.safetensors"

@@ -22,7 +22,7 @@ from hftl.train.folder import run_folder
 from hftl.train.gradient import StepGradient
 from hftl.train.heads import fit_heads
 from hftl.train.history import History, Recorder
-from hftl.train.on_features import trains_on_features
+from hftl.train.on_features import training_rows, trains_on_features
 from hftl.train.optim import make_optimizer, set_rates
 from hftl.train.plan import Plan, make_plan
 from hftl.train.probe import fit_probe
@@ -66,9 +66,8 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         return fit_probe(accelerator, model, task, splits, run)
     if trains_on_features(model, task, splits, run):
         return fit_heads(accelerator, model, task, splits, run)
-    config, folder, max_length = run.train, run_folder(run), run.data.max_length
-    rows = task.encode(splits["train"], model.processor, config.seed, max_length)
-    held_out = task.encode(splits["validation"], model.processor, None, max_length) if "validation" in splits else None
+    config, folder = run.train, run_folder(run)
+    rows, held_out = training_rows(accelerator, model, task, splits, run)
 
     keeper = Keeper(accelerator, run, folder)
     earlier = keeper.find() if run.resume == "auto" else None
@@ -76,11 +75,10 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     same = identity(model, splits["train"], plan.share.effective_batch, plan.total, earlier)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config, accelerator.device)
-    limit = RowLimit("training", enabled=config.on_oom == "halve")
+    limit = RowLimit("training", enabled=config.on_oom == "halve", whole=getattr(task, "across_rows", False))
     gradient = StepGradient(accelerator, model, task, limit)
     stepper = accelerator.prepare_optimizer(optimizer)
-    larger = (config.best_metric or task.best_metric) != "loss"
-    best = BestWeights(accelerator, model, folder, larger_is_better=larger, rows=len(held_out or ()))
+    best = BestWeights(accelerator, model, folder, task, config.best_metric or task.best_metric, len(held_out or ()))
     recorder = Recorder(accelerator, run, folder, plan.total, earlier and earlier["recorder"])
     history = recorder.history
     validation = Validation(accelerator, model, task, held_out, run, best, recorder, plan.eval_every, plan.total)

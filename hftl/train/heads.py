@@ -18,11 +18,12 @@ from hftl.console import say
 from hftl.data.loader import Share, train_batches
 from hftl.data.source import Splits
 from hftl.errors import NonfiniteError, Stopped
-from hftl.evaluation.metrics import BUILT_IN, EvaluateMetric, MeanLoss
+from hftl.evaluation.metrics import MeanLoss, all_metrics
 from hftl.features.cache import Features, compute_features
 from hftl.features.tap import linear_head
 from hftl.files import write_text
 from hftl.models.parts import TaskModel
+from hftl.models.scale import scale_of
 from hftl.tasks.task import Task
 from hftl.train.agree import on_main
 from hftl.train.best import BestSoFar
@@ -137,6 +138,7 @@ class _Trial:
         stop: StopRequest,
     ) -> None:
         self.task, self.run, self.plan, self.device, self.stop = task, run, plan, device, stop
+        self.scale = scale_of(head)
         self.views = [part.values for part in features["train"]]
         self.labels = torch.from_numpy(np.array(features["train"][0].labels))
         self.lengths = lengths
@@ -148,7 +150,7 @@ class _Trial:
         self.bank = HeadBank(head, settings, run.train.max_grad_norm, device)
         self.metric = run.train.best_metric or task.best_metric
         rows = 0 if self.held_out is None else len(self.held_out.values)
-        self.best = [BestSoFar(self.metric != "loss", rows) for _ in settings]
+        self.best = [BestSoFar(task, self.metric, rows) for _ in settings]
         self.kept: list[dict[str, Any]] = [{} for _ in settings]
         self.curves: list[list[dict[str, Any]]] = [[] for _ in settings]
 
@@ -198,7 +200,11 @@ class _Trial:
         heads, rows = logits.shape[:2]
         of_each = labels.repeat_interleave(heads // len(labels), 0)
         batch = {"labels": of_each.flatten(0, 1)}
-        return self.task.loss({"logits": logits.flatten(0, 1)}, batch).unflatten(0, (heads, rows))
+        return self.task.loss({"logits": self._in_units(logits.flatten(0, 1))}, batch).unflatten(0, (heads, rows))
+
+    def _in_units(self, outputs: Tensor) -> Tensor:
+        """Returns outputs [..., K] of a head as the network would give them."""
+        return outputs if self.scale is None else self.scale.apply(outputs)
 
     @property
     def _due(self) -> bool:
@@ -218,7 +224,7 @@ class _Trial:
         values, labels = self.validation
         for number in range(len(self.bank.settings)):
             weight, bias = self.bank.copy_of(number)
-            found = self._measure(values @ weight.T + bias, labels)
+            found = self._measure(self._in_units(values @ weight.T + bias), labels)
             self.curves[number].append(
                 {"step": self.bank.steps} | {f"validation/{name}": value for name, value in found.items()}
             )
@@ -236,8 +242,7 @@ class _Trial:
 
     def _measure(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         loss = MeanLoss()
-        others = [EvaluateMetric(name) for name in self.run.train.metrics if name not in BUILT_IN]
-        metrics = [*self.task.metrics(), *others]
+        metrics = all_metrics(self.task.metrics(), self.run.train.metrics)
         outputs, batch = {"logits": logits}, {"labels": labels}
         loss.update_losses(self.task.loss(outputs, batch))
         for metric in metrics:

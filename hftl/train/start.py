@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from hftl.adaptation.apply import method_problem
 from hftl.adaptation.lora import find_targets
 from hftl.audit.brief import brief
 from hftl.config.defaults import BY_STEPS, resolve
@@ -19,12 +20,13 @@ from hftl.data.given import GIVEN, given_rows
 from hftl.data.quarantine import BadRows, Judge, announce, records, refuse_many, write_quarantine
 from hftl.data.source import Splits, load_splits
 from hftl.errors import ConfigError, DataError, HftlError, RunComplete, nearest
-from hftl.evaluation.metrics import BUILT_IN, metric_problems
+from hftl.evaluation.metrics import metric_problems
 from hftl.files import write_text
 from hftl.hub import name_problem, redacted, repository_problem
-from hftl.models.build import model_name_problem, skeleton, trust_problems
+from hftl.models.build import model_name_problem, model_problem, skeleton, trust_problems
 from hftl.models.parts import HeadSpec
 from hftl.processes import group_options, together
+from hftl.tasks.infer import AUTO, task_of
 from hftl.tasks.task import Task
 from hftl.train.folder import (
     MARKER,
@@ -45,12 +47,14 @@ SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_ML
 """Accelerate's kinds of processes in which each holds the whole model."""
 
 
-def prepare(run: RunConfig, make_task: Callable[[Splits], T], rows: Any = None) -> tuple[RunConfig, Splits, T]:
+def prepare(
+    run: RunConfig, make_task: Callable[[Splits], T] | None = None, rows: Any = None
+) -> tuple[RunConfig, Splits, T]:
     """Opens the data, binds the task to it, and checks everything that can be known before a device is touched.
 
     Args:
         run: The configuration as given.
-        make_task: A task class, or anything that makes a task from splits.
+        make_task: A task class, or anything that makes a task from splits; by default what `run.task` says.
         rows: Rows from Python in place of `run.data.source`, which is then only their name: a `DatasetDict`, or a
             mapping of split names to data sets or iterables of rows (see `hftl.data.given.given_rows`).
 
@@ -64,22 +68,31 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T], rows: Any = None) 
         run = replace(run, data=replace(run.data, source=GIVEN + (Path(run.data.source).name or "rows")))
     problems = [*run.problems, *value_problems(run)]
     splits, task = None, None
+    try:
+        make = make_task or cast("Callable[[Splits], T]", task_of(run.task))
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    name = getattr(make_task, "name", run.task)
+    if run.task not in (AUTO, name):
+        problems.append(f"task: '{run.task}', but this recipe is for {name}; the recipe auto takes any task of hftl's.")
     bad: BadRows = {}
     if run.data.source and not any(problem.startswith("data.max_") for problem in problems):
         try:
             rows = None if rows is None else given_rows(rows)  # once: a stream cannot be read again
-            splits, bad = _open_data(run, make_task, rows)
-            task = make_task(splits)
+            splits, bad = _open_data(run, make, rows)
+            task = make(splits)
         except HftlError as error:
             problems += error.problems
-    stock = getattr(make_task, "stock", None) or (task.head.stock if task else None)
-    unknown = model_name_problem(run.model.name, stock) if stock and run.model.name else None
+    stock = getattr(make, "stock", None) or (task.head.stock if task else None)
+    unknown = model_name_problem(run.model, stock) if stock and run.model.name else None
+    if unknown is None and task is not None and run.model.name:
+        unknown = model_problem(run.model, task.head)
     problems += trust_problems(run)
     if unknown:
         problems.append(unknown)
     elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
         head = task.head if task else HeadSpec(stock, 2)
-        problems += _target_problems(run, head) + probe_problems(run, head, splits, task)
+        problems += _target_problems(run, head) or probe_problems(run, head, splits, task)
     if splits and not resumes(run) and run.adapt.method != "probe":  # a run that goes on keeps the rows of its steps
         problems += _batch_problems(run, len(splits["train"]))
     problems += _augment_problems(run, task)
@@ -89,8 +102,8 @@ def prepare(run: RunConfig, make_task: Callable[[Splits], T], rows: Any = None) 
     if problems or splits is None or task is None:
         raise ConfigError(*problems)
     # opened by now; what trackers and files are told needs no credentials
-    run = replace(run, data=replace(run.data, source=redacted(run.data.source)))
-    resolved = replace(resolve(run, task.modality), quarantine=records(bad))
+    run = replace(run, task=task.name, data=replace(run.data, source=redacted(run.data.source)))
+    resolved = replace(resolve(run, task.modality, getattr(task, "defaults", {})), quarantine=records(bad))
     different = resume_problems(resolved)
     if different:
         raise ConfigError(*different)
@@ -189,7 +202,10 @@ def _agree(accelerator: Accelerator, run: RunConfig) -> None:
 
 
 def _target_problems(run: RunConfig, head: HeadSpec) -> list[str]:
-    """Tries LoRA patterns on the architecture without its weights."""
+    """Asks whether there is a head to train, and tries LoRA patterns on the architecture without its weights."""
+    headless = method_problem(run.adapt.method, has_head=head.num_outputs > 0)
+    if headless:
+        return [headless]
     if run.adapt.method != "lora" or run.adapt.lora.target_modules is None:
         return []
     try:
@@ -260,13 +276,22 @@ def _augment_problems(run: RunConfig, task: Task | None) -> list[str]:
 
 
 def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
-    problems = metric_problems(run.train.metrics)
+    if task is None:
+        return metric_problems(run.train.metrics)
+    own = [name for metric in task.metrics() for name in metric.compute()]
+    head = task.head
+    one = (
+        head.problem_type == "single_label_classification"
+        or head.problem_type == "regression"
+        and head.num_outputs == 1
+    )
+    why_not = "" if one else "metrics of evaluate are computed for one class or one number a row"
+    problems = metric_problems(run.train.metrics, own, why_not)
     wanted = run.train.best_metric
-    if wanted and not problems and task is not None:
-        computed = {"loss", *(name for metric in task.metrics() for name in metric.compute())}
-        computed |= {Path(name).stem for name in run.train.metrics}
+    if wanted and not problems:
+        computed = {"loss", *own, *(Path(name).stem for name in run.train.metrics)}
         if wanted not in computed:
-            allowed = ", ".join(sorted(computed or BUILT_IN))
+            allowed = ", ".join(sorted(computed))
             problems.append(
                 f"train.best_metric: '{wanted}' is not computed here; allowed: {allowed}, or name it in "
                 f"train.metrics too.{nearest(wanted, computed)}"

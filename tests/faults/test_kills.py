@@ -50,6 +50,7 @@ def kill_often(kills, forks, text_flags, tmp_path, seed):
     )
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(forks, text_flags, tmp_path):
     kill_often(3, forks, text_flags, tmp_path, seed=1)
 

@@ -346,12 +346,12 @@ def test_a_task_of_ones_own_may_judge_rows_or_not(tmp_path):
     recipe = load_recipe("custom_task")
     run = replace(recipe.DEFAULTS, output_dir=str(tmp_path / "run"))
     run = with_data(run, train_per_class=4, on_error="skip")
-    whole = hftl.prepare(run, recipe.DigitTraits)[0]
+    whole = hftl.prepare(run, recipe.DigitQuestions)[0]
     assert whole.quarantine == ()
 
-    class Judging(recipe.DigitTraits):
+    class Judging(recipe.DigitQuestions):
         def __init__(self, splits):
-            hftl.SupervisedTask.__init__(self, recipe.ImageInputs.find(splits), Odd(recipe.Traits()))
+            hftl.SupervisedTask.__init__(self, recipe.ImageInputs.find(splits), Odd(recipe.TwoQuestions()))
 
     found = hftl.prepare(run, Judging)[0].quarantine
     assert [(row["row"], row["reason"]) for row in found] == [(1, "an odd digit"), (2, "an odd digit")]

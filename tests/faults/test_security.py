@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 import hftl
-from hftl.config.schema import ModelConfig
+from hftl.config.schema import ModelConfig, RunConfig
 from hftl.errors import ArtifactError, ConfigError, HftlError, ModelError
 from hftl.evaluation.metrics import load_evaluate, metric_problems
 from hftl.models.build import build_model, model_name_problem, trust_problems
 from hftl.models.parts import HeadSpec
 from hftl.models.remote_code import check_own_code
-from hftl.models.text_model import build_text
+from hftl.models.text_model import build
 from hftl.publishing.place import CONFIG
 
 SPEC = HeadSpec("AutoModelForSequenceClassification", 3, ("a", "b", "c"), "single_label_classification")
@@ -74,21 +74,21 @@ def odd(copied, ran, place="modeling_odd", **more):
     return folder
 
 
-def build(folder, **options):
-    return build_text(ModelConfig(name=str(folder), **options), SPEC)
+def build_text(folder, **options):
+    return build(RunConfig(model=ModelConfig(name=str(folder), **options)), SPEC)
 
 
 def test_code_of_a_checkpoint_is_not_run_and_the_message_says_how_it_could_be(copied, ran):
     folder = odd(copied, ran)
     with pytest.raises(ModelError) as caught:
-        build(folder)
+        build_text(folder)
     message = str(caught.value)
     assert "'odd'" in message and "modeling_odd.OddConfig" in message and "--model.trust_remote_code true" in message
     assert not ran.exists()
 
 
 def test_code_of_a_folder_runs_when_it_is_trusted(copied, ran):
-    model = build(odd(copied, ran), trust_remote_code=True)
+    model = build_text(odd(copied, ran), trust_remote_code=True)
     assert ran.exists() and type(model.net).__name__ == "OddForSequenceClassification" and model.trusted
 
 
@@ -97,18 +97,18 @@ def test_code_beside_a_known_model_is_not_needed_and_not_run(copied, ran):
         auto_map={SPEC.stock: "modeling_odd.OddForSequenceClassification", "AutoConfig": "modeling_odd.OddConfig"}
     )
     (folder / "modeling_odd.py").write_text(CODE.format(ran=str(ran)))
-    assert type(build(folder).net).__name__ == "BertForSequenceClassification" and not ran.exists()
+    assert type(build_text(folder).net).__name__ == "BertForSequenceClassification" and not ran.exists()
 
 
 def test_code_in_another_repository_is_refused_even_when_trusted(copied, ran):
     with pytest.raises(ModelError, match="lies in another repository .*somebody/else--modeling_odd"):
-        build(odd(copied, ran, place="somebody/else--modeling_odd"), trust_remote_code=True)
+        build_text(odd(copied, ran, place="somebody/else--modeling_odd"), trust_remote_code=True)
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_attn_implementation_internal"])
 def test_kernels_from_the_hub_are_refused(key, copied):
     with pytest.raises(ModelError, match="kernel from the hub .*somebody/attention"):
-        build(copied(**{key: "somebody/attention"}))
+        build_text(copied(**{key: "somebody/attention"}))
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", COMMIT[:7], COMMIT.upper(), COMMIT + "0"])
@@ -118,7 +118,7 @@ def test_code_of_the_hub_needs_a_whole_commit(revision, text_run):
     with pytest.raises(ConfigError, match=r"runs only at a commit.* set model\.revision .*40 characters"):
         hftl.prepare(run, hftl.TextClassification)
     pinned = replace(run, model=replace(run.model, revision=COMMIT))
-    assert trust_problems(pinned) == [] and model_name_problem("somebody/model", SPEC.stock) is None
+    assert trust_problems(pinned) == [] and model_name_problem(ModelConfig("somebody/model"), SPEC.stock) is None
 
 
 def test_the_missing_commit_is_said_with_everything_else(text_run):
@@ -135,10 +135,10 @@ def test_a_text_checkpoint_that_is_a_pickle_is_not_opened(kind, copied, ran):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(ran)))
     with pytest.raises(ModelError, match=r"weights only as a pickle \(pytorch_model\.bin\).*model\.safetensors"):
-        build(folder, pooling=kind)
+        build_text(folder, pooling=kind)
     torch.save({}, folder / "pytorch_model.bin")  # nor a harmless one
     with pytest.raises(ModelError, match="only as a pickle"):
-        build(folder, pooling=kind)
+        build_text(folder, pooling=kind)
     assert not ran.exists()
 
 
@@ -180,10 +180,10 @@ def test_a_tokenizer_cannot_take_files_of_this_machine_along(key, copied, tmp_pa
     for value in (str(secret), "../secret.env"):
         shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
         with pytest.raises(ModelError, match=f"names files of this machine .*{key}"):
-            build(copied(files={"tokenizer_config.json": {key: value}}))
+            build_text(copied(files={"tokenizer_config.json": {key: value}}))
     shutil.rmtree(tmp_path / "checkpoint")
     # many checkpoints name a file of the machine that they were made on
-    model = build(
+    model = build_text(
         copied(files={"tokenizer_config.json": {key: "/root/.cache/huggingface/0a1b", "name_or_path": "x/y"}})
     )
     model.save(tmp_path / "saved")

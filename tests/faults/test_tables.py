@@ -133,15 +133,15 @@ REFUSED = {
     "semicolons": ("train.csv", "text;label\na;b\n", "seems to have a semicolon between its cells (its first line is"),
     "tabs in csv": ("train.csv", "text\tlabel\na\tb\n", "seems to have a tab between its cells"),
     "commas in tsv": ("train.tsv", "text,label\na,b\n", "seems to have a comma between its cells"),
-    "real labels": ("train.csv", "text,label\na,0.5\nb,1.5\n", "'label' holds real numbers, not classes"),
-    "nan labels": ("train.csv", "text,label\na,1.0\nb,nan\nc,2.0\n", "'label' holds real numbers, not classes"),
+    "nan numbers": ("train.csv", "text,label\na,0.5\nb,1.5\nc,nan\n", "1 row(s) without a finite number"),
+    "nan labels": ("train.csv", "text,label\na,1.0\nb,nan\nc,2.0\n", "1 row(s) without a label in column 'label'"),
     "infinite labels": ("train.csv", "text,label\na,1\nb,inf\n", "'label' holds real numbers, not classes"),
     "missing labels": ("train.csv", GOOD + "x,\ny,\n", "train has 2 row(s) without a label in column 'label'"),
     "one class": ("train.csv", "text,label\na,x\nb,x\n", "train has only one class ('x')"),
     "a label column of inputs": ("train.csv", "text,label_\na,x\n", "no label column found"),
     "nested labels": (
         "train.jsonl",
-        '{"text":"a","label":["x"]}\n{"text":"b","label":["y"]}\n',
+        '{"text":"a","label":{"x":1}}\n{"text":"b","label":{"x":2}}\n',
         "no label column found",
     ),
     "nested texts": (

@@ -154,3 +154,16 @@ def test_workers_die_with_their_parent_even_when_they_hang(mark):
     job.wait()
     assert gone(mark, within=10)
     print(f"parent killed: workers gone after {time.monotonic() - began:.2f} s")
+
+
+def test_a_worker_does_not_say_that_the_main_process_has_gone():
+    code = (
+        "import sys\n"
+        "from hftl.data.workers import start_worker\n"
+        "start_worker(0)\n"
+        "for kind in (ConnectionResetError, EOFError, ValueError):\n"
+        "    try: raise kind(kind.__name__)\n"
+        "    except kind: sys.excepthook(*sys.exc_info())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("Traceback") == 1 and "ValueError: ValueError" in done.stderr

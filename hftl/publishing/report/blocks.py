@@ -87,7 +87,7 @@ class Example:
     row: int
     label: str
     prediction: str
-    confidence: float
+    confidence: float | None
     image: str | None = None
     """A data URI."""
     texts: Sequence[tuple[str, str]] = ()

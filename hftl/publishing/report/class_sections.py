@@ -11,7 +11,7 @@ from hftl.evaluation.intervals import wilson
 from hftl.publishing.record import RunRecord
 from hftl.publishing.report import figures
 from hftl.publishing.report.blocks import Cell, Figure, Figures, Gallery, Measured, Note, Section, Table
-from hftl.publishing.report.rows import most_confident_errors
+from hftl.publishing.report.rows import worst_errors
 from hftl.publishing.report.run import CLASSES_LISTED, Run
 
 _FIT_VALUES = 10_000_000
@@ -137,21 +137,18 @@ def _temperature(record: RunRecord) -> tuple[float | None, str]:
 
 
 def errors(run: Run) -> Section | None:
-    """The wrong rows that the model was surest of, shown."""
+    """The wrong rows that the model was surest of, or furthest from the truth in, shown."""
     record, split = run.record, run.record.main_split
-    if split not in record.judged:
+    if split is None or split not in record.answers:
         return None
-    judged = record.judged[split]
-    chosen = most_confident_errors(record, split)
-    count = int((judged.labels != judged.predictions).sum())
+    chosen, count, how = worst_errors(record, split)
+    title, rows = f"{'Most confident' if split in record.judged else 'Largest'} errors", len(record.answers[split].rows)
     if not count:
-        return Section("Most confident errors", [Note(f"All {len(judged.labels):,} rows of {split} are right.")])
-    blocks: list[Any] = [
-        Note(f"{len(chosen)} of {count:,} errors in {len(judged.labels):,} rows of {split}, the surest first.")
-    ]
+        return Section(title, [Note(f"All {rows:,} rows of {split} are right.")])
+    blocks: list[Any] = [Note(f"{len(chosen)} of {count:,} errors in {rows:,} rows of {split}, {how} first.")]
     if run.rows.missing:
         blocks.append(Note(run.rows.missing, warning=True))
-    return Section("Most confident errors", [*blocks, Gallery(run.rows.examples(split, chosen))])
+    return Section(title, [*blocks, Gallery(run.rows.examples(split, chosen))])
 
 
 def _share(part: Any, whole: Any) -> Measured:

@@ -41,14 +41,14 @@ def row_warnings(records: Sequence[RunRecord], names: Sequence[str]) -> list[str
     if len(set(splits.values())) > 1:
         said = ", ".join(f"{name} on {split}" for name, split in splits.items())
         out.append(f"These runs were not measured on the same split: {said}.")
-    judged = [record.judged.get(record.main_split or "") for record in records]
+    judged = [record.answers.get(record.main_split or "") for record in records]
     unknown = [name for name, found in zip(names, judged, strict=True) if found is None]
     if unknown:
-        out.append(f"Whether rows are the same cannot be told for {', '.join(unknown)}: no true classes on disk.")
+        out.append(f"Whether rows are the same cannot be told for {', '.join(unknown)}: no true labels on disk.")
     groups: dict[Any, list[str]] = {}
     for name, record, found in zip(names, records, judged, strict=True):
         if found is not None:
-            groups.setdefault((found.fingerprint, tuple(record.classes)), []).append(f"{name} ({len(found.rows):,})")
+            groups.setdefault((found.fingerprint, tuple(record.labels)), []).append(f"{name} ({len(found.rows):,})")
     if len(groups) > 1:
         said = "; ".join(", ".join(group) for group in groups.values())
         out.append(
@@ -60,7 +60,7 @@ def row_warnings(records: Sequence[RunRecord], names: Sequence[str]) -> list[str
 
 def results(records: Sequence[RunRecord], names: Sequence[str]) -> Section:
     """Method, cost and metrics of each run."""
-    metrics = list(dict.fromkeys(f"{r.main_split}/{m}" for r in records for m in ("accuracy", "macro_f1", "loss")))
+    metrics = list(dict.fromkeys(f"{r.main_split}/{m}" for r in records for m in (*r.shown, "loss")))
     found = {name for record in records for name in record.metrics}
     metrics = [name for name in metrics if name in found] or sorted(found)[:3]
     intervals = [record.intervals(split) if (split := record.main_split) else {} for record in records]

@@ -209,6 +209,18 @@ def marks(found: Curves, alt: str, *, x: str, y: str) -> str:
     return _svg(draw, alt, height=3.6)
 
 
+def against_truth(labels: Any, predictions: Any, alt: str, *, x: str, y: str) -> str:
+    """Returns predictions [N] over labels [N] as points, with the line on which both are equal."""
+
+    def draw(axes: Any) -> None:
+        ends = [float(min(labels.min(), predictions.min())), float(max(labels.max(), predictions.max()))]
+        axes.plot(ends, ends, "--", color=_INK, linewidth=1, alpha=0.6)
+        axes.scatter(labels, predictions, 14, color=_COLOURS[0], alpha=0.45, linewidths=0)
+        axes.set(xlabel=x, ylabel=y)
+
+    return _svg(draw, alt, height=3.6)
+
+
 def cut(name: str, limit: int = 18) -> str:
     """Returns a name short enough for a tick."""
     return name if len(name) <= limit else name[: limit - 1] + "…"

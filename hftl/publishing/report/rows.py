@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -14,8 +14,10 @@ from hftl.console import muted
 from hftl.data.columns import arrow_column
 from hftl.data.image_file import Stored, check_header, decode_image
 from hftl.errors import DataError, HftlError, first_line
+from hftl.publishing.answers import Estimated, Judged, Tagged
 from hftl.publishing.record import RunRecord
 from hftl.publishing.report.blocks import Example
+from hftl.tasks.targets import restore_target
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -75,6 +77,9 @@ class Rows:
         column, values = target.get("column"), target.get("values")
         known = values is not None and all(column in rows.features for rows in self.splits.values())
         if not self.splits or not known or not self.record.classes:
+            counted = self.record.facts.get("classes", {})
+            if counted and self.record.labels:
+                return {split: np.array([of[name] for name in self.record.labels]) for split, of in counted.items()}
             return {split: found.confusion.sum(1) for split, found in self.record.judged.items()}
         counts = {}
         for split, rows in self.splits.items():
@@ -87,7 +92,7 @@ class Rows:
         rows = self.splits[split]
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLED)).astype(int)).tolist()
         if self.image_column:
-            sizes = [_image_size(stored, self._max_pixels) for stored in self._images(rows, chosen)]
+            sizes = [_image_size(stored, self.max_pixels) for stored in self.stored(rows, self.image_column, chosen)]
             found = [size for size in sizes if size]
             return "pixels", {"width": [w for w, _ in found], "height": [h for _, h in found]}, len(found)
         columns = self.text_columns
@@ -95,32 +100,36 @@ class Rows:
         return "words", {name: [len((text or "").split()) for text in table[name]] for name in columns}, len(chosen)
 
     def examples(self, split: str, chosen: Any) -> list[Example]:
-        """Returns rows of a split as they are shown, by their positions in `RunRecord.judged`."""
-        judged, names = self.record.judged[split], self.record.classes
-        numbers = judged.rows[chosen].tolist()
+        """Returns rows of a split as they are shown, by their positions in `RunRecord.answers`."""
+        answers = self.record.answers[split]
+        numbers = answers.rows[chosen].tolist()
+        words = [answers.words(place) for place in chosen]
         images: list[str | None] = [None] * len(numbers)
         texts: list[list[tuple[str, str]]] = [[] for _ in numbers]
         if self.splits:
             rows, columns = self.splits[split], self.text_columns
             if self.image_column:
-                images = [thumbnail(stored, self._max_pixels) for stored in self._images(rows, numbers)]
+                images = [
+                    thumbnail(stored, self.max_pixels) for stored in self.stored(rows, self.image_column, numbers)
+                ]
             if columns:
                 table = rows.select_columns(columns)[numbers]
                 texts = [[(name, shortened(table[name][n])) for name in columns] for n in range(len(numbers))]
         return [
             Example(
                 row=number,
-                label=names[judged.labels[place]],
-                prediction=names[judged.predictions[place]],
-                confidence=float(judged.confidences[place]),
+                label=label,
+                prediction=prediction,
+                confidence=confidence,
                 image=image,
                 texts=text,
             )
-            for number, place, image, text in zip(numbers, chosen, images, texts, strict=True)
+            for number, (label, prediction, confidence), image, text in zip(numbers, words, images, texts, strict=True)
         ]
 
     @property
-    def _max_pixels(self) -> int:
+    def max_pixels(self) -> int:
+        """Largest image that the run decoded."""
         return self.record.settings.get("data.max_pixels") or DataConfig.max_pixels
 
     def _inputs(self) -> list[str]:
@@ -135,10 +144,10 @@ class Rows:
         # a column of paths is text by its type; a task of images alone reads no texts
         return kind == "Image" or self.record.task.startswith("image") and "text" not in self.record.task
 
-    def _images(self, rows: Dataset, numbers: list[int]) -> list[Any]:
+    def stored(self, rows: Dataset, column: str, numbers: list[int]) -> list[Any]:
+        """Returns a column of images as it is stored, for some rows."""
         from datasets import Image
 
-        column = self.image_column or ""
         return rows.select_columns([column]).cast_column(column, Image(decode=False))[numbers][column]
 
     def _is_what_was_measured(self) -> bool:
@@ -146,25 +155,38 @@ class Rows:
         counted = self.record.facts.get("rows", {})
         if any(len(rows) != counted.get(split, len(rows)) for split, rows in self.splits.items()):
             return False
-        target = self.record.described.get("state", {}).get("target", {})
-        position = {value: code for code, value in enumerate(target.get("values", []))}
-        for split, judged in self.record.judged.items():
-            if split not in self.splits or target.get("column") not in self.splits[split].features:
+        for split, answers in self.record.answers.items():
+            if split not in self.splits or answers.rows.max(initial=0) >= len(self.splits[split]):
                 return False
-            values = arrow_column(self.splits[split], target["column"]).to_pylist()
-            if judged.rows.max(initial=0) >= len(values):
-                return False
-            codes = np.array([position.get(value, -1) for value in values])
-            if (codes[judged.rows] != judged.labels).any():
+            found = self._labels(self.splits[split].select(answers.rows))
+            if found is None or not np.array_equal(found, answers.labels):
                 return False
         return True
 
+    def _labels(self, rows: Dataset) -> Any:
+        """Returns the labels of rows as the task reads them, None where it cannot."""
+        target = restore_target(self.record.described["state"]["target"])
+        if not set(target.columns) <= set(rows.features):
+            return None
+        values = [arrow_column(rows, name).to_pylist() for name in target.columns]
+        try:
+            found = target.labels([dict(zip(target.columns, row, strict=True)) for row in zip(*values, strict=True)])
+        except (KeyError, TypeError, ValueError):  # a label that the model does not know
+            return None
+        return None if found is None else found.numpy()
 
-def most_confident_errors(record: RunRecord, split: str) -> Any:
-    """Returns positions in `record.judged[split]` of at most `SHOWN` wrong rows, the surest first."""
-    judged = record.judged[split]
-    wrong = np.nonzero(judged.labels != judged.predictions)[0]
-    return wrong[np.argsort(-judged.confidences[wrong], kind="stable")][:SHOWN]
+
+def worst_errors(record: RunRecord, split: str) -> tuple[Any, int, str]:
+    """Returns the positions in `record.answers[split]` of at most `SHOWN` wrong rows, their number and order."""
+    answers = record.answers[split]
+    if isinstance(answers, Judged):
+        badness, how = np.where(answers.labels != answers.predictions, answers.confidences, 0), "the surest"
+    elif isinstance(answers, Tagged):
+        badness, how = (answers.labels != answers.predictions).sum(1), "those with most wrong labels"
+    else:
+        badness, how = cast(Estimated, answers).errors, "the largest"
+    wrong = np.nonzero(badness)[0]
+    return wrong[np.argsort(-badness[wrong], kind="stable")][:SHOWN], len(wrong), how
 
 
 def _open(record: RunRecord) -> Mapping[str, Dataset]:

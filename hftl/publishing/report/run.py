@@ -22,7 +22,7 @@ class Run:
     @cached_property
     def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
         """Intervals of metrics by split; only of metrics whose value the predictions confirm."""
-        return {split: self.record.intervals(split) for split in self.record.judged}
+        return {split: self.record.intervals(split) for split in self.record.answers}
 
     def measured(self, name: str) -> Measured:
         """Returns a metric as `test/accuracy` with its interval."""

@@ -10,6 +10,9 @@ import numpy as np
 from hftl.publishing.report import figures
 from hftl.publishing.report.blocks import Cell, Code, Figure, Figures, Note, Quantity, Section, Table, Tiles
 from hftl.publishing.report.class_sections import calibration, classes, confusion, errors
+from hftl.publishing.report.label_sections import labels
+from hftl.publishing.report.mask_sections import masks
+from hftl.publishing.report.number_sections import numbers
 from hftl.publishing.report.run import CLASSES_LISTED, Run
 from hftl.publishing.report.units import duration, mebibytes
 from hftl.publishing.report.verdict import verdict
@@ -20,7 +23,7 @@ def summary(run: Run) -> Section:
     record = run.record
     names = list(dict.fromkeys(name.partition("/")[2] for name in record.metrics if "/" in name))
     best = record.facts.get("training", {}).get("best") or {}
-    first = [name for name in (best.get("metric", "").partition("/")[2], "accuracy", "macro_f1") if name in names]
+    first = [name for name in (best.get("metric", "").partition("/")[2], *record.shown) if name in names]
     tiles: list[tuple[str, Cell, str]] = [
         (f"{record.main_split} {name}", run.measured(f"{record.main_split}/{name}"), "")
         for name in list(dict.fromkeys(first or names))[:2]
@@ -65,12 +68,9 @@ def curves(run: Run) -> Section | None:
     record = run.record
     best = record.facts.get("training", {}).get("best") or {}
     names = sorted({name for line in record.history for name in line})
-    metric = best.get("metric", "validation/accuracy")
-    others = [
-        name
-        for name in dict.fromkeys((metric, "validation/accuracy", "validation/macro_f1"))
-        if not name.endswith("/loss")
-    ]
+    shown = [f"validation/{name}" for name in record.shown]
+    metric = best.get("metric", shown[0] if shown else "validation/loss")
+    others = [name for name in dict.fromkeys((metric, *shown)) if not name.endswith("/loss")]
     panels = [
         ("loss", ["train/loss", "validation/loss"], "loss", False),
         ("validation metrics", others, "score", False),
@@ -96,7 +96,7 @@ def data(run: Run) -> Section | None:
     blocks: list[Any] = [Table("Rows", ["split", "rows"], [[split, count] for split, count in counted.items()])]
     drawn, counts = [], rows.class_counts()
     if counts:
-        names = record.classes
+        names = record.labels
         alt = "Share of each class in " + ", ".join(counts)
         drawn.append(Figure(figures.shares(counts, names, alt), "Classes, % of each split"))
         first = next(iter(counts.values()))
@@ -178,7 +178,10 @@ SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     classes,
     confusion,
     calibration,
+    labels,
+    numbers,
     errors,
+    masks,
     data,
     training,
     setting,

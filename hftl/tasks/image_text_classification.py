@@ -1,0 +1,46 @@
+"""Labels of rows with an image, a text or both, and numbers and categories beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from hftl.data.source import Splits
+from hftl.tasks.image_text_inputs import ImageTextInputs
+from hftl.tasks.targets import LabelTarget, find_target, restore_target
+from hftl.tasks.task import SupervisedTask
+
+
+class ImageTextClassification(SupervisedTask):
+    """Images and texts together, on a timm model and a BERT-family model joined by a fusion that is new."""
+
+    name = "image_text_classification"
+    stock = "ImageTextForClassification"
+    shown = ("accuracy", "roc_auc", "macro_f1")
+    inputs_type = ImageTextInputs
+    defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        "frozen": {"lr": 0.0, "head_lr": 3e-4, "num_epochs": 10},
+        "lora": {"lr": 5e-4, "head_lr": 1e-3, "num_epochs": 4},
+        "full": {"lr": 3e-5, "head_lr": 1e-3, "num_epochs": 4, "head_first": 0.25},
+        "scratch": {"lr": 3e-4, "head_lr": 3e-4, "num_epochs": 5},
+    }
+    usage = """\
+import transformers
+from PIL import Image
+
+processor = transformers.AutoProcessor.from_pretrained("{place}", trust_remote_code=True)
+model = transformers.AutoModel.from_pretrained("{place}", trust_remote_code=True).eval()
+inputs = processor(images=[Image.open("photo.jpg")], text=["A dog runs on the grass."])
+model.config.id2label[model(**inputs).logits.argmax(-1).item()]"""
+
+    def __init__(self, splits: Splits) -> None:
+        target = find_target(splits)
+        inputs = ImageTextInputs.find(splits, target.columns)
+        super().__init__(inputs, target)
+        self.head = replace(self.head, options=inputs.options)
+
+    @classmethod
+    def make_target(cls, state: dict[str, Any]) -> LabelTarget:
+        """See `SupervisedTask.make_target`."""
+        return restore_target(state)

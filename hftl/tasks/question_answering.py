@@ -1,0 +1,83 @@
+"""Answers to questions that stand in a context: extractive question answering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hftl.data.loader import Example, Rows
+from hftl.data.source import Splits
+from hftl.data.windows import OFFSETS, stack
+from hftl.tasks.answer_spans import allowed_tokens
+from hftl.tasks.context_answers import ContextAnswers, answers_in
+from hftl.tasks.task import Batch, Outputs, SupervisedTask
+from hftl.tasks.window_inputs import PairInputs
+
+_USAGE = """\
+import torch, transformers
+
+tokenizer = transformers.AutoTokenizer.from_pretrained("{place}")
+model = transformers.AutoModelForQuestionAnswering.from_pretrained("{place}").eval()
+question, context = "…", "…"
+inputs = tokenizer(question, context, truncation="only_second", return_offsets_mapping=True, return_tensors="pt")
+offsets = inputs.pop("offset_mapping")[0]
+with torch.no_grad():
+    outputs = model(**inputs)
+outside = torch.tensor([part != 1 for part in inputs.sequence_ids(0)])  # the answer is in the context
+first, last = (x[0].masked_fill(outside, -torch.inf) for x in (outputs.start_logits, outputs.end_logits))
+scores = first[:, None] + last[None]  # of every span; shorter than 30 tokens, and not backwards
+scores += torch.full_like(scores, -torch.inf).triu(30) + torch.full_like(scores, -torch.inf).tril(-1)
+start, end = divmod(int(scores.argmax()), len(first))
+print(context[offsets[start, 0] : offsets[end, 1]])"""
+
+
+class QuestionAnswering(SupervisedTask):
+    """Questions and contexts, with answers that stand in the context, on any BERT-family model.
+
+    A context longer than the model is read in windows that overlap, each with the whole question; the answer is the
+    best span of any. Where training data have questions without an answer, none may be given.
+    """
+
+    name = "question_answering"
+    stock = "AutoModelForQuestionAnswering"
+    shown = ("f1", "exact_match")
+    usage = _USAGE
+    inputs_type = PairInputs
+    inputs: PairInputs
+    target: ContextAnswers
+
+    def __init__(self, splits: Splits) -> None:
+        inputs = PairInputs.find(splits)
+        context = inputs.columns[1] if len(inputs.columns) == 2 else ""
+        super().__init__(inputs, ContextAnswers.find(splits, context) if context else ContextAnswers("", ""))
+
+    @classmethod
+    def make_target(cls, state: dict[str, Any]) -> ContextAnswers:
+        """See `SupervisedTask.make_target`."""
+        return ContextAnswers(**state)
+
+    def encode(self, dataset: Any, processor: Any, seed: int | None, max_length: int | None) -> Rows:
+        """See `Task.encode`."""
+        self.target.check(dataset)
+        return super().encode(dataset, processor, seed, max_length)
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Adds `contexts`, the `offsets` of tokens in them [B, W, T, 2], the `windows` there are [B, W], `answers`."""
+        batch = super().collate(examples)
+        mask = batch["inputs"]["attention_mask"]
+        batch |= {
+            "contexts": [example[self.inputs.columns[1]] or "" for example in examples],
+            "offsets": stack(examples, OFFSETS, -1).view(*mask.shape, 2),
+            "windows": mask.any(-1),
+        }
+        if "labels" in batch:
+            batch["answers"] = [[text for text, _ in answers_in(e[self.target.column]) or ()] for e in examples]
+        return batch
+
+    def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
+        """See `Task.loss`. Only tokens of the context and the first of the window take part: padding has no say."""
+        logits = outputs["logits"].float()
+        logits = logits.masked_fill(~allowed_tokens(batch["offsets"])[..., None], torch.finfo(logits.dtype).min)
+        return self.target.loss({"logits": logits}, batch["labels"])

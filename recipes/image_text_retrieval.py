@@ -1,0 +1,28 @@
+r"""Train a dual encoder, any timm model beside any BERT-family model: images and captions in one space.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/image_text_retrieval.py \
+        --data.source path/to/pairs.csv --model.name mobilenetv2_100.ra_in1k \
+        --model.text_name sentence-transformers/all-MiniLM-L6-v2
+
+Rows: an image with a caption, or with a list of them. `hftl predict RUN IMAGES --labels …` names images in words.
+"""
+
+import hftl
+
+DEFAULTS = hftl.RunConfig()
+
+
+def main(run: hftl.RunConfig) -> dict[str, float]:
+    """Trains, measures and saves; returns the metrics of validation and test."""
+    run, splits, task = hftl.prepare(run, hftl.ImageTextRetrieval)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    report = hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.run_folder(run) / "predictions.parquet")
+    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    return metrics
+
+
+if __name__ == "__main__":
+    hftl.run_recipe(main, DEFAULTS, __doc__)

@@ -1,0 +1,27 @@
+r"""Find and name objects in images: RT-DETR over any timm backbone, or any detector that transformers has.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/object_detection.py \
+        --config recipes/configs/bccd_mobilenetv2.yaml --data.source path/to/images_with_coco_or_voc_files
+
+Data: COCO or VOC files beside images, or a column `objects`. Metrics need `pip install "hftl[detection]"`.
+"""
+
+import hftl
+
+DEFAULTS = hftl.RunConfig()
+
+
+def main(run: hftl.RunConfig) -> dict[str, float]:
+    """Trains, measures and saves; returns the metrics of validation and test."""
+    run, splits, task = hftl.prepare(run, hftl.ObjectDetection)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    report = hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.run_folder(run) / "predictions.parquet")
+    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    return metrics
+
+
+if __name__ == "__main__":
+    hftl.run_recipe(main, DEFAULTS, __doc__)

@@ -1,0 +1,28 @@
+r"""Fine-tune any BERT-family checkpoint to find answers to questions in a context (SQuAD's layout).
+
+    accelerate launch --config_file accelerate_config.yaml recipes/question_answering.py \
+        --data.source path/to/folder --model.name bert-base-uncased --adapt.method lora
+
+Columns: question, context and answers (text, answer_start); a row without an answer has empty lists. Contexts of any
+length are read in windows.
+"""
+
+import hftl
+
+DEFAULTS = hftl.RunConfig()
+
+
+def main(run: hftl.RunConfig) -> dict[str, float]:
+    """Trains, measures and saves; returns the metrics of validation and test."""
+    run, splits, task = hftl.prepare(run, hftl.QuestionAnswering)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    report = hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.run_folder(run) / "predictions.parquet")
+    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    return metrics
+
+
+if __name__ == "__main__":
+    hftl.run_recipe(main, DEFAULTS, __doc__)

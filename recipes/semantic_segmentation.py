@@ -1,0 +1,28 @@
+r"""Fine-tune any timm backbone under a UPerNet decoder: a class for each pixel of an image.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/semantic_segmentation.py \
+        --config recipes/configs/camvid_mobilenetv3.yaml --data.source path/to/camvid
+
+Data: folders of images and of masks side by side, or a table with both columns; 255 and classes named void do not
+count.
+"""
+
+import hftl
+
+DEFAULTS = hftl.RunConfig()
+
+
+def main(run: hftl.RunConfig) -> dict[str, float]:
+    """Trains, measures and saves; returns the metrics of validation and test."""
+    run, splits, task = hftl.prepare(run, hftl.SemanticSegmentation)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    report = hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.run_folder(run) / "predictions.parquet")
+    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    return metrics
+
+
+if __name__ == "__main__":
+    hftl.run_recipe(main, DEFAULTS, __doc__)

@@ -1,0 +1,27 @@
+r"""Fine-tune any BERT-family checkpoint on pairs of texts: what is alike comes to lie near each other.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/text_embedding.py \
+        --data.source path/to/pairs.parquet --model.name sentence-transformers/all-MiniLM-L6-v2
+
+Rows: two texts and how alike they are, or two that belong together. The model opens with sentence-transformers.
+"""
+
+import hftl
+
+DEFAULTS = hftl.RunConfig()
+
+
+def main(run: hftl.RunConfig) -> dict[str, float]:
+    """Trains, measures and saves; returns the metrics of validation and test."""
+    run, splits, task = hftl.prepare(run, hftl.TextEmbedding)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    report = hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.run_folder(run) / "predictions.parquet")
+    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    return metrics
+
+
+if __name__ == "__main__":
+    hftl.run_recipe(main, DEFAULTS, __doc__)

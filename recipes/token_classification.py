@@ -1,0 +1,30 @@
+r"""Fine-tune any BERT-family checkpoint to tag words: named entities, parts of speech, chunks.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/token_classification.py \
+        --data.source path/to/folder --model.name bert-base-cased --adapt.method lora
+
+Columns: lists of words and of their tags (BIO, IOBES, or plain). Texts of any length are read in windows.
+
+Measured (MiniLM-L6, full, seed 0, 2 CPU cores, 2026-11-21): wnut17 entity F1 0.542 on validation, 0.402 on test
+(precision 0.558, recall 0.314).
+"""
+
+import hftl
+
+DEFAULTS = hftl.RunConfig()
+
+
+def main(run: hftl.RunConfig) -> dict[str, float]:
+    """Trains, measures and saves; returns the metrics of validation and test."""
+    run, splits, task = hftl.prepare(run, hftl.TokenClassification)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    report = hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.run_folder(run) / "predictions.parquet")
+    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    return metrics
+
+
+if __name__ == "__main__":
+    hftl.run_recipe(main, DEFAULTS, __doc__)

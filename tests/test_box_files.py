@@ -1,0 +1,302 @@
+"""Boxes in files: every layout gives the same rows, and what cannot be used is said with its row."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from boxes import COUNTS, coco, make_coco, make_scenes, make_voc, save_images
+
+import hftl
+from hftl.data.objects import find_objects
+from hftl.errors import DataError, HftlError
+
+
+def load(folder, **options):
+    return hftl.load_splits(hftl.DataConfig(source=str(folder), **options))
+
+
+def read(rows):
+    """Returns name of the image, and each object as (class, x0, y0, x1, y1), for each row."""
+    column = find_objects(rows.features, None)[1]
+    names = column.names or ("blue", "red")
+    found = []
+    for row in rows:
+        objects = column.read(row["objects"], {name: number for number, name in enumerate(names)}, (48, 64))
+        boxes = [
+            (names[kind], *box) for kind, box in zip(objects.classes.tolist(), objects.boxes.tolist(), strict=True)
+        ]
+        found.append((np.asarray(row["image"]).shape, sorted(boxes)))
+    return found
+
+
+def drawn(split):
+    scenes = list(make_scenes(split))
+    return [(p.shape, sorted((k, x, y, x + w, y + h) for k, x, y, w, h in objects)) for _, p, objects in scenes]
+
+
+@pytest.mark.parametrize(
+    ("json_name", "image_folder"),
+    [
+        ("{split}.coco.json", "images/{split}"),
+        ("annotations/instances_{split}2017.json", "{split}2017"),
+        ("{split}/_annotations.coco.json", "{split}"),
+        ("{split}.json", "images"),
+    ],
+)
+def test_layouts_of_coco(json_name, image_folder, tmp_path):
+    splits = load(make_coco(tmp_path, json_name, image_folder))
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 6, "validation": 3, "test": 3}
+    for split, ours in {"train": "train", "val": "validation", "test": "test"}.items():
+        assert read(splits[ours]) == drawn(split)
+    assert find_objects(splits["train"].features, None)[1].names == ("blue", "red")  # by their ids; unused ones go
+
+
+@pytest.mark.parametrize(
+    ("xml_folder", "image_folder", "lists"),
+    [
+        ("{split}", "{split}", False),
+        ("Annotations", "JPEGImages", True),
+        ("voc/{split}", "images/{split}", False),
+    ],
+)
+def test_layouts_of_voc(xml_folder, image_folder, lists, tmp_path):
+    splits = load(make_voc(tmp_path, xml_folder, image_folder, lists))
+    for split, ours in {"train": "train", "val": "validation", "test": "test"}.items():
+        assert read(splits[ours]) == drawn(split)
+
+
+def test_a_renamed_image_is_found_by_the_name_of_its_xml(tmp_path):
+    folder = make_voc(tmp_path)
+    for file in (folder / "train").glob("*.xml"):
+        file.write_text(file.read_text().replace("<filename>", "<filename>before_"))
+    assert read(load(folder)["train"]) == drawn("train")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_rows_with_an_objects_column(listed, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Image, List, Value
+
+    kinds = ClassLabel(names=["red", "blue"])
+    rows = [
+        {
+            "picture": pixels,
+            "objects": [{"bbox": box, "category": kind} for kind, *box in objects]
+            if listed
+            else {"bbox": [box for _, *box in objects], "category": [kind for kind, *_ in objects]},
+        }
+        for _, pixels, objects in make_scenes("train")
+    ]
+    record = {"bbox": List(Value("float32"), length=4), "category": kinds}
+    objects = List(record) if listed else {name: List(kind) for name, kind in record.items()}
+    made = Dataset.from_list(rows, features=Features({"picture": Image(), "objects": objects}))
+    splits = hftl.load_splits(hftl.DataConfig(source="python:x", validation_fraction=0.3), rows={"train": made})
+    task = hftl.ObjectDetection(splits)
+    assert task.head.labels == ("red", "blue")
+
+
+def test_a_saved_task_reads_data_that_number_classes_otherwise(tmp_path):
+    from hftl.tasks import restore
+
+    by_name, by_number = load(make_voc(tmp_path / "voc"))["test"], load(make_coco(tmp_path / "coco"))["test"]
+    task = restore("object_detection", {"inputs": {"column": "image"}, "target": TARGET})
+    for rows in (by_name, by_number):
+        column = task.target.reader(rows)
+        classes = [column.read(row["objects"], task.target.classes, (48, 64)).classes.tolist() for row in rows]
+        assert classes == [[1, 0], [], [1, 0]]  # blue and red, as they were drawn
+    rows = by_number.map(
+        lambda row: {"objects": row["objects"] | {"category": [None] * len(row["objects"]["category"])}}
+    )
+    with pytest.raises(DataError, match="unknown category: box 0 has none"):
+        column.read(rows[0]["objects"], task.target.classes, (48, 64))
+
+
+TARGET = {"column": "objects", "names": ["red", "blue"]}
+
+
+def spoiled(folder, change, split="train"):
+    """A COCO folder whose file of `split` went through `change`."""
+    make_coco(folder)
+    content = coco(split)
+    change(content)
+    (folder / f"{split}.coco.json").write_text(json.dumps(content))
+    return folder
+
+
+def box_of(number, box):
+    def change(content):
+        content["annotations"][number]["bbox"] = box
+
+    return change
+
+
+BAD = {
+    "reversed box": box_of(0, [10, 10, -4, 5]),
+    "empty box": box_of(0, [10, 10, 0, 5]),
+    "box outside": box_of(0, [64, 10, 5, 5]),
+    "not a box: box 0 ([nan": box_of(0, [float("nan"), 1, 5, 5]),
+    "not a box: box 0 ([1.0, 5.0])": box_of(0, [1, 5]),
+    "unknown category": lambda content: content["annotations"][0].update(category_id=99),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_objects_that_cannot_be_used_are_named_with_their_row(reason, split, tmp_path):
+    folder = spoiled(tmp_path, BAD[reason], split)
+    with pytest.raises(DataError) as error:
+        hftl.ObjectDetection(load(folder))
+    assert f"{split} has 1 row(s)" in str(error.value) and "row 0 (" in str(error.value), error.value
+    assert reason in str(error.value) and "--data.on_error skip" in str(error.value)
+
+
+def test_rows_with_bad_objects_can_be_left_out(tiny_timm, tmp_path):
+    folder = spoiled(tmp_path / "data", BAD["empty box"])
+    data = hftl.DataConfig(source=str(folder), on_error="skip", max_skipped=0.5)
+    model = hftl.ModelConfig(name=tiny_timm["test_resnet"], detector=hftl.DetectorConfig(width=32, num_queries=4))
+    train = hftl.TrainConfig(batch_size_per_device=2)
+    run = hftl.RunConfig(data, model, train=train, output_dir=str(tmp_path / "run"))
+    run, splits, task = hftl.prepare(run, hftl.ObjectDetection)
+    assert len(splits["train"]) == COUNTS["train"] - 1
+    (row,) = run.quarantine
+    assert (row["split"], row["row"], row["column"]) == ("train", 0, "objects")
+    assert row["reason"].startswith("empty box: box 0") and row["path"].endswith("train0.png")
+
+
+def test_a_box_that_leaves_the_image_is_cut_and_crowds_are_not_learnt(tmp_path):
+    def change(content):
+        content["annotations"][0]["bbox"] = [-6, 40, 20, 20]
+        content["annotations"][1]["iscrowd"] = 1
+
+    splits = load(spoiled(tmp_path, change))
+    task = hftl.ObjectDetection(splits)
+    from hftl.config.schema import AugmentConfig
+    from hftl.data.geometry import GeometryProcessor
+
+    config = {"input_size": (3, 32, 64), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    rows = task.encode(splits["train"], GeometryProcessor(config, AugmentConfig()), None, None)
+    batch = task.collate(rows.fetch([0, 1], 0))
+    first, empty = batch["labels"]
+    assert batch["size"].tolist() == [[48, 64], [48, 64]]
+    assert first["true_boxes"][0].tolist() == [0, 40, 14, 48] and first["crowd"].tolist() == [False, True]
+    assert first["boxes"].flatten().tolist() == pytest.approx([7 / 64, 44 / 48, 14 / 64, 8 / 48])  # without the crowd
+    assert len(first["class_labels"]) == 1 and len(empty["boxes"]) == len(empty["true_boxes"]) == 0
+
+
+def test_augmented_boxes_stay_on_their_squares(tmp_path):
+    from hftl.config.schema import AugmentConfig
+    from hftl.data.geometry import GeometryProcessor
+
+    splits = load(make_coco(tmp_path))
+    task = hftl.ObjectDetection(splits)
+    config = {"input_size": (3, 96, 128), "interpolation": "bilinear", "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    rows = task.encode(splits["train"], GeometryProcessor(config, AugmentConfig(color_jitter=0)), 0, None)
+    seen = 0
+    for epoch in range(4):
+        for example in rows.fetch(range(6), epoch):
+            label = task.collate([example])["labels"][0]
+            for kind, (x, y, w, h) in zip(label["class_labels"].tolist(), label["boxes"].tolist(), strict=True):
+                if kind == 0 and len(label["boxes"]) == 2:
+                    continue  # red is drawn over blue
+                pixel = example["pixel_values"][:, int(y * 96), int(x * 128)]
+                assert pixel.argmax() == (2 if kind == 0 else 0) and w * 128 > 1 and h * 96 > 1
+                seen += 1
+    assert seen > 8
+
+
+def remove(*keys):
+    def change(content):
+        for key in keys:
+            del content[key]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("categories"), "categories must be a list of objects"),
+        (lambda content: content["annotations"][0].update(image_id=5), "image 5, which the file does not list"),
+        (lambda content: content["images"][1].update(id=40), "image id 40 more than once"),
+        (lambda content: content["categories"][0].update(name="red"), "has the name red for more than one category"),
+        (lambda content: [image.update(file_name="gone.png") for image in content["images"]], "are in none of"),
+        (lambda content: content["images"][2].update(file_name="gone.png"), "1 unreadable image(s): row 2"),
+        (lambda content: content["images"][2].update(file_name="../../../etc/passwd.png"), "leads out of the folder"),
+        (lambda content: content["annotations"].clear(), "train has no box"),
+    ],
+)
+def test_damaged_coco_files(change, message, tmp_path):
+    with pytest.raises(HftlError) as error:
+        hftl.ObjectDetection(load(spoiled(tmp_path, change)))
+    assert message in str(error.value), error.value
+
+
+def test_augmentations_that_boxes_cannot_follow_are_refused(tmp_path):
+    data = hftl.DataConfig(source=str(make_coco(tmp_path)), augment=hftl.AugmentConfig(auto_augment="original"))
+    with pytest.raises(DataError, match=r"auto_augment.*boxes would stay behind"):
+        hftl.ObjectDetection(hftl.load_splits(data))
+
+
+def test_a_category_that_training_lacks_is_named(tmp_path):
+    def change(content):
+        content["categories"].append({"id": 50, "name": "green"})
+        content["annotations"][1]["category_id"] = 50
+
+    with pytest.raises(DataError, match="test has 1 row.*unknown category: box 1 is 'green'"):
+        hftl.ObjectDetection(load(spoiled(tmp_path, change, "test")))
+
+
+def test_two_files_for_one_split(tmp_path):
+    make_coco(tmp_path)
+    shutil.copy(tmp_path / "train.coco.json", tmp_path / "train2.json")
+    with pytest.raises(DataError, match="could each be train"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation><object>", "not valid XML"),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation/>', "declares a document type"),
+        ("<annotation><object><name>red</name></object></annotation>", "no name or no bndbox"),
+    ],
+)
+def test_damaged_voc_files(text, message, tmp_path):
+    folder = make_voc(tmp_path)
+    (folder / "train/train0.xml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load(folder)
+
+
+def test_a_file_of_rows_is_no_coco_file(tmp_path):
+    save_images(tmp_path / "images", "train")
+    rows = [{"image": f"images/{name}", "label": "a b"[:1]} for name, *_ in make_scenes("train")]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    assert "objects" not in load(tmp_path)["train"].features
+    with pytest.raises(DataError, match="no column of objects found"):
+        hftl.ObjectDetection(load(tmp_path))
+
+
+@pytest.mark.real
+def test_blood_cells_as_voc_have_their_two_empty_boxes(shared, tmp_path):
+    source = shared / "image/bccd_detection"
+    empty = []
+    for split in ("train", "val", "test"):
+        for file in sorted((source / "voc" / split).glob("*.xml")):
+            text = file.read_text()
+            corners = [text.split(f"<{name}>")[1:] for name in ("xmin", "xmax", "ymin", "ymax")]
+            values = [[float(part.partition("<")[0]) for part in parts] for parts in corners]
+            if any(x0 >= x1 or y0 >= y1 for x0, x1, y0, y1 in zip(*values, strict=True)):
+                empty.append((split, file))
+    assert len(empty) == 2
+    few = {split: [file for part, file in empty if part == split] for split in ("train", "val", "test")}
+    few["train"] += [file for file in sorted((source / "voc/train").glob("*.xml"))[:4] if file not in few["train"]]
+    for split, files in few.items():
+        for file in files:
+            for part in ("voc", "images"):
+                (tmp_path / part / split).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "voc" / split)
+            shutil.copy(source / "images" / split / f"{file.stem}.jpg", tmp_path / "images" / split)
+    with pytest.raises(DataError) as error:
+        hftl.ObjectDetection(load(tmp_path, validation_fraction=0))
+    assert str(error.value).count("empty box") == 2

@@ -1,0 +1,435 @@
+"""Semantic segmentation: masks found and judged, metrics as torchmetrics, a model that stock libraries open."""
+
+import base64
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import run_python, run_undrawn, with_data
+from PIL import Image
+from torch.nn import functional
+
+import hftl
+from hftl.data.masks import find_classes
+from hftl.data.source import load_splits
+from hftl.errors import ConfigError, DataError, ModelError
+from hftl.evaluation.segmentation import SegmentationMetrics
+from hftl.models.segmentation_model import decoded_levels
+from hftl.tasks.pixel_classes import IGNORED, PixelClasses
+from hftl.testing import check_task
+from hftl.use import evaluate_place, predict_to_table
+
+NAMES = ["ground", "void", "left", "right"]
+COUNTS = {"train": 10, "val": 4, "test": 5}
+
+
+def scene(rng, number):
+    """A noisy picture 30 x 44 of two coloured boxes on green ground, and its mask; the first line is void."""
+    mask = np.zeros((30, 44), np.uint8)
+    for box, value in enumerate((2, 3)):
+        top, left = rng.integers(1, 12), rng.integers(0, 8) + 22 * box
+        mask[top : top + 14, left : left + 12] = value
+    mask[0] = 1
+    pixels = rng.integers(0, 80, (30, 44, 3), dtype=np.uint8)
+    for value, channel in ((0, 1), (2, 0), (3, 2)):
+        pixels[mask == value, channel] += 160
+    return Image.fromarray(pixels), Image.fromarray(mask)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Folder SPLIT/images, SPLIT/masks and classes.json with a void class in the middle."""
+    folder = tmp_path_factory.mktemp("scenes")
+    rng = np.random.default_rng(0)
+    for split, count in COUNTS.items():
+        for kind in ("images", "masks"):
+            (folder / split / kind).mkdir(parents=True)
+        for number in range(count):
+            image, mask = scene(rng, number)
+            image.save(folder / split / "images" / f"{number:02d}.png")
+            mask.save(folder / split / "masks" / f"{number:02d}.png")
+    (folder / "classes.json").write_text(json.dumps(NAMES))
+    return folder
+
+
+def make_run(scenes, nets, folder, net="test_resnet", method="full", **train):
+    options = {"num_epochs": 1, "lr": 1e-3, "head_lr": 1e-2, "batch_size_per_device": 4, "trackers": []} | train
+    return hftl.RunConfig(
+        data=hftl.DataConfig(source=str(scenes)),
+        model=hftl.ModelConfig(name=nets[net], image_size=[32, 48], decoder_size=8),
+        adapt=hftl.AdaptConfig(method=method),
+        train=hftl.TrainConfig(**options),
+        output_dir=str(folder),
+    )
+
+
+@pytest.fixture
+def scene_run(scenes, tiny_timm, tmp_path):
+    """Returns a function that makes the configuration of a quick run."""
+    return lambda *net_and_method, **train: make_run(scenes, tiny_timm, tmp_path / "run", *net_and_method, **train)
+
+
+@pytest.fixture(scope="module")
+def trained(scenes, tiny_timm, tmp_path_factory):
+    """A run folder and the metrics of a run that learnt."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run = make_run(scenes, tiny_timm, folder, num_epochs=24, lr=3e-3, head_lr=1e-2, head_first=0.0, eval_every=24)
+    metrics = run_undrawn("semantic_segmentation", with_data(run, augment=hftl.AugmentConfig(0.8, 0, 0)))
+    return folder, metrics
+
+
+@pytest.mark.parametrize("net", ["test_resnet", pytest.param("test_convnext", marks=pytest.mark.slow)])
+def test_it_passes_the_contract(net, scene_run):
+    run, splits, task = hftl.prepare(scene_run(net), hftl.SemanticSegmentation)
+    assert task.head.labels == ("ground", "left", "right") and task.target.classes.values == (0, 2, 3)
+    check_task(task, splits, run)
+
+
+CLEAN = """
+import base64, io, json, sys, numpy as np, torch, pyarrow.parquet as pq
+from PIL import Image
+from safetensors.torch import load_file
+import transformers
+run, images = sys.argv[1:]
+place = run + "/model"
+net = transformers.AutoModelForSemanticSegmentation.from_pretrained(place).eval()
+sample = load_file(run + "/sample.safetensors")
+with torch.no_grad():
+    torch.testing.assert_close(net(sample["inputs.pixel_values"]).logits, sample["logits"], atol=1e-4, rtol=1e-4)
+rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
+segment = transformers.pipeline("image-segmentation", place)
+values = {"ground": 0, "left": 2, "right": 3}
+for row in rows:
+    ours = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["mask_png"]))))
+    theirs = np.full(ours.shape, 255)
+    for found in segment(f"{images}/{row['row']:02d}.png"):
+        theirs[np.asarray(found["mask"]) > 0] = values[found["label"]]
+    assert (ours == theirs).mean() > 0.995, (row["row"], (ours == theirs).mean())
+print("equal", len(rows))
+"""
+
+
+def mask_of(row):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(row["mask_png"]))))
+
+
+def test_a_run_learns_and_its_model_opens_without_hftl(trained, scenes):
+    folder, metrics = trained
+    assert metrics["test/mean_iou"] > 0.5 and metrics["test/iou/left"] > 0.3
+    assert "equal 5" in run_python(CLEAN, str(folder), str(scenes / "test" / "images"), hide_hftl=True)
+    card = (folder / "model/README.md").read_text()
+    assert "library_name: transformers" in card and "pipeline_tag: image-segmentation" in card
+    assert 'pipeline("image-segmentation"' in card
+
+
+def test_predictions_are_masks_of_the_size_and_the_numbers_of_the_data(trained, scenes, tmp_path, capsys):
+    folder, metrics = trained
+    images = scenes / "test" / "images"
+    (row,) = hftl.load(folder).predict(str(images / "00.png"))
+    mask, truth = mask_of(row), np.asarray(Image.open(scenes / "test" / "masks" / "00.png"))
+    assert mask.shape == truth.shape and set(np.unique(mask)) <= {0, 2, 3}
+    assert (mask == truth)[truth != 1].mean() > 0.7
+    assert row["shares"] == pytest.approx([(mask == value).mean() for value in (0, 2, 3)])
+
+    assert evaluate_place(str(folder))["test/mean_iou"] == metrics["test/mean_iou"]
+    predict_to_table(str(folder), str(images), output=str(tmp_path / "out"))
+    assert len(list((tmp_path / "out").glob("*.mask.png"))) == 5
+    listed = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / listed[0]["mask_png"])), mask)
+    capsys.readouterr()
+    predict_to_table(str(folder), str(images / "00.png"))
+    assert "mask_png" not in capsys.readouterr().out
+
+
+def test_the_report_shows_masks_beside_pictures(trained):
+    from hftl.publishing.report import write_report
+
+    folder, _ = trained
+    page = write_report(folder).read_text()
+    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "pictures of test" in page
+
+
+def test_two_processes_evaluate_as_one(trained, forks, tmp_path):
+    """Five rows in batches of two: uneven shares, the same numbers and the same masks."""
+    folder, metrics = trained
+    code = "import sys; from hftl.cli import main; main(sys.argv[1:])"
+    words = ["evaluate", str(folder), "--batch_size", "2", "--output", str(tmp_path / "two.parquet")]
+    statuses, said = forks.command(["python", "-c", code, *words], tmp_path / "logs", 280, 2)
+    assert statuses == [0, 0], said[-3000:]
+    for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "iou/left", "loss"):
+        assert f"{metrics[f'test/{name}']:.4f}" in said, name
+    two = pq.read_table(tmp_path / "two.parquet").to_pylist()
+    one = [row for row in pq.read_table(folder / "predictions.parquet").to_pylist() if row["split"] == "test"]
+    assert [row["mask_png"] for row in two] == [row["mask_png"] for row in one]
+
+
+@pytest.mark.parametrize("method", ["frozen", "lora"])
+def test_frozen_and_lora_train_and_open_again(method, scene_run, scenes, capsys):
+    run = scene_run("test_resnet", method)
+    metrics = run_undrawn("semantic_segmentation", run)
+    said = capsys.readouterr().out
+    assert method != "frozen" or "the backbone runs in every epoch" in said
+    part = "adapter" if method == "lora" else "model"
+    predictor = hftl.load(f"{run.output_dir}/{part}")
+    rows = predictor.predict([str(file) for file in sorted((scenes / "test" / "images").iterdir())])
+    images = zip(rows, sorted((scenes / "test" / "masks").iterdir()), strict=True)
+    right = [
+        mask_of(row)[known] == truth[known]
+        for row, truth in ((row, np.asarray(Image.open(file))) for row, file in images)
+        for known in (truth != 1,)
+    ]
+    assert np.concatenate(right).mean() == pytest.approx(metrics["test/pixel_accuracy"], abs=1e-6)
+
+
+def test_a_batch_of_one_picture_trains(scene_run):
+    """Batch norm refuses one value a channel, which UPerNet's published pooling to 1 x 1 gives."""
+    run, splits, task = hftl.prepare(scene_run(), hftl.SemanticSegmentation)
+    model = hftl.build_model(run, task.head).train()
+    batch = task.collate(task.encode(splits["train"], model.processor, 0, None).fetch([0], 0))
+    task.loss(model(batch["inputs"]), batch).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.head_parameters())
+
+
+# Metrics and loss
+
+
+def random_case(seed, rows, classes, present):
+    generator = torch.Generator().manual_seed(seed)
+    outputs = {"logits": torch.randn(rows, classes, 9, 11, generator=generator)}
+    sizes = [(9, 11), (18, 25), (7, 8)]
+    masks = [torch.randint(-1, present, sizes[row % 3], generator=generator).to(torch.int16) for row in range(rows)]
+    return outputs, masks
+
+
+@pytest.mark.parametrize(("rows", "classes", "present"), [(6, 4, 4), (5, 7, 3), (1, 2, 2)])
+def test_metrics_equal_torchmetrics_over_any_batches(rows, classes, present):
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+    outputs, masks = random_case(rows, rows, classes, present)
+    outputs["logits"][:, -1] -= 9 * (present < classes)  # one class that nobody has and nobody predicts
+    references = {
+        "mean_iou": MulticlassJaccardIndex(classes, ignore_index=IGNORED),
+        "pixel_accuracy": MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED),
+        "mean_accuracy": MulticlassAccuracy(classes, ignore_index=IGNORED),
+    }
+    by_class = MulticlassJaccardIndex(classes, average="none", ignore_index=IGNORED)
+    parts = [SegmentationMetrics([str(number) for number in range(classes)], IGNORED) for _ in range(3)]
+    for row, (logits, mask) in enumerate(zip(outputs["logits"], masks, strict=True)):
+        at_size = functional.interpolate(logits[None], mask.shape, mode="bilinear", align_corners=False)
+        for metric in (*references.values(), by_class):
+            metric.update(at_size, mask[None].long())
+        parts[row % 3].update({"logits": logits[None]}, {"labels": [mask]})
+    whole, *others = parts
+    for other in others:
+        whole.merge(other)
+    found = whole.compute()
+    for name, reference in references.items():
+        assert found[name] == pytest.approx(float(reference.compute()), abs=1e-6), name
+    expected = by_class.compute().tolist()
+    seen = whole.confusion.sum(0) + whole.confusion.sum(1) > 0
+    assert {name: value for name, value in found.items() if name.startswith("iou/")} == pytest.approx(
+        {f"iou/{n}": value for n, value in enumerate(expected) if seen[n]}
+    )
+    if present < classes:
+        assert f"iou/{classes - 1}" not in found
+
+
+def test_loss_is_the_mean_over_pixels_that_have_a_class():
+    target = PixelClasses("mask", ["a", "b", "c"], [0, 1, 2], [])
+    outputs, masks = random_case(3, 3, 3, 3)
+    masks[1] = torch.full((9, 11), IGNORED, dtype=torch.int16)
+    outputs["logits"].requires_grad_()
+    losses = target.loss(outputs, masks)
+    for row in (0, 2):
+        at_size = functional.interpolate(outputs["logits"][row][None], masks[row].shape, mode="bilinear")
+        expected = functional.cross_entropy(at_size, masks[row][None].long(), ignore_index=IGNORED)
+        assert losses[row].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert losses[1].item() == 0
+    losses.sum().backward()
+    assert torch.isfinite(outputs["logits"].grad).all() and not outputs["logits"].grad[1].any()
+    both = target.loss(outputs | {"auxiliary_logits": outputs["logits"]}, masks)
+    assert torch.allclose(both, 1.4 * losses)
+
+
+# Data
+
+
+def copy_pairs(scenes, image_folder, mask_folder, ending="", mode="image"):
+    for kind, folder in (("images", image_folder), ("masks", mask_folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (scenes / "val" / kind).iterdir():
+            suffix = ending if kind == "masks" else ""
+            (folder / f"{file.stem}{suffix}.png").write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "ending"),
+    [
+        ("train", "trainannot", ""),
+        ("train", "train_masks", "_mask"),
+        ("images", "masks", ""),
+        ("images/train", "annotations/train", ""),
+        ("train/images", "train/labels", "_L"),
+    ],
+)
+def test_folders_of_images_and_masks_are_paired_by_name(images, masks, ending, scenes, tmp_path):
+    copy_pairs(scenes, tmp_path / images, tmp_path / masks, ending)
+    (tmp_path / masks / "stray.png").write_bytes((scenes / "val/masks/00.png").read_bytes())
+    splits = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
+    again = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
+    assert splits["train"]._fingerprint == again["train"]._fingerprint
+    for number, row in enumerate(splits["train"]):
+        assert np.array_equal(row["image"], Image.open(scenes / f"val/images/{number:02d}.png"))
+        assert np.array_equal(row["mask"], Image.open(scenes / f"val/masks/{number:02d}.png"))
+    assert len(splits["train"]) == 4
+
+
+def test_folders_whose_names_do_not_meet_are_refused(scenes, tmp_path):
+    copy_pairs(scenes, tmp_path / "images", tmp_path / "masks", "zzz")
+    with pytest.raises(DataError, match=r"no mask in .*masks is named as an image.*00zzz"):
+        load_splits(hftl.DataConfig(source=str(tmp_path)))
+
+
+def test_tables_and_data_sets_with_two_image_columns(scenes, tmp_path):
+    copy_pairs(scenes, tmp_path / "a", tmp_path / "b")
+    lines = [f"a/{number:02d}.png,b/{number:02d}.png" for number in range(4)]
+    (tmp_path / "train.csv").write_text("\n".join(["photo_file,annotation", *lines]))
+    splits = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
+    task = hftl.SemanticSegmentation(splits)
+    assert (task.inputs.column, task.target.column) == ("photo_file", "annotation")
+    assert task.target.names == ["0", "1", "2", "3"]  # without a list of names the numbers are the names
+    renamed = {"train": splits["train"].rename_columns({"photo_file": "one", "annotation": "other"})}
+    with pytest.raises(DataError, match=r"which column holds images .*one \(Image\), other \(Image\)"):
+        hftl.SemanticSegmentation(replace(splits, sets=renamed))
+    named = replace(splits, sets=renamed, config=replace(splits.config, label_column="other"))
+    assert hftl.SemanticSegmentation(named).inputs.column == "one"
+
+
+def test_void_is_known_by_its_name_by_255_or_by_the_setting():
+    assert find_classes([0, 1, 2], ["sky", "Unlabelled(void)", "road"], None).void == (1, 255)
+    assert find_classes([0, 1, 255], None, None).values == (0, 1)
+    assert find_classes([0, 1, 9], None, 9).values == (0, 1)
+    assert find_classes([0, 255], None, -1).values == (0, 255)
+    assert find_classes([0, 1], ["void deck", "road"], -1).names == ("void deck", "road")
+
+
+def spoil(folder, bad):
+    """Writes masks that cannot be used in place of the first ones of train."""
+    for number, mask in enumerate(bad):
+        file = folder / f"{number:02d}.png"
+        file.unlink()
+        if mask is not None:
+            mask.save(file)
+
+
+BAD = [
+    (Image.new("L", (43, 30)), "mask and image of different size: 43 x 30 and 44 x 30"),
+    (Image.new("RGB", (44, 30)), "its pixels are RGB"),
+    (Image.new("L", (44, 30), 77), "mask value outside the classes: 77"),
+    (None, "no mask"),
+]
+
+
+def test_masks_that_cannot_be_used_are_named_together_or_left_out(scenes, scene_run, tmp_path):
+    copy_pairs(scenes, tmp_path / "d/train/images", tmp_path / "d/train/masks")
+    for number in range(4, 10):
+        for kind in ("images", "masks"):
+            (tmp_path / f"d/train/{kind}/{number:02d}.png").write_bytes(
+                (scenes / f"train/{kind}/{number:02d}.png").read_bytes()
+            )
+    (tmp_path / "d/classes.json").write_text(json.dumps(NAMES))
+    spoil(tmp_path / "d/train/masks", [mask for mask, _ in BAD])
+    run = with_data(scene_run(), source=str(tmp_path / "d"), validation_fraction=0)
+    with pytest.raises(ConfigError) as caught:
+        hftl.prepare(run, hftl.SemanticSegmentation)
+    said = str(caught.value)
+    for number, (_, reason) in enumerate(BAD):
+        assert f"row {number} " in said or f"row {number}:" in said, said
+        assert reason in said, said
+    assert "data.ignore_index" in said
+    run, splits, _ = hftl.prepare(with_data(run, on_error="skip", max_skipped=0.5), hftl.SemanticSegmentation)
+    assert len(splits["train"]) == 6 and [row["row"] for row in run.quarantine] == [0, 1, 2, 3]
+
+
+def test_palettes_are_read_as_numbers_and_grey_of_16_bits_too(tmp_path):
+    from hftl.data.image_file import decode_indices
+
+    numbers = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    palette = Image.fromarray(numbers, "P") if hasattr(Image, "frombuffer") else None
+    palette.putpalette([200, 10, 30] * 256)
+    palette.save(tmp_path / "p.png")
+    Image.fromarray(numbers.astype(np.uint16) * 1000).save(tmp_path / "deep.png")
+    read = [decode_indices({"path": str(tmp_path / name)}, 10**6) for name in ("p.png", "deep.png")]
+    assert np.array_equal(read[0], numbers) and np.array_equal(read[1], numbers.astype(int) * 1000)
+
+
+def test_masks_of_one_class_say_what_to_do(scenes, scene_run, tmp_path):
+    copy_pairs(scenes, tmp_path / "images", tmp_path / "masks")
+    for file in (tmp_path / "masks").iterdir():
+        Image.fromarray((np.asarray(Image.open(file)) > 1).astype(np.uint8) * 255).save(file)
+    run = with_data(scene_run(), source=str(tmp_path), validation_fraction=0)
+    with pytest.raises(ConfigError, match=r"0, 255, of which 255 counts as void.*ignore_index -1"):
+        hftl.prepare(run, hftl.SemanticSegmentation)
+    _, _, task = hftl.prepare(with_data(run, ignore_index=-1), hftl.SemanticSegmentation)
+    assert task.target.names == ["0", "255"]
+
+
+def test_a_picture_that_is_void_throughout_counts_nothing(scenes, scene_run, tmp_path, capsys):
+    copy_pairs(scenes, tmp_path / "images", tmp_path / "masks")
+    (tmp_path / "classes.json").write_text(json.dumps(NAMES))
+    Image.new("L", (44, 30), 1).save(tmp_path / "masks/01.png")
+    run = with_data(scene_run(), source=str(tmp_path), validation_fraction=0)
+    run, splits, task = hftl.prepare(run, hftl.SemanticSegmentation)
+    assert "1 mask(s) are void throughout" in capsys.readouterr().out
+    model = hftl.build_model(run, task.head).eval()
+    batch = task.collate(task.encode(splits["train"], model.processor, None, None).fetch([1], 0))
+    with torch.no_grad():
+        outputs = model(batch["inputs"])
+    assert task.loss(outputs, batch).tolist() == [0]
+    (metric,) = task.metrics()
+    metric.update(outputs, batch)
+    assert not metric.confusion.any() and metric.compute()["mean_iou"] != metric.compute()["mean_iou"]
+
+
+# Models
+
+
+def test_decoded_levels_are_four_from_stride_4_or_spread_over_one_stride():
+    assert decoded_levels([2, 4, 8, 16, 32]) == [1, 2, 3, 4]
+    assert decoded_levels([4, 8, 16, 32]) == [0, 1, 2, 3]
+    assert decoded_levels([16] * 12) == [2, 5, 8, 11]
+    assert decoded_levels([8, 16]) == [0, 1]
+
+
+def test_what_the_stock_class_cannot_hold_is_refused(scene_run):
+    with pytest.raises(ConfigError, match="img_size.*TimmBackbone cannot hold"):
+        hftl.prepare(scene_run("test_vit"), hftl.SemanticSegmentation)
+    run = scene_run()
+    with pytest.raises(ConfigError, match="model.dropout"):
+        hftl.prepare(replace(run, model=replace(run.model, dropout=0.1)), hftl.SemanticSegmentation)
+    with pytest.raises(ConfigError, match="auto_augment"):
+        policy = hftl.AugmentConfig(auto_augment="rand-m9")
+        hftl.prepare(with_data(run, augment=policy), hftl.SemanticSegmentation)
+    fixed = replace(
+        run, model=hftl.ModelConfig(name="vit_tiny_patch16_224", pretrained=False, image_size=64, decoder_size=8)
+    )
+    run, _, task = hftl.prepare(scene_run(), hftl.SemanticSegmentation)
+    with pytest.raises(ModelError, match="takes 224 x 224 pixels and nothing else"):
+        hftl.build_model(fixed, task.head)
+
+
+def test_pretrained_weights_of_the_backbone_are_those_of_timm(scene_run, tiny_timm):
+    import timm
+
+    run, _, task = hftl.prepare(scene_run(), hftl.SemanticSegmentation)
+    model = hftl.build_model(run, task.head).eval()
+    features = timm.create_model(tiny_timm["test_resnet"], pretrained=True, features_only=True).eval()
+    pixels = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        found = model.net.backbone(pixels).feature_maps
+        for ours, theirs in zip(found, features(pixels)[1:], strict=True):
+            torch.testing.assert_close(ours, theirs)

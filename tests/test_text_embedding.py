@@ -1,0 +1,132 @@
+"""Text embeddings: the contract, what opens them elsewhere, the data they refuse, single texts."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_python, run_undrawn
+from pair_data import positive_pairs, scored_pairs, write_lines
+
+import hftl
+from hftl.errors import ConfigError
+from hftl.testing import check_task
+from hftl.use import evaluate_place
+
+
+@pytest.fixture
+def pair_run(tiny_bert, tmp_path):
+    """Returns a function that makes the configuration of a quick run on rows given by split."""
+
+    def make(method: str = "full", splits=None, pooling: str = "auto", **data) -> hftl.RunConfig:
+        splits = splits or {"train": scored_pairs(40), "validation": scored_pairs(8, 1), "test": scored_pairs(11, 2)}
+        return hftl.RunConfig(
+            hftl.DataConfig(source=write_lines(tmp_path / "data", **splits), **data),
+            hftl.ModelConfig(name=tiny_bert, pooling=pooling),
+            hftl.AdaptConfig(method=method),
+            hftl.TrainConfig(num_epochs=1, lr=1e-3, head_lr=1e-3, batch_size_per_device=8, trackers=[]),
+            output_dir=str(tmp_path / "run"),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("loss", ["cosent", "infonce"])
+def test_the_contract(loss, pair_run):
+    splits = {"train": positive_pairs(24), "test": positive_pairs(8, 1)} if loss == "infonce" else None
+    run, found, task = hftl.prepare(pair_run(splits=splits, pair_loss=loss), hftl.TextEmbedding)
+    check_task(task, found, run)
+
+
+ELSEWHERE = """
+import json, sys, torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
+folder, texts = sys.argv[1], json.loads(sys.argv[2])
+first = SentenceTransformer(folder, device="cpu").encode(texts, convert_to_tensor=True)
+tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    features = AutoModel.from_pretrained(folder).eval()(**tokens).last_hidden_state
+mask = tokens["attention_mask"].unsqueeze(-1)
+second = torch.nn.functional.normalize((features * mask).sum(1) / mask.sum(1), dim=-1)
+torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+print(json.dumps(first.tolist()))
+"""
+
+
+def test_what_is_saved_opens_elsewhere_with_the_same_embeddings(pair_run, capsys):
+    """Trained by LoRA, merged; in a process without hftl, by sentence-transformers and by AutoModel; hftl agrees."""
+    pytest.importorskip("sentence_transformers")
+    run = pair_run("lora")
+    metrics = run_undrawn("text_embedding", run)
+    assert {"test/spearman", "test/pearson", "test/loss"} <= set(metrics)
+    assert "0 to 5 (taken as 0 to 1)" in capsys.readouterr().out
+    texts = ["cat dog", "the saw", "bread rice soup cheese apple " * 30]  # the last is longer than the model
+    found = json.loads(
+        run_python(ELSEWHERE, f"{run.output_dir}/model", json.dumps(texts), hide_hftl=True).splitlines()[-1]
+    )
+    model = hftl.load(run.output_dir)
+    own = torch.tensor([row["embedding"] for row in model.predict(texts)])
+    torch.testing.assert_close(own, torch.tensor(found), atol=1e-5, rtol=1e-4)
+    (pair,) = model.predict([("cat dog", "the saw")])
+    assert pair["similarity"] == pytest.approx(float(own[0] @ own[1]), abs=1e-5)
+    again = evaluate_place(run.output_dir)
+    assert again == pytest.approx(
+        {name: value for name, value in metrics.items() if name.startswith("test/")}, abs=1e-6
+    )
+    adapter = hftl.load(f"{run.output_dir}/adapter").predict(texts)
+    torch.testing.assert_close(torch.tensor([row["embedding"] for row in adapter]), own, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("splits", "settings", "message"),
+    [
+        ({"train": [{"text": "a cat", "score": 1.0}] * 20}, {}, "no second column"),
+        ({"train": [*scored_pairs(20), {"sentence1": "a", "sentence2": "", "score": 1.0}]}, {}, "empty text"),
+        (
+            {"train": [*scored_pairs(20), {"sentence1": "a", "sentence2": "b", "score": None}]},
+            {},
+            "without a finite score",
+        ),
+        ({"train": [row | {"score": 2.0} for row in scored_pairs(20)]}, {}, "nothing to learn"),
+        ({"train": [row | {"score": "high"} for row in scored_pairs(20)]}, {}, "does not hold numbers"),
+        ({"train": scored_pairs(20)}, {"label_column": "scor"}, "Did you mean 'score'"),
+        ({"train": scored_pairs(20)}, {"pair_loss": "infonce"}, "takes pairs that belong together"),
+        ({"train": positive_pairs(20)}, {"pair_loss": "cosent"}, "learns from scores"),
+        ({"train": positive_pairs(20), "validation": positive_pairs(1)}, {}, "validation has a single pair"),
+    ],
+)
+def test_bad_pairs_are_refused(splits, settings, message, pair_run):
+    with pytest.raises(ConfigError, match=message):
+        hftl.prepare(pair_run(splits=splits, **settings), hftl.TextEmbedding)
+
+
+def test_bad_pairs_can_be_left_out(pair_run):
+    bad = [{"sentence1": "a", "sentence2": " ", "score": 1.0}, {"sentence1": "a", "sentence2": "b", "score": None}]
+    run = pair_run(splits={"train": scored_pairs(60) + bad, "test": scored_pairs(9)}, on_error="skip")
+    run, splits, _ = hftl.prepare(run, hftl.TextEmbedding)
+    assert len(splits["train"]) + len(splits["validation"]) == 60
+    assert [row["row"] for row in run.quarantine] == [60, 61]
+
+
+@pytest.mark.parametrize("method", ["frozen", "probe"])
+def test_there_is_no_head_to_train_alone(method, pair_run):
+    with pytest.raises(ConfigError, match=f"{method} trains the head alone, and this model has none; say full or lora"):
+        hftl.prepare(pair_run(method), hftl.TextEmbedding)
+
+
+def test_a_pooling_that_is_none_is_refused(pair_run):
+    with pytest.raises(ConfigError, match="pooled by mean or cls"):
+        hftl.prepare(pair_run(pooling="stock"), hftl.TextEmbedding)
+
+
+def test_modules_that_would_be_dropped_are_refused(pair_run, tiny_bert, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_bert, tmp_path / "dense")
+    kinds = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
+    (folder / "modules.json").write_text(json.dumps(kinds))
+    run, _, task = hftl.prepare(pair_run(), hftl.TextEmbedding)
+    run = replace(run, model=replace(run.model, name=str(folder)))
+    with pytest.raises(hftl.HftlError, match="would drop Dense"):
+        hftl.build_model(run, task.head)

@@ -1,0 +1,168 @@
+"""Runs of tasks that read texts in windows: artifacts without hftl, predictions, commands, two processes."""
+
+import json
+import random
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import load_recipe, run_python, run_undrawn
+from launch import flags, launch
+from tagged import tagged_row, write_questions, write_tagged
+
+import hftl
+from hftl.errors import DataError
+from hftl.use import evaluate_place, predict_to_table
+
+CLEAN = """
+import json, sys, torch, transformers, pyarrow.parquet as pq
+def opened(run, table):
+    rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
+    given = [json.loads(line) for line in open(table)]
+    assert len(rows) == len(given)
+    return rows, given
+def tags(run, table):
+    rows, given = opened(run, table)
+    pipe = transformers.pipeline("token-classification", run + "/model", ignore_labels=[])
+    for row, words in zip(rows, (row["tokens"] for row in given)):
+        assert row["words"] == words and len(row["tags"]) == len(row["scores"]) == len(words)
+        if len(words) > 60:
+            continue
+        text = " ".join(words)
+        starts = {sum(len(word) + 1 for word in words[:number]): number for number in range(len(words))}
+        first = {starts[token["start"]]: token for token in pipe(text) if token["start"] in starts}
+        assert len(first) == len(words)
+        for number, token in first.items():
+            assert token["entity"] == row["tags"][number] and abs(token["score"] - row["scores"][number]) < 1e-4
+        for entity in row["entities"]:
+            assert text[entity["start"] : entity["end"]] == entity["text"]
+            assert entity["text"].split() == words[entity["first_word"] : entity["end_word"]]
+    print("equal", len(rows), sum(len(row["entities"]) for row in rows))
+def answers(run, table):
+    rows, given = opened(run, table)
+    card = open(run + "/model/README.md").read()
+    code = card.split("## Use")[1].split("```python")[1].split("```")[0].replace("path/to/model", run + "/model")
+    equal = 0
+    for row, asked in zip(rows, given):
+        assert asked["context"][max(row["start"], 0) : max(row["end"], 0)] == row["answer"]
+        if len(asked["context"].split()) > 50:
+            continue
+        found = {}
+        exec(code.replace("print", "").replace('"…", "…"', repr((asked["question"], asked["context"]))), found)
+        start, end = (found["offsets"][found[name], side] for side, name in enumerate(("start", "end")))
+        assert asked["context"][start:end] == row["answer"], (row, asked)
+        equal += 1
+    print("equal", equal, len(rows))
+tags(*sys.argv[1:3])
+answers(*sys.argv[3:])
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    return {"tags": write_tagged(root / "tags"), "answers": write_questions(root / "answers")}
+
+
+@pytest.fixture
+def window_run(data, text_run, tmp_path):
+    def make(kind, method="full", **train):
+        run = replace(text_run(method, **train), data=hftl.DataConfig(source=str(data[kind])))
+        return replace(run, output_dir=str(tmp_path / kind))
+
+    return make
+
+
+def test_artifacts_say_the_same_without_hftl(window_run, data, tmp_path):
+    """Tags by transformers' pipeline; answers by the code in the model card, word for word."""
+    tags, answers = window_run("tags", num_epochs=6, lr=3e-3), window_run("answers", num_epochs=8, lr=3e-3)
+    metrics = run_undrawn("token_classification", tags)
+    assert metrics["test/f1"] > 0.5 and {"test/animal_f1", "test/macro_f1", "test/accuracy"} <= set(metrics)
+    metrics = run_undrawn("question_answering", answers)
+    assert 0.5 < metrics["test/exact_match"] <= metrics["test/f1"] <= 1
+    for kind in ("tags", "answers"):
+        verified = json.loads((tmp_path / kind / "report.json").read_text())["verified"]
+        assert set(verified) == {"model/transformers"}
+    tables = [str(data[kind] / "test.jsonl") for kind in ("tags", "answers")]
+    printed = run_python(CLEAN, tags.output_dir, tables[0], answers.output_dir, tables[1], hide_hftl=True)
+    first, second = (line.split() for line in printed.splitlines()[-2:])
+    assert first[:2] == ["equal", "9"] and int(first[2]) > 0 and int(second[1]) >= 8
+
+    predictor = hftl.load(tags.output_dir)
+    row = predictor.predict("my dog\teats  bread")[0]
+    assert row["words"] == ["my", "dog", "eats", "bread"] and row["tags"][1] == "B-animal"
+    assert [(e["text"], e["start"]) for e in row["entities"] if e["type"] == "animal"] == [("dog", 3)]
+    assert [row["tags"] for row in predictor.predict([["my", "dog", "eats", "bread"]])] == [row["tags"]]
+    long = tagged_row(random.Random(5), 150)["tokens"]
+    found = predictor.predict([{"tokens": long}, {"tokens": ["cat"]}])
+    assert found[0]["words"] == long and len(found[0]["tags"]) == 150 and found[1]["tags"] == ["B-animal"]
+    found = hftl.load(answers.output_dir).predict([("my a", "the " * 90 + "cat " + "a " * 90)])[0]
+    assert (found["answer"], found["start"]) == ("cat", 360)  # in the middle of six windows
+
+
+def test_commands_serve_both(window_run, capsys, tmp_path):
+    tags, answers = window_run("tags", "lora"), window_run("answers", "frozen")
+    metrics = run_undrawn("token_classification", tags)
+    again = evaluate_place(tags.output_dir)
+    for name in ("test/f1", "test/accuracy", "test/loss"):
+        assert again[name] == pytest.approx(metrics[name], rel=1e-5)
+    out = tmp_path / "out.jsonl"
+    predict_to_table(tags.output_dir, "my dog eats bread", output=str(out))
+    assert json.loads(out.read_text())["words"] == ["my", "dog", "eats", "bread"]
+    card = (tmp_path / "tags/model/README.md").read_text()
+    assert "pipeline_tag: token-classification" in card and 'pipeline("token-classification"' in card
+    assert "| test/f1 |" in card
+
+    load_recipe("question_answering").main(answers)
+    assert "not drawn" not in capsys.readouterr().out and (tmp_path / "answers/report.html").is_file()
+    predict_to_table(answers.output_dir, "my a", "the cat the", output=str(out))
+    found = json.loads(out.read_text())
+    assert found["answer"] == "the cat the"[found["start"] : found["end"]] and found["candidates"]
+    with pytest.raises(DataError, match="a pair of texts: INPUT and --pair"):
+        predict_to_table(answers.output_dir, "my a")
+
+
+def test_check_reads_words_and_questions_with_their_contexts(data, tmp_path, capsys):
+    import shutil
+
+    for kind, columns in (("tags", "'tokens'"), ("answers", "'question' and 'context'")):
+        folder = tmp_path / kind
+        shutil.copytree(data[kind], folder)
+        first = (folder / "train.jsonl").read_text().splitlines()[5]
+        with (folder / "test.jsonl").open("a") as file:
+            file.write(first + "\n")
+        found = hftl.check(str(folder), output=tmp_path / f"check-{kind}")
+        assert {(entry.split, entry.row) for entry in found["leaks"].entries} >= {("test", 9)}
+        assert f"texts from {columns}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_bert, tmp_path_factory, forks):
+    """Both tasks on one process and on two, weights left as they are; 7 and 9 held-out rows make uneven shares."""
+    root = tmp_path_factory.mktemp("launched")
+    sources = {
+        "token_classification": write_tagged(root / "tagged"),
+        "question_answering": write_questions(root / "asked", answerable=0.6),
+    }
+    still = {"train__lr": 0, "train__head_lr": 0, "train__weight_decay": 0, "train__num_epochs": 1}
+    for world in (1, 2):
+        jobs = []
+        for name, source in sources.items():
+            out = root / str(world) / name
+            batch = {"train__batch_size_per_device": 4, "train__seed": 0, **still}
+            jobs.append(("recipe", {"recipe": name, "flags": flags(source, tiny_bert, out / "run", **batch)}, out))
+        launch(world, jobs, forks=forks, logs=root / f"logs{world}")
+    return root
+
+
+@pytest.mark.parametrize("name", ["token_classification", "question_answering"])
+def test_two_processes_evaluate_as_one(name, launched):
+    """Equal metrics, thresholds and, row by row in order, predictions."""
+    results = []
+    for world in (1, 2):
+        run = launched / str(world) / name / "run"
+        state = json.loads((run / "model/hftl.json").read_text())["state"]
+        table = pq.read_table(run / "predictions.parquet").to_pylist()
+        results.append((json.loads((run / "metrics.json").read_text()), state, table))
+    assert results[0] == results[1]
+    assert [row["row"] for row in results[1][2] if row["split"] == "test"] == list(range(9))
