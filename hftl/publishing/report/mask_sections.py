@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import colorsys
+from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from hftl.data.image_file import decode_indices
 from hftl.errors import DataError
-from hftl.publishing.report.blocks import Card, Comparison, Comparisons, Note, Section
+from hftl.publishing.report.blocks import Card, Comparison, Comparisons, Figure, Figures, Note, Section
 from hftl.publishing.report.rows import thumbnail
 from hftl.publishing.report.run import Run
 
@@ -48,9 +49,19 @@ def masks(run: Run) -> Section | None:
         for row, image, mask in zip(chosen, images, true, strict=True)
         if row in predicted
     ]
-    return Section(
-        "Masks", [Comparisons(shown), Note(f"{len(shown)} of {len(rows)} pictures of {split}; void is black.")]
-    )
+    note = Note(f"{len(shown)} of {len(rows)} pictures of {split}; void is black.")
+    legend = Figures([Figure(_legend(target["classes"], list(colours.values())), "Classes")])
+    return Section("Masks", [Comparisons(shown), note, legend])
+
+
+def _legend(names: list[str], colours: list[tuple[int, int, int]]) -> str:
+    lines = [
+        f'<rect y="{20 * line}" width="14" height="14" fill="rgb{colour}"/>'
+        f'<text x="22" y="{20 * line + 12}" font-size="12" fill="currentColor">{escape(name)}</text>'
+        for line, (name, colour) in enumerate(zip(names, colours, strict=True))
+    ]
+    size = f'width="300" height="{20 * len(lines)}" viewBox="0 0 300 {20 * len(lines)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="classes">{"".join(lines)}</svg>'
 
 
 def _drawn(stored: Any, colours: dict[int, tuple[int, int, int]], limit: int) -> str | None:
