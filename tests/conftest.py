@@ -292,6 +292,19 @@ def forks():
 
 
 @pytest.fixture
+def run_without_hftl(forks, tmp_path):
+    """Runs code where hftl has never been imported and cannot be; returns what it printed."""
+
+    def run(code: str, *arguments: str) -> str:
+        words = ["python", "-c", code, *arguments]
+        statuses, said = forks.command(words, tmp_path / "without_hftl", 280, without_hftl=True)
+        assert statuses == [0], said[-4000:]
+        return said
+
+    return run
+
+
+@pytest.fixture
 def text_flags(texts, tiny_bert):
     """Makes the flags of a run with dropout that saves after every step."""
 

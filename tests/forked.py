@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -20,12 +21,14 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
-USED = (
+LIBRARIES = (
     "transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert", "torch._dynamo",
     "sklearn.metrics", "scipy.stats", "scipy.optimize", "matplotlib.pyplot", "matplotlib.backends.backend_svg",
     "pyarrow.parquet", "accelerate.tracking", "torch.distributed.tensor", "torch.utils.data", "jinja2",
-    "datasets.packaged_modules.csv.csv", "jsonargparse", "safetensors.torch", "hftl.train.start",
-    "hftl.config.parse", "hftl.publishing.report", "hftl.cli", "hftl.use", "hftl.publishing.push", "timm", "peft",
+    "datasets.packaged_modules.csv.csv", "jsonargparse", "safetensors.torch", "timm", "peft", "accelerate",
+)  # fmt: skip
+OURS = (
+    "hftl.train.start", "hftl.config.parse", "hftl.publishing.report", "hftl.cli", "hftl.use", "hftl.publishing.push",
 )  # fmt: skip
 """What a recipe or command imports on its way; without it a process begins slower, nothing else."""
 
@@ -93,9 +96,14 @@ class Forks:
         statuses = attempt.wait(timeout)
         return statuses, attempt.said()
 
-    def command(self, words, logs, timeout=120, processes=1, cwd=TESTS.parent, **environment) -> tuple[list[int], str]:
-        """Runs `python …` or an installed program with this process's environment; returns what `run` does."""
-        wanted = {"command": [*map(str, words)], "cwd": str(cwd)}
+    def command(
+        self, words, logs, timeout=120, processes=1, cwd=TESTS.parent, without_hftl=False, **environment
+    ) -> tuple[list[int], str]:
+        """Runs `python …` or an installed program with this process's environment; returns what `run` does.
+
+        `without_hftl`: in a process that has never imported hftl and cannot.
+        """
+        wanted = {"command": [*map(str, words)], "cwd": str(cwd), "without_hftl": without_hftl}
         attempt = self._begin(wanted, logs, processes, {**os.environ, **environment})
         statuses = attempt.wait(timeout)
         return statuses, attempt.said()
@@ -160,26 +168,42 @@ class Attempt:
 
 
 def serve() -> None:
-    """Reads wishes, forks, answers with the process ids and then with their exit statuses."""
+    """Reads wishes, forks, answers with the process ids and then with their exit statuses.
+
+    A second server, forked before hftl is imported, fulfils the wishes for processes without it.
+    """
     import torch
 
     torch.set_num_threads(1)
-    import hftl
-
-    for name in [*(f"hftl:{name}" for name in hftl.__all__), *USED]:
-        module, _, attribute = name.partition(":")
-        found = importlib.import_module(module)
-        if attribute:
-            getattr(found, attribute)
-    import gc
-
+    for name in LIBRARIES:
+        importlib.import_module(name)
     import matplotlib
 
     matplotlib.use("svg")
+    source, sink = os.pipe()
+    if os.fork() == 0:
+        os.close(sink)
+        sys.modules["hftl"] = None
+        return fulfil(os.fdopen(source))
+    os.close(source)
+    import hftl
+
+    for name in hftl.__all__:
+        getattr(hftl, name)
+    for name in OURS:
+        importlib.import_module(name)
+    fulfil(sys.stdin, os.fdopen(sink, "w"))
+
+
+def fulfil(wishes, without_hftl=None) -> None:
+    """Forks what each line of `wishes` asks for, or hands the line on to the server without hftl."""
     gc.collect()
     gc.freeze()  # or each process would walk through all that was imported
-    for line in sys.stdin:
+    for line in wishes:
         wish = json.loads(line)
+        if wish.get("without_hftl") and without_hftl is not None:
+            print(line, end="", file=without_hftl, flush=True)
+            continue
         pids = []
         for rank, (environment, log) in enumerate(zip(wish["ranks"], wish["logs"], strict=True)):
             pid = os.fork()
@@ -189,6 +213,7 @@ def serve() -> None:
         print(json.dumps({"pids": pids}), flush=True)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         print(json.dumps({"statuses": statuses}), flush=True)
+    os._exit(0)  # the libraries' complaints at exit say nothing of the tests
 
 
 def play(wish, rank: int, environment: dict[str, str], log: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import load_recipe, run_python, run_undrawn
+from conftest import load_recipe, run_undrawn
 
 IMAGE = """
 import json, sys, glob, torch, pyarrow.parquet as pq
@@ -83,7 +83,7 @@ for run in json.loads(sys.argv[1]):
 """
 
 
-def test_image_artifacts_open_without_hftl(image_run, images, tmp_path):
+def test_image_artifacts_open_without_hftl(image_run, images, tmp_path, run_without_hftl):
     cases = [
         ("test_resnet", "full"),
         ("test_resnet", "lora"),
@@ -98,11 +98,11 @@ def test_image_artifacts_open_without_hftl(image_run, images, tmp_path):
         runs.append([run.output_dir, str(images), method, run.model.name])
         verified = json.loads((Path(run.output_dir) / "report.json").read_text())["verified"]
         assert set(verified) == {"model/timm", "model/transformers"} | ({"adapter/peft"} if method == "lora" else set())
-    printed = run_python(IMAGE, json.dumps(runs), hide_hftl=True)
+    printed = run_without_hftl(IMAGE, json.dumps(runs))
     assert printed.count("equal 10") == len(cases)
 
 
-def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path):
+def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path, run_without_hftl):
     cases = [("full", "stock"), ("lora", "stock"), ("lora", "mean"), ("frozen", "cls")]
     runs = []
     for method, pooling in cases:
@@ -110,7 +110,7 @@ def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path):
         run_undrawn("text_classification", run)
         pooled = "no" if pooling == "stock" else "yes"
         runs.append([run.output_dir, str(texts / "test.csv"), method, pooled, run.model.name])
-    printed = run_python(TEXT, json.dumps(runs), hide_hftl=True)
+    printed = run_without_hftl(TEXT, json.dumps(runs))
     assert printed.count("equal 13") == len(cases)
 
 

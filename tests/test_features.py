@@ -252,19 +252,12 @@ def test_two_machines_with_one_disk_do_not_wait_for_each_other(text_run, tiny_be
     assert np.array_equal(*(np.load(tmp_path / f"values{rank}.npy") for rank in range(2)))
 
 
-def test_a_launcher_s_processes_share_the_pass(text_run, tiny_bert, tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO)
-    source, out = text_run().data.source, str(tmp_path / "values")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    done = subprocess.run(
-        [*command, str(script), source, tiny_bert, out], capture_output=True, text=True, env=environment(), timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("FROM_CACHE False True") == 2
+def test_two_processes_share_the_pass(text_run, tiny_bert, forks, tmp_path):
+    logs, out = tmp_path / "logs", str(tmp_path / "values")
+    words = ["python", "-c", TWO, text_run().data.source, tiny_bert, out]
+    statuses, said = forks.command(words, logs, 200, processes=2, ACCELERATE_USE_CPU="true")
+    assert statuses == [0, 0], said[-3000:]
+    assert sum(log.read_text().count("FROM_CACHE False True") for log in logs.iterdir()) == 2
     run = replace(text_run("frozen", "mean"), train=hftl.TrainConfig(batch_size_per_device=1))
     shutil.rmtree(cache.cache_folder())
     alone = of(run).values

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_python, run_undrawn, with_data
+from conftest import ROOT, run_undrawn, with_data
 from launch import ENV, flags
 from pairs import write_pairs
 
@@ -181,7 +181,7 @@ print("equal", len(rows))
 """
 
 
-def test_an_artifact_opens_without_hftl_and_predicts_from_anything(gaps, pairs_run, tmp_path, capsys):
+def test_an_artifact_opens_without_hftl_and_predicts_from_anything(gaps, pairs_run, tmp_path, capsys, run_without_hftl):
     """One run with an encoder that learns whole and one with adapters; everything that opens it agrees."""
     run = pairs_run(gaps, AdaptConfig("lora", image="full"), modality_dropout=0.3)
     metrics = run_undrawn("image_text_classification", run)
@@ -205,7 +205,7 @@ def test_an_artifact_opens_without_hftl_and_predicts_from_anything(gaps, pairs_r
         {name: row[name] for name in ("picture", "price", "shop")} | {"text": text, "expected": each["probabilities"]}
         for row, text, each in zip(rows, joined, found, strict=True)
     ]
-    assert "equal 3" in run_python(OPEN, str(tmp_path / "run"), json.dumps(given), hide_hftl=True)
+    assert "equal 3" in run_without_hftl(OPEN, str(tmp_path / "run"), json.dumps(given))
     table = tmp_path / "rows.csv"
     table.write_text("title,price\ncat dog,3\nbread rice,4\n")
     from hftl.use import predict_to_table

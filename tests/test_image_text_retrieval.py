@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_python, run_undrawn
+from conftest import run_undrawn
 from pair_data import captioned, write_lines
 
 import hftl
@@ -79,12 +79,12 @@ with torch.no_grad():
     read = processor(text=texts)
     words = model.get_text_features(read["input_ids"], read["attention_mask"])
     scale = model(**read).logit_scale
-print(json.dumps([images.tolist(), words.tolist(), (scale * images @ words.T).softmax(-1).tolist()]))
+print("FOUND", json.dumps([images.tolist(), words.tolist(), (scale * images @ words.T).softmax(-1).tolist()]))
 """
 
 
 @pytest.mark.parametrize("method", ["frozen", pytest.param("lora", marks=pytest.mark.slow)])
-def test_a_run_learns_and_opens_elsewhere_and_labels_images(method, pair_run, tmp_path, capsys):
+def test_a_run_learns_and_opens_elsewhere_and_labels_images(method, pair_run, tmp_path, capsys, run_without_hftl):
     """Colours are learnt above chance; in a process without hftl equal embeddings, and equal shares of labels."""
     run = pair_run(method, net="test_vit")
     run = replace(run, train=replace(run.train, num_epochs=20 if method == "frozen" else 6))
@@ -96,8 +96,8 @@ def test_a_run_learns_and_opens_elsewhere_and_labels_images(method, pair_run, tm
     files = sorted(str(file) for file in pictures.glob("2-*.png"))[:6]
     labels = ["blue", "green", "red"]
     texts = [f"a {label} saw" for label in labels]
-    out = run_python(ELSEWHERE, json.dumps([f"{run.output_dir}/model", files, texts]), hide_hftl=True)
-    images, words, shares = (torch.tensor(part) for part in json.loads(out.splitlines()[-1]))
+    out = run_without_hftl(ELSEWHERE, json.dumps([f"{run.output_dir}/model", files, texts]))
+    images, words, shares = (torch.tensor(part) for part in json.loads(out.partition("FOUND ")[2].splitlines()[0]))
     model = hftl.load(run.output_dir)
     own = torch.tensor([row["embedding"] for row in model.predict(files)])
     torch.testing.assert_close(own, images, atol=1e-5, rtol=1e-4)

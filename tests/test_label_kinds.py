@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import WORDS, run_python, run_undrawn
+from conftest import WORDS, run_undrawn
 from launch import flags, launch
 from PIL import Image
 from sklearn.metrics import average_precision_score, r2_score
@@ -108,9 +108,9 @@ for run, folder in json.loads(sys.argv[1]):
 """
 
 
-def test_artifacts_answer_without_hftl_in_probabilities_and_in_units(runs, tables, pictures):
+def test_artifacts_answer_without_hftl_in_probabilities_and_in_units(runs, tables, pictures, run_without_hftl):
     given = [[str(run), str(pictures if name.startswith("image") else tables)] for name, run in runs.items()]
-    said = run_python(READ, json.dumps(given), hide_hftl=True)
+    said = run_without_hftl(READ, json.dumps(given))
     assert said.count("equal 21") == 2 and said.count("equal 11") == 2
 
 

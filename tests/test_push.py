@@ -91,12 +91,12 @@ for name, base, sample in json.loads(sys.argv[1]):
 
 
 @by_xet
-def test_pushed_models_open_by_id_without_hftl(hub, runs, tiny_timm, tiny_bert):
+def test_pushed_models_open_by_id_without_hftl(hub, runs, tiny_timm, tiny_bert, run_without_hftl):
     for name, folder in runs.items():
         push(folder, f"alice/{name}")
     bases = {"image": tiny_timm["test_resnet"], "text": tiny_bert}
     cases = [[name, bases[name.partition("-")[0]], str(runs[name] / "sample.safetensors")] for name in runs]
-    assert run_python(BY_ID, json.dumps(cases), hide_hftl=True).count("equal") == 4
+    assert run_without_hftl(BY_ID, json.dumps(cases)).count("equal") == 4
 
 
 @pytest.mark.real
@@ -297,17 +297,12 @@ def test_offline_is_said(hub, runs, monkeypatch):
         push(runs["image-full"], ID)
 
 
-def test_no_hub_at_all_is_said(runs, monkeypatch, hub):
+@by_xet
+def test_no_hub_at_all_is_said(hub, runs, forks, tmp_path):
     closed = "http://127.0.0.1:9"
-    code = "from hftl.cli import main; import sys; main(['push', sys.argv[1], 'alice/model'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(runs["image-full"])],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_ENDPOINT": closed},
-    )
-    assert done.returncode == 2 and f"the connection to {closed} failed" in done.stderr, done.stderr
+    words = ["python", "-c", "from hftl.cli import main; main()", "push", runs["image-full"], ID]
+    statuses, said = forks.command(words, tmp_path / "logs", HF_ENDPOINT=closed)
+    assert statuses == [2] and f"the connection to {closed} failed" in said, said
 
 
 def test_something_else_on_the_hub_is_noticed(hub, runs, monkeypatch):

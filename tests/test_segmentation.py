@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import run_python, run_undrawn, with_data
+from conftest import run_undrawn, with_data
 from PIL import Image
 from torch.nn import functional
 
@@ -117,10 +117,10 @@ def mask_of(row):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(row["mask_png"]))))
 
 
-def test_a_run_learns_and_its_model_opens_without_hftl(trained, scenes):
+def test_a_run_learns_and_its_model_opens_without_hftl(trained, scenes, run_without_hftl):
     folder, metrics = trained
     assert metrics["test/mean_iou"] > 0.5 and metrics["test/iou/left"] > 0.3
-    assert "equal 5" in run_python(CLEAN, str(folder), str(scenes / "test" / "images"), hide_hftl=True)
+    assert "equal 5" in run_without_hftl(CLEAN, str(folder), str(scenes / "test" / "images"))
     card = (folder / "model/README.md").read_text()
     assert "library_name: transformers" in card and "pipeline_tag: image-segmentation" in card
     assert 'pipeline("image-segmentation"' in card

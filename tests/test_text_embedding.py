@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import run_python, run_undrawn
+from conftest import run_undrawn
 from pair_data import positive_pairs, scored_pairs, write_lines
 
 import hftl
@@ -50,11 +50,11 @@ with torch.no_grad():
 mask = tokens["attention_mask"].unsqueeze(-1)
 second = torch.nn.functional.normalize((features * mask).sum(1) / mask.sum(1), dim=-1)
 torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
-print(json.dumps(first.tolist()))
+print("FOUND", json.dumps(first.tolist()))
 """
 
 
-def test_what_is_saved_opens_elsewhere_with_the_same_embeddings(pair_run, capsys):
+def test_what_is_saved_opens_elsewhere_with_the_same_embeddings(pair_run, capsys, run_without_hftl):
     """Trained by LoRA, merged; in a process without hftl, by sentence-transformers and by AutoModel; hftl agrees."""
     pytest.importorskip("sentence_transformers")
     run = pair_run("lora")
@@ -62,9 +62,8 @@ def test_what_is_saved_opens_elsewhere_with_the_same_embeddings(pair_run, capsys
     assert {"test/spearman", "test/pearson", "test/loss"} <= set(metrics)
     assert "0 to 5 (taken as 0 to 1)" in capsys.readouterr().out
     texts = ["cat dog", "the saw", "bread rice soup cheese apple " * 30]  # the last is longer than the model
-    found = json.loads(
-        run_python(ELSEWHERE, f"{run.output_dir}/model", json.dumps(texts), hide_hftl=True).splitlines()[-1]
-    )
+    said = run_without_hftl(ELSEWHERE, f"{run.output_dir}/model", json.dumps(texts))
+    found = json.loads(said.partition("FOUND ")[2].splitlines()[0])
     model = hftl.load(run.output_dir)
     own = torch.tensor([row["embedding"] for row in model.predict(texts)])
     torch.testing.assert_close(own, torch.tensor(found), atol=1e-5, rtol=1e-4)
