@@ -114,7 +114,7 @@ def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path, run_without
     assert printed.count("equal 13") == len(cases)
 
 
-def test_a_run_folder_is_complete(text_run, tmp_path):
+def test_a_run_folder_is_complete_and_its_lines_are_short(text_run, tmp_path, capsys):
     run = text_run("lora", "mean")
     metrics = load_recipe("text_classification").main(run)
     folder = tmp_path / "run"
@@ -137,6 +137,10 @@ def test_a_run_folder_is_complete(text_run, tmp_path):
     from hftl.config.parse import load
 
     assert load(folder / "config.yaml").train.lr == 1e-3
+    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    said = capsys.readouterr().out
+    assert "validation/weighted_f1" in {name for record in records for name in record}
+    assert "validation/accuracy" in said and "validation/macro_f1" in said and "weighted_f1" not in said
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")) and not list(folder.rglob("*.pkl"))
 
 

@@ -18,7 +18,7 @@ from hftl.evaluation.metrics import MeanLoss, all_metrics
 from hftl.files import PARTIAL, sync
 from hftl.models.memory import joined, rows_of
 from hftl.models.parts import TaskModel
-from hftl.tasks.task import Batch, Outputs, Task, Tunable, shown_metrics
+from hftl.tasks.task import Batch, Outputs, Task, Tunable, worth_a_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,7 +61,7 @@ def evaluate(
             tune = split == "validation" and isinstance(task, Tunable)
             found = evaluate_rows(accelerator, model, task, rows, run, labelled, bool(predictions), tune=tune)
             metrics |= {f"{split}/{name}": value for name, value in found.items()}
-            shown = " ".join(f"{name} {value:.4f}" for name, value in found.items() if _worth_a_line(name, task))
+            shown = " ".join(f"{name} {value:.4f}" for name, value in found.items() if worth_a_line(name, task))
             say(f"{split}: {shown}")
     accelerator.wait_for_everyone()
     return metrics
@@ -183,10 +183,6 @@ def _gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
     from accelerate.utils import gather_object
 
     return gather_object(items) if accelerator.num_processes > 1 else items
-
-
-def _worth_a_line(name: str, task: Task) -> bool:
-    return name in ("loss", task.best_metric, *shown_metrics(task))
 
 
 class _InOrder:

@@ -269,6 +269,11 @@ def shown_metrics(task: Task) -> tuple[str, ...]:
     return tuple(getattr(task, "shown", (task.best_metric,)))
 
 
+def worth_a_line(name: str, task: Task) -> bool:
+    """Whether one of the task's numbers is said while a run goes on; all of them are on file."""
+    return name in ("loss", task.best_metric, *shown_metrics(task))
+
+
 def input_kinds(task: Task) -> dict[str, str]:
     """Returns what each column that a task reads holds, in reading order; see `Inputs.kinds`."""
     return dict(getattr(task, "kinds", {}))

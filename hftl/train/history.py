@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,6 @@ from hftl.train.agree import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-_ON_FILE_ONLY = {
-    f"{mean}_{score}" for mean in ("micro", "weighted", "macro") for score in ("f1", "precision", "recall")
-} - {"macro_f1"}
 
 
 @dataclass
@@ -130,8 +126,8 @@ class Recorder:
         self._losses, self._count = 0.0, 0
         return mean
 
-    def log(self, **values: float) -> None:
-        """Records values at the current step."""
+    def log(self, unsaid: Collection[str] = (), **values: float) -> None:
+        """Records values at the current step; those named in `unsaid` stand on file and in trackers alone."""
         record = {"step": self.history.steps, **values}
         self.history.records.append(record)
         try:
@@ -147,9 +143,7 @@ class Recorder:
                 f"{error.strerror or first_line(error)}. Saved states are intact. Mend the disk and run the same "
                 "command with --resume auto."
             )
-        line = " ".join(
-            f"{name} {value:.4g}" for name, value in values.items() if name.rpartition("/")[2] not in _ON_FILE_ONLY
-        )
+        line = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in unsaid)
         if self.bar is not None:
             self.bar.write(f"step {self.history.steps}/{self.total} {line}")
         else:
