@@ -217,27 +217,32 @@ def _cell(value: Any) -> str:
 
 
 def _joined(value: Any) -> Any:
-    """Returns a list of names or of a few numbers as one text, anything else as it is."""
-    if not isinstance(value, list) or not all(isinstance(item, (str, float)) for item in value):
+    """Returns a list of names, of a few numbers or of records (boxes, entities) as one text, others as they are."""
+    if not isinstance(value, list) or not all(isinstance(item, (str, float, dict)) for item in value):
         return value
-    return ", ".join(item if isinstance(item, str) else f"{item:.4f}" for item in value) or "none"
+    texts = [" ".join(map(_short, item.values())) if isinstance(item, dict) else _short(item) for item in value]
+    return ", ".join(texts) or "none"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 class _Terminal:
     """Prints rows as tab-separated columns."""
 
     def __init__(self) -> None:
-        self.started = False
+        self.columns: list[str] = []
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Prints rows; the first ones with a header."""
+        """Prints rows under the columns of the first one, which a header names."""
         for row in rows:
-            cells = {name: _joined(value) for name, value in row.items() if name != "probabilities"}
-            cells = {n: value for n, value in cells.items() if not isinstance(value, list) and not n.endswith("_png")}
-            if not self.started:
-                print("\t".join(cells))
-                self.started = True
-            print("\t".join(f"{value:.4f}" if isinstance(value, float) else _cell(value) for value in cells.values()))
+            cells = {name: _joined(value) for name, value in row.items()}
+            if not self.columns:
+                shown = [name for name, value in cells.items() if not isinstance(value, list)]
+                self.columns = [name for name in shown if name != "probabilities" and not name.endswith("_png")]
+                print("\t".join(self.columns))
+            print("\t".join(_cell(_short(cells.get(name, ""))) for name in self.columns))
 
     def close(self) -> None:
         """Nothing to finish."""

@@ -110,9 +110,34 @@ def test_an_image_does_not_know_its_neighbours_and_may_be_empty(width):
     assert torch.isfinite(together).all()
     for value in outputs.values():
         assert torch.isfinite(value.grad).all() and value.grad.abs().sum() > 0
-    broken = {name: value.detach().clone() for name, value in outputs.items()}
-    broken["logits"][0, 0, 0] = float("nan")
-    assert not torch.isfinite(set_loss(broken, labels, 3)[0])  # said by the loop, not an error of the matcher
+    for name in ("logits", "pred_boxes"):
+        broken = {name: value.detach().clone() for name, value in outputs.items()}
+        broken[name][0, 0, 0] = float("nan")
+        finite = torch.isfinite(set_loss(broken, labels, 3)).tolist()
+        assert finite == [False, True, True, True]  # said by the loop, not an error of the matcher
+
+
+def test_detections_are_shown_on_a_terminal(capsys):
+    from hftl.use import _Terminal
+
+    terminal = _Terminal()
+    terminal.write([{"input": "a.jpg", "row": 0, "objects": []}])
+    found = [{"label": "cat", "score": 0.91, "box": [1.0, 2.0, 3.0, 4.0]}] * 2
+    terminal.write([{"input": "b.jpg", "row": 1, "objects": found}])
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    one = "cat 0.9100 [1.0, 2.0, 3.0, 4.0]"
+    assert lines == [["input", "row", "objects"], ["a.jpg", "0", "none"], ["b.jpg", "1", f"{one}, {one}"]]
+
+
+@pytest.mark.parametrize("task", [hftl.ObjectDetection, hftl.SemanticSegmentation])
+def test_a_backbone_with_channels_last_is_refused(task, image_run):
+    from hftl.models.build import build_model
+    from hftl.models.parts import HeadSpec
+
+    run = image_run()
+    run = replace(run, model=hftl.ModelConfig(name="mambaout_femto", pretrained=False, image_size=64))
+    with pytest.raises(hftl.HftlError, match="channels last"):
+        build_model(run, HeadSpec(task.stock, 2, ("a", "b"), None))
 
 
 def random_scenes(count, classes, rng):

@@ -101,6 +101,47 @@ def test_what_is_missing_does_not_matter_to_the_output(fusion, gaps, pairs_run):
     assert not torch.allclose(without_image, net(**inputs).logits)
 
 
+def test_categories_keep_their_names_and_an_order_that_files_keep():
+    """JSON files of transformers are sorted, and class numbers of one data set are names in another."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    from hftl.data.mixed_columns import train_categories, with_names
+    from hftl.models.processing_image_text import category_ids
+
+    kinds = Features({"shop": Value("string"), "colour": ClassLabel(names=["red", "blue"])})
+    rows = Dataset.from_dict({"shop": ["b", "None", None], "colour": [1, 0, 1]}, features=kinds)
+    found = train_categories(rows, ["shop", "colour"])
+    assert list(found.items()) == [("colour", ["blue", "red"]), ("shop", ["None", "b"])]
+    named = with_names(rows, ["colour"])
+    cells = [[row["colour"], row["shop"]] for row in named]
+    assert category_ids(cells, list(found.values())).tolist() == [[1, 2], [2, 1], [1, 0]]
+
+
+def test_numbers_that_never_vary_or_were_never_missing_do_no_harm():
+    from datasets import Dataset
+
+    from hftl.data.mixed_columns import train_numbers
+    from hftl.models.image_text_heads import Table
+
+    rows = Dataset.from_dict({"same": [0.1] * 100, "some": [1.0, None] * 50})
+    numbers, problems = train_numbers(rows, ["same", "some"])
+    assert not problems and numbers["std"][0] == 1.0 and numbers["missing"] == [False, True]
+    table = Table(numbers, {}, 8)
+    of = torch.tensor([[0.1, 1.0], [float("nan"), 1.0], [0.1, float("nan")]])
+    mean, one_missing, other_missing = table(of, None, 3, "cpu")
+    assert torch.equal(mean, one_missing), "training never saw that indicator"
+    assert not torch.allclose(mean, other_missing)
+
+
+def test_the_card_s_code_gives_what_the_model_takes(pairs, pairs_run):
+    _, _, task = prepared(with_data(pairs_run(pairs), ignore_columns=["picture"]))
+    code = task.usage
+    assert "images=" not in code and "PIL" not in code and "argmax" in code
+    assert "text=" in code and "numbers=[[" in code and "categories=[['north']]" in code
+    _, _, task = prepared(with_data(pairs_run(pairs), label_column="price", ignore_columns=["label", "title", "body"]))
+    assert "text=" not in task.usage and "images=" in task.usage and "argmax" not in task.usage
+
+
 def test_modality_dropout_takes_one_of_two_and_never_both():
     from hftl.models.image_text_heads import _drop
 

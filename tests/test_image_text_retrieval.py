@@ -67,6 +67,15 @@ def test_rows_that_a_label_calls_no_pairs_are_not_used(pair_run, capsys):
     assert len(rows) == 30 and not any("a red rope" in row["captions"] for row in rows.fetch(range(0, 30, 3), 0))
 
 
+def test_rows_that_do_not_say_are_no_pairs():
+    from datasets import Dataset
+
+    from hftl.data.captions import find_match, matching
+
+    rows = Dataset.from_dict({"label": [0, 1, None, 1], "caption": list("abcd")})
+    assert find_match(rows, None) == "label" and matching(rows, "label")["caption"] == ["b", "d"]
+
+
 ELSEWHERE = """
 import json, sys, torch
 from PIL import Image

@@ -35,6 +35,7 @@ def splits(columns, **config):
         ("text_classification", "pairs of texts", {"premise": TEXT, "hypothesis": TEXT, "label": NUMBER}, {}),
         ("text_embedding", "without labels", {"query": TEXT, "passage": TEXT}, {}),
         ("token_classification", "a tag for each", {"tokens": List(TEXT), "ner_tags": List(Value("int64"))}, {}),
+        ("token_classification", "'labels'", {"id": TEXT, "tokens": List(TEXT), "labels": List(TEXT)}, {}),
         ("question_answering", "'answers'", {"question": TEXT, "context": TEXT, "answers": ANSWERS}, {}),
         ("image_text_classification", "column 'text'", {"image": Image(), "text": TEXT, "label": TEXT}, {}),
         (

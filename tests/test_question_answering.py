@@ -187,6 +187,7 @@ def test_where_windows_end_makes_no_difference_to_a_model_without_context(answer
         (row_of(start=(4,)), r"row 1: answer not at answer_start: says 4, stands at 3 \('cat'\)"),
         (row_of(text=("dog",)), r"row 1: answer not in context: says 3 \('dog'\)"),
         (row_of(text=("",)), "row 1: empty answer"),
+        (row_of(start=()), r"row 1: answers and their starts differ in number: 1 text\(s\), 0 answer_start"),
         ({"question": "which", "context": "my cat", "answers": None}, "row 1: no answers"),
         (row_of(context=" "), r"column 'context' has 1 empty text\(s\), at row 1"),
     ],

@@ -58,6 +58,23 @@ def test_types_and_settings_decide_before_values():
         choose_problem(splits(flags, label_columns=["a"], label_column="b"))
 
 
+@pytest.mark.parametrize(
+    ("column", "kind", "target"),
+    [
+        (["a", "b"] * 12 + ["rare"], Value("string"), SingleLabel),
+        ([["a"], ["b"]] * 12 + [["rare"]], List(Value("string")), MultiLabel),
+    ],
+)
+def test_a_rare_label_may_fall_into_the_validation_cut(column, kind, target):
+    """hftl's own cut must not make rows unusable that are none; of a validation split that is given, they are."""
+    rows = Dataset.from_dict({"text": ["x"] * 25, "label": column}, features=Features(text=Value("string"), label=kind))
+    parts = {"train": rows.select(range(20)), "validation": rows.select(range(20, 25))}
+    config = hftl.DataConfig(source="here")
+    found = target.find(Splits(parts, config, cut=True))
+    assert not found.problems and found.names == ["a", "b", "rare"]
+    assert "which train lacks" in target.find(Splits(parts, config)).problems[0]
+
+
 def test_a_target_comes_back_from_its_state():
     for values, kind in ((["a", "b"], SingleLabel), ([["a"], ["b"]], MultiLabel), ([0.5, 2.0], Regression)):
         found = find_target(splits({"label": values}))

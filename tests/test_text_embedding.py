@@ -100,6 +100,25 @@ def test_bad_pairs_are_refused(splits, settings, message, pair_run):
         hftl.prepare(pair_run(splits=splits, **settings), hftl.TextEmbedding)
 
 
+@pytest.mark.parametrize("loss", ["cosent", "infonce"])
+def test_a_batch_of_one_has_nothing_to_compare(loss, pair_run):
+    rows = scored_pairs(20) if loss == "cosent" else positive_pairs(20)
+    run = pair_run(splits={"train": rows}, pair_loss=loss)
+    run = replace(run, train=replace(run.train, batch_size_per_device=1, gradient_accumulation_steps=4))
+    with pytest.raises(ConfigError, match=r"train\.batch_size_per_device: this loss compares the rows of a batch"):
+        hftl.prepare(run, hftl.TextEmbedding)
+
+
+def test_a_score_that_is_missing_in_other_data_is_named(pair_run, tmp_path):
+    from hftl.publishing.labelled import labelled_rows
+
+    run, _, task = hftl.prepare(pair_run(), hftl.TextEmbedding)
+    rows = [*scored_pairs(4), {"sentence1": "a", "sentence2": "b", "score": None}]
+    write_lines(tmp_path / "other", test=rows)
+    with pytest.raises(hftl.HftlError, match="1 row.*row 4: no score"):
+        labelled_rows(task, run.data, str(tmp_path / "other"), "test", {})
+
+
 def test_bad_pairs_can_be_left_out(pair_run):
     bad = [{"sentence1": "a", "sentence2": " ", "score": 1.0}, {"sentence1": "a", "sentence2": "b", "score": None}]
     run = pair_run(splits={"train": scored_pairs(60) + bad, "test": scored_pairs(9)}, on_error="skip")

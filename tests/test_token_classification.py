@@ -123,6 +123,19 @@ def test_numbers_names_and_texts_of_tags_are_one_thing(tag_run, tmp_path):
         task.target.numbered(Dataset.from_dict({"tokens": [words], "tags": [["O", "B-tool", "O"]]}))
 
 
+def test_texts_whose_words_blanks_part_are_tagged(tag_run):
+    rows = [{"text": "my dog eats bread", "tags": "O B-animal O B-food"}] * 8
+    run = replace(tag_run(), data=hftl.DataConfig(source="rows", text_column="text", label_column="tags"))
+    _, splits, task = hftl.prepare(run, hftl.TokenClassification, rows={"train": rows, "validation": rows})
+    assert task.target.tags == ["O", "B-animal", "B-food"]
+
+
+def test_bmes_is_read_as_entities():
+    reader = TagReader.of(["O", "B-a", "M-a", "E-a", "S-a"])
+    entities = list(reader.entities([0, 1, 2, 2, 3, 4, 0]))
+    assert reader.kinds == ("a",) and [(each.first, each.end) for each in entities] == [(1, 5), (5, 6)]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -181,8 +194,8 @@ def test_lists_that_are_empty_at_first_are_written(later, tmp_path):
 
     from hftl.evaluation.evaluate import TableWriter
 
-    rows = [{"row": number, "entities": later if number > 3 else []} for number in range(6)]
+    rows = [{"row": number, "entities": later if number > 20_000 else []} for number in range(20_004)]
     with TableWriter(tmp_path / "rows.parquet") as writer:
-        for number in range(0, 6, 2):
-            writer.write(rows[number : number + 2])
+        for number in range(0, len(rows), 5001):
+            writer.write(rows[number : number + 5001])
     assert pq.read_table(tmp_path / "rows.parquet").to_pylist() == rows

@@ -52,6 +52,13 @@ def test_each_word_counts_where_it_has_most_context(length, room):
         assert starts[home] <= place < starts[home] + room and context[home] == max(context)
 
 
+def test_a_word_longer_than_a_window_belongs_where_it_begins():
+    length, room = 160, 62
+    starts = window_starts(length, room, room // 4)
+    (home,) = home_windows(np.array([50]), np.array([151]), starts, room, length).tolist()
+    assert starts[home] <= 50 < starts[home] + room
+
+
 @pytest.mark.parametrize("stride", [None, 0, 30])
 def test_no_word_is_lost_and_each_has_one_place(stride, tokenizer):
     rng = random.Random(0)

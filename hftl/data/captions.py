@@ -165,7 +165,8 @@ def find_match(rows: Dataset, given: str | None) -> str | None:
                 f"data.label_column: there is no column '{name}'.{nearest(name, rows.features)} "
                 f"Columns: {', '.join(rows.features)}."
             )
-        if set(arrow_column(rows, name).unique().to_pylist()) <= {0, 1}:
+        values = {value for value in arrow_column(rows, name).unique().to_pylist() if value is not None}
+        if values and values <= {0, 1}:
             return name
     if given is not None:
         raise DataError(f"data.label_column: '{given}' must hold 1 (image and caption belong together) and 0 only.")
@@ -173,7 +174,7 @@ def find_match(rows: Dataset, given: str | None) -> str | None:
 
 
 def matching(rows: Dataset, column: str | None) -> Dataset:
-    """Returns the rows whose image and caption belong together."""
+    """Returns the rows whose image and caption belong together; a row that does not say is not one."""
     if column is None or column not in rows.features:
         return rows
     values = arrow_column(rows, column).to_pylist()

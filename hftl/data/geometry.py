@@ -212,9 +212,10 @@ class GeometryProcessor(ImageProcessor):
                 "std": tuple(saved["image_std"]),
             }
             stock = saved["image_processor_type"]
+            options = {name: saved[name] for name in ("do_pad",) if name in saved}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{folder / STOCK_FILE} is damaged: {type(error).__name__}: {error}") from error
-        return cls(config, AugmentConfig(crop_scale=1, hflip=0, color_jitter=0), stock)
+        return cls(config, AugmentConfig(crop_scale=1, hflip=0, color_jitter=0), stock, options)
 
 
 class GeometryRows(ImageRows):

@@ -159,7 +159,7 @@ def train_numbers(train: Dataset, columns: Sequence[str]) -> tuple[dict[str, Any
 
     A column that does not vary has the deviation 1.
     """
-    means, deviations, problems = [], [], []
+    means, deviations, missing, problems = [], [], [], []
     for name in columns:
         values = _floats(train, name)
         if values is None:
@@ -176,17 +176,30 @@ def train_numbers(train: Dataset, columns: Sequence[str]) -> tuple[dict[str, Any
             problems.append(f"data.source: train column '{name}' has no number at all; name it in data.ignore_columns.")
         else:
             means.append(float(known.mean()))
-            deviations.append(float(known.std()) or 1.0)
-    return {"names": list(columns), "mean": means, "std": deviations}, problems
+            deviations.append(float(known.std()) if np.ptp(known) else 1.0)  # rounding gives equal numbers a deviation
+            missing.append(bool(np.isnan(values).any()))
+    return {"names": list(columns), "mean": means, "std": deviations, "missing": missing}, problems
 
 
 def train_categories(train: Dataset, columns: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the values of each categorical column in train, sorted, as text."""
+    """Returns the values of each categorical column in train as text; both sorted, as JSON keeps them."""
     found = {}
-    for name in columns:
+    train = with_names(train, columns)
+    for name in sorted(columns):
         values = arrow_column(train, name).unique().to_pylist()
         found[name] = sorted({category_key(value) for value in values if value is not None and value != ""})
     return found
+
+
+def with_names(rows: Dataset, columns: Sequence[str]) -> Dataset:
+    """Returns rows in which class numbers (`ClassLabel`) of categorical columns are the names that tables have."""
+    for column in columns:
+        names = getattr(rows.features.get(column), "names", None)
+        if names:
+            known = range(len(names))
+            values = [names[code] if code in known else None for code in arrow_column(rows, column).to_pylist()]
+            rows = rows.remove_columns(column).add_column(column, values)  # pyright: ignore[reportCallIssue]
+    return rows
 
 
 def category_key(value: Any) -> str:

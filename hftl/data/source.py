@@ -38,8 +38,15 @@ class Splits(Mapping[str, "Dataset"]):
     config: DataConfig
     class_names: list[str] | None = None
     """Names of integer labels where they stand beside the tables (labels.json), else None."""
+    cut: bool = False
+    """Whether the source has no validation split, so that it was cut from train."""
     lenient: bool = False
     """Rows that cannot be used are no reason for a task to refuse these: they will be looked for and left out."""
+
+    @property
+    def labelled_by_source(self) -> tuple[str, ...]:
+        """The splits whose labels are those to learn: a rare one may stand in the validation cut alone."""
+        return ("train", "validation") if self.cut else ("train",)
 
     def __getitem__(self, split: str) -> Dataset:
         return self.sets[split]
@@ -85,6 +92,7 @@ def load_splits(
         raise DataError(f"data.source: '{config.source}' has no {wanted} (splits found: {found}).")
     folder = _folder_of(config.source)
     splits = Splits(sets, config, names_beside(folder) if folder else None)
+    given = set(sets)
     if "train" in sets:
         check_labels(sets["train"], config.label_column, splits.class_names)
     if "train" in sets:
@@ -92,7 +100,8 @@ def load_splits(
         sets["train"] = _keep_few(sets["train"], config)
     order = [name for name in SPLIT_NAMES if name in sets]
     say("data: " + ", ".join(f"{name} {len(sets[name])}" for name in order) + f" rows from {config.source}")
-    return Splits({name: sets[name] for name in order}, config, splits.class_names)
+    cut = "validation" in {*sets} - given
+    return Splits({name: sets[name] for name in order}, config, splits.class_names, cut)
 
 
 def _bars_on_terminals_only() -> None:

@@ -17,7 +17,7 @@ from hftl.data.source import Splits
 from hftl.errors import DataError
 
 OUTSIDE = "O"
-_PREFIXED = re.compile(r"([BIESLU])-(.+)", re.DOTALL)
+_PREFIXED = re.compile(r"([BIMESLU])-(.+)", re.DOTALL)
 _OPENS, _CLOSES = frozenset("BSU"), frozenset("ESLU")
 
 
@@ -125,7 +125,8 @@ def tag_names(splits: Splits, column: str) -> tuple[list[str], str]:
         )
     values: set[Any] = {
         tag
-        for tags in arrow_column(train, column).to_pylist()
+        for split in splits.labelled_by_source
+        for tags in arrow_column(splits[split], column).to_pylist()
         for tag in (tags.split() if isinstance(tags, str) else tags or ())
         if tag is not None
     }

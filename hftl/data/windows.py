@@ -76,7 +76,8 @@ def home_windows(first: np.ndarray, last: np.ndarray, starts: Sequence[int], roo
     begin = np.asarray(starts)[:, None]
     left = np.where(begin == 0, length, first - begin)
     right = np.where(begin + room >= length, length, begin + room - 1 - last)
-    return np.minimum(left, right).argmax(0)
+    inside = (begin <= first) & (first < begin + room)  # of a word longer than a window, the first token counts
+    return np.where(inside, np.minimum(left, right), np.iinfo(np.int64).min).argmax(0)
 
 
 def window_words(
@@ -262,7 +263,7 @@ def _map(
             "a text its tokens stand; a checkpoint with a fast tokenizer (tokenizer.json) can."
         )
     keep = [name for name in dict.fromkeys(keep) if name in dataset.column_names]
-    manner = [tokenizer.model_input_names, "hftl windows 1"]
+    manner = [tokenizer.model_input_names, "hftl windows 2"]
     key = [dataset._fingerprint, tokenizer_identity(tokenizer), manner, list(columns), max_length, stride, keep]
     with in_turns("tokenize"):
         encoded = dataset.map(

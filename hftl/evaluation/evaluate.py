@@ -23,8 +23,6 @@ from hftl.tasks.task import Batch, Outputs, Task, Tunable, worth_a_line
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_MOST_HELD = 10_000
-"""Rows after which a list that was always empty is taken for one of texts."""
 _GATHER_EVERY = 16
 """Batches between two gathers of predictions to the main process, and between two looks for an interruption."""
 
@@ -232,29 +230,30 @@ class TableWriter:
         self.path = path
         self.aside = path.with_name(path.name + PARTIAL)
         self.writer: Any = None
-        self.held: list[dict[str, Any]] = []
-        """First rows, as long as a list that was empty in all of them has no type."""
+        self.schema: Any = None
+        self.held: list[Any] = []
+        """Tables of the first rows, as long as a list that was empty in all of them has no type."""
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Adds rows with the same keys as the first ones."""
         if self.path.suffix != ".parquet":
             return self._write_text(rows)
-        self.held += rows
-        return self._write_held(whole=False)
-
-    def _write_held(self, whole: bool) -> None:
         import pyarrow as pa
 
-        table = pa.Table.from_pylist(self.held, schema=self.writer.schema if self.writer else None)
+        self.held.append(pa.Table.from_pylist(rows, schema=self.schema if self.writer else None))
         if self.writer is None:
-            from pyarrow.parquet import ParquetWriter
+            schemas = [self.schema or self.held[0].schema, self.held[-1].schema]
+            self.schema = pa.unify_schemas(schemas, promote_options="permissive")
+        if _typed(self.schema) == self.schema:
+            self._write_held()
 
-            schema = _typed(table.schema)
-            if not whole and schema != table.schema and len(self.held) < _MOST_HELD:
-                return
-            table = table.cast(schema)
-            self.writer = ParquetWriter(self.aside, schema)
-        self.writer.write_table(table)
+    def _write_held(self) -> None:
+        from pyarrow.parquet import ParquetWriter
+
+        self.schema = _typed(self.schema)
+        self.writer = self.writer or ParquetWriter(self.aside, self.schema)
+        for table in self.held:
+            self.writer.write_table(table.cast(self.schema))
         self.held = []
 
     def _write_text(self, rows: list[dict[str, Any]]) -> None:
@@ -288,7 +287,7 @@ class TableWriter:
     def close(self) -> None:
         """Finishes the file, once."""
         if self.held:
-            self._write_held(whole=True)
+            self._write_held()
         if self.writer is not None:
             writer, self.writer = self.writer, None
             writer.close()

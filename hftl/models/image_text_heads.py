@@ -187,14 +187,17 @@ class CrossAttention(nn.Module):
 class Table(nn.Module):
     """Numbers and categories of a row -> one vector [B, F].
 
-    Numbers are standardised by the training rows; a missing one is their mean, and an indicator says so. Categories are
-    embedded; id 0 stands for missing ones and those that training never saw.
+    Numbers are standardised by the training rows; a missing one is their mean, and an indicator says so where training
+    rows lacked some too. Categories are embedded; id 0 stands for missing ones and those that training never saw.
     """
 
     def __init__(self, numbers, categories, width):
         super().__init__()
         self.register_buffer("mean", torch.tensor(numbers["mean"], dtype=torch.float32))
         self.register_buffer("std", torch.tensor(numbers["std"], dtype=torch.float32))
+        # weights of an indicator that was 0 in all training rows are as they were drawn
+        learnt = torch.tensor(numbers.get("missing", [True] * len(numbers["mean"])), dtype=torch.float32)
+        self.register_buffer("missing_learnt", learnt)
         self.embeddings = nn.ModuleList(
             # the size that fastai's tabular models use
             nn.Embedding(len(values) + 1, min(width, round(1.6 * (len(values) + 1) ** 0.56)))
@@ -213,7 +216,11 @@ class Table(nn.Module):
             categories = categories.masked_fill(torch.rand(categories.shape, device=device) < _UNKNOWN, 0)
         missing = numbers.isnan()
         standard = torch.where(missing, 0.0, (numbers - self.mean) / self.std)
-        parts = [standard, missing, *(embed(categories[:, i]) for i, embed in enumerate(self.embeddings))]
+        parts = [
+            standard,
+            missing * self.missing_learnt,
+            *(embed(categories[:, i]) for i, embed in enumerate(self.embeddings)),
+        ]
         return self.linear(torch.cat([part.to(self.mean.dtype) for part in parts], -1))
 
 

@@ -18,7 +18,7 @@ def category_ids(rows, known):
     """Returns ids [B, M] of rows of M categories: position in the `known` values of a column plus one, or 0."""
     ids = [{value: i + 1 for i, value in enumerate(values)} for values in known]
     keys = [[int(v) if isinstance(v, float) and v.is_integer() else v for v in row] for row in rows]
-    found = [[of.get(str(key), 0) for of, key in zip(ids, row, strict=True)] for row in keys]
+    found = [[0 if key is None else of.get(str(key), 0) for of, key in zip(ids, row, strict=True)] for row in keys]
     return torch.tensor(found, dtype=torch.long).view(len(rows), len(known))
 
 
@@ -85,7 +85,7 @@ class ImageTextProcessor:
         )
         names = ("input_ids", "attention_mask", "token_type_ids")
         found = {name: encoded[name] for name in names if name in encoded}
-        return found | {"text_present": torch.tensor([text is not None for text in texts])}
+        return found | {"text_present": torch.tensor([bool(text and text.strip()) for text in texts])}
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):

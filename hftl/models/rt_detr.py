@@ -21,7 +21,7 @@ from hftl.console import say
 from hftl.errors import ModelError, first_line
 from hftl.models.parts import HeadSpec, Source
 from hftl.models.quiet import quiet
-from hftl.models.timm_files import create, data_config_of, origin, recorded_args, timm_name
+from hftl.models.timm_files import check_channels_first, create, data_config_of, origin, recorded_args, timm_name
 
 STRIDES = (8, 16, 32)
 _ROOT = "model.backbone"
@@ -104,10 +104,7 @@ def _feature_maps(config: ModelConfig, name: str) -> tuple[Any, list[tuple[int, 
         raise ModelError(
             f"model.name: '{config.name}' cannot be built as a backbone: {type(error).__name__}: {first_line(error)}"
         ) from error
-    if str(getattr(body, "output_fmt", "NCHW")).rpartition(".")[2] != "NCHW":
-        raise ModelError(
-            f"model.name: '{config.name}' has channels last, which transformers' TimmBackbone cannot take."
-        )
+    check_channels_first(body, config.name)
     channels = body.feature_info.channels()
     return body, list(zip(indices, channels, wanted, strict=True))
 

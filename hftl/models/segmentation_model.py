@@ -122,6 +122,7 @@ def build(run: RunConfig, spec: HeadSpec) -> SegmentationModel:
             f"model.name: '{config.name}' cannot be built as a backbone: {type(error).__name__}: {first_line(error)}. "
             "Without a network, name a folder: local-dir:PATH (config.json and model.safetensors)."
         ) from error
+    timm_files.check_channels_first(backbone, config.name)
     data_config = timm_files.data_config_of(backbone, config.image_size)
     _check_size(config, data_config, backbone)
     net = _network(_net_config(config, spec, backbone), backbone)

@@ -150,6 +150,15 @@ def data_config_of(net: Any, image_size: int | list[int] | None) -> dict[str, An
     return config
 
 
+def check_channels_first(net: Any, name: str) -> None:
+    """Raises ModelError where feature maps are [B, H, W, C], which transformers' TimmBackbone passes on unturned."""
+    if str(getattr(net, "output_fmt", "NCHW")).rpartition(".")[2] != "NCHW":
+        raise ModelError(
+            f"model.name: '{name}' has channels last, which transformers' TimmBackbone cannot take; most ConvNets and "
+            "ViTs have them first."
+        )
+
+
 def origin(name: str, net: Any) -> tuple[str | None, str | None]:
     """Returns the hub id and the commit that the weights of `net` came from, as far as they are known."""
     kind, _, rest = name.partition(":")

@@ -143,7 +143,7 @@ def _results(record: RunRecord) -> str:
         split, _, metric = name.partition("/")
         low, high = intervals.get(metric, (None, None)) if split == "test" else (None, None)
         spread = f"{low:.4f} to {high:.4f}" if low is not None else ""
-        lines.append(f"| {name} | {record.metrics[name]:.4f} | {spread} |")
+        lines.append(f"| {_cell(name)} | {record.metrics[name]:.4f} | {spread} |")
     if not intervals:
         return "\n".join(lines)
     note = "Intervals: over the rows of the test split (Wilson for proportions, bootstrap for others), not over seeds."

@@ -102,7 +102,7 @@ class ContextAnswers:
         values = arrow_column(rows, self.column).to_pylist() if self.column in rows.features else [None] * len(rows)
         for context, value in zip(arrow_column(rows, self.context).to_pylist(), values, strict=True):
             answers = answers_in(value)
-            wrong = BadRow("no answers", self.column) if answers is None else None
+            wrong = BadRow("no answers", self.column) if answers is None else _uneven(value, self.column)
             for text, start in answers or ():
                 if not isinstance(text, str) or not text.strip() or context is None:
                     wrong = BadRow("empty answer", self.column)
@@ -196,6 +196,14 @@ class ContextAnswers:
         """Returns the constructor's arguments."""
         names = ("column", "context", "longest", "null", "threshold")
         return {name: getattr(self, name) for name in names}
+
+
+def _uneven(value: Any, column: str) -> BadRow | None:
+    if not isinstance(value, Mapping):
+        return None
+    texts, starts = (len(value[name] or ()) for name in ("text", "answer_start"))
+    said = f"answers and their starts differ in number: {texts} text(s), {starts} answer_start(s)"
+    return BadRow(said, column) if texts != starts else None
 
 
 def answers_in(value: Any) -> list[Answer] | None:

@@ -25,22 +25,43 @@ class ImageTextClassification(SupervisedTask):
         "full": {"lr": 3e-5, "head_lr": 1e-3, "num_epochs": 4, "head_first": 0.25},
         "scratch": {"lr": 3e-4, "head_lr": 3e-4, "num_epochs": 5},
     }
-    usage = """\
-import transformers
-from PIL import Image
-
-processor = transformers.AutoProcessor.from_pretrained("{place}", trust_remote_code=True)
-model = transformers.AutoModel.from_pretrained("{place}", trust_remote_code=True).eval()
-inputs = processor(images=[Image.open("photo.jpg")], text=["A dog runs on the grass."])
-model.config.id2label[model(**inputs).logits.argmax(-1).item()]"""
+    inputs: ImageTextInputs
 
     def __init__(self, splits: Splits) -> None:
         target = find_target(splits)
         inputs = ImageTextInputs.find(splits, target.columns)
         super().__init__(inputs, target)
         self.head = replace(self.head, options=inputs.options)
+        self.usage = _usage(inputs, self.head.problem_type)
 
     @classmethod
     def make_target(cls, state: dict[str, Any]) -> LabelTarget:
         """See `SupervisedTask.make_target`."""
         return restore_target(state)
+
+
+_ANSWERS = {
+    "single_label_classification": "model.config.id2label[logits[0].argmax().item()]",
+    "multi_label_classification": "dict(zip(model.config.id2label.values(), logits[0].sigmoid().tolist()))",
+    "regression": "dict(zip(model.config.id2label.values(), logits[0].tolist()))",
+}
+
+
+def _usage(inputs: ImageTextInputs, problem_type: str | None) -> str:
+    """Returns Python that asks a saved model of one row, with the inputs that this one takes."""
+    given = {"images": '[Image.open("photo.jpg")]'} if inputs.image else {}
+    given |= {"text": '["A dog runs on the grass."]'} if inputs.texts else {}
+    numbers = [round(mean, 3) for mean in inputs.numbers["mean"]]
+    categories = [next(iter(values), None) for values in inputs.categories.values()]
+    given |= {name: f"[{values}]" for name, values in (("numbers", numbers), ("categories", categories)) if values}
+    lines = [
+        "import transformers",
+        *(["from PIL import Image"] if inputs.image else []),
+        "",
+        'processor = transformers.AutoProcessor.from_pretrained("{place}", trust_remote_code=True)',
+        'model = transformers.AutoModel.from_pretrained("{place}", trust_remote_code=True).eval()',
+        f"inputs = processor({', '.join(f'{name}={value}' for name, value in given.items())})",
+        "logits = model(**inputs).logits",
+        _ANSWERS[problem_type or "regression"],
+    ]
+    return "\n".join(lines)

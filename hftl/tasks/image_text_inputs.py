@@ -24,7 +24,7 @@ from hftl.data.image_text import (
     joined_texts,
 )
 from hftl.data.loader import Example
-from hftl.data.mixed_columns import MixedColumns, find_mixed, train_categories, train_numbers
+from hftl.data.mixed_columns import MixedColumns, find_mixed, train_categories, train_numbers, with_names
 from hftl.data.quarantine import BadRow, BadRows
 from hftl.data.source import Splits
 from hftl.data.text import token_limit, tokenize
@@ -185,7 +185,8 @@ class ImageTextInputs:
             joined = joined_texts(dataset, there, self.template)
             limit = token_limit(processor.tokenizer, max_length)
             texts = tokenize(joined, processor.tokenizer, [TEXT], limit, ())
-        return ImageTextRows(dataset.select_columns(stay) if stay else None, images, texts, present)
+        table = with_names(dataset.select_columns(stay), list(self.categories)) if stay else None
+        return ImageTextRows(table, images, texts, present)
 
     def _refuse_missing(self, present: dict[str, list[bool]], processor: Any) -> None:
         missing = {

@@ -76,8 +76,12 @@ def _token_classification(features: Features, config: DataConfig) -> str:
     words = [
         name for name, inside in lists.items() if inside == "string" and name in (config.text_column, "tokens", "words")
     ]
-    tags = [name for name, inside in lists.items() if inside and ("tag" in name.lower() or name == config.label_column)]
+    tags = [name for name, inside in lists.items() if inside and (_is_tags(name) or name == config.label_column)]
     return f"column '{words[0]}' holds words and '{tags[0]}' a tag for each" if words and tags else ""
+
+
+def _is_tags(name: str) -> bool:
+    return "tag" in name.lower() or name.lower() in NAMES["tags"]
 
 
 def _image_text_retrieval(features: Features, config: DataConfig) -> str:

@@ -87,9 +87,8 @@ class MultiLabel:
             values, names, origin = list(cells.columns), list(cells.columns), "with a column each"
         else:
             feature = splits["train"].features[cells.columns[0]]
-            values, names, origin = named_classes(
-                getattr(feature, "feature", feature), splits.class_names, sorted(seen["train"].counts, key=_sortable)
-            )
+            present = sorted(_present(splits, seen), key=_sortable)
+            values, names, origin = named_classes(getattr(feature, "feature", feature), splits.class_names, present)
         found = cls(cells.columns, cells.form, cells.separator, names, values)
         found.problems = _problems(splits, seen, found)
         where = f"{len(cells.columns)} columns" if cells.form == "flags" else f"column '{cells.columns[0]}'"
@@ -151,7 +150,8 @@ class MultiLabel:
 
     def bad_rows(self, splits: Splits) -> BadRows:
         """Returns the rows whose cells cannot be read, and the held-out rows with a label that train lacks."""
-        known = {value for labels, _ in self.cells.rows(splits["train"]) for value in labels}
+        parts = [splits[split] for split in splits.labelled_by_source]
+        known = {value for rows in parts for labels, _ in self.cells.rows(rows) for value in labels}
         return {split: self._unusable(rows, known) for split, rows in splits.items()}
 
     def unusable(self, rows: Dataset) -> dict[int, BadRow]:
@@ -234,8 +234,12 @@ def _look(cells: LabelCells, rows: Any) -> _Seen:
     return seen
 
 
+def _present(splits: Splits, seen: dict[str, _Seen]) -> set[Any]:
+    return {value for split in splits.labelled_by_source for value in seen[split].counts}
+
+
 def _problems(splits: Splits, seen: dict[str, _Seen], target: MultiLabel) -> list[str]:
-    out, train = [], seen["train"]
+    out, train, present = [], seen["train"], _present(splits, seen)
     where = ", ".join(f"'{name}'" for name in target.columns)
     for split, found in seen.items() if not splits.lenient else ():
         if found.bad:
@@ -243,7 +247,7 @@ def _problems(splits: Splits, seen: dict[str, _Seen], target: MultiLabel) -> lis
                 f"data.source: {split} has {len(found.bad)} row(s) whose labels in column(s) {where} cannot be read: "
                 f"{unusable(found.bad)}. Correct them, or leave them out with --data.on_error skip."
             )
-        unseen = [value for value in found.counts if value not in train.counts]
+        unseen = [value for value in found.counts if value not in present]
         if split != "train" and unseen and target.cells.form != "flags":
             names = sorted(target._name(value) for value in unseen)
             rows = sum(found.counts[value] for value in unseen)

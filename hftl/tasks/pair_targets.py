@@ -77,10 +77,11 @@ class PairScores:
 
     def bad_rows(self, splits: Splits) -> BadRows:
         """Returns the rows without a score, or with one that is no finite number."""
-        return {
-            split: {row: BadRow("no score", self.column) for row in _without_score(rows, self.column)}
-            for split, rows in splits.items()
-        }
+        return {split: self.unusable(rows) for split, rows in splits.items()}
+
+    def unusable(self, rows: Dataset) -> dict[int, BadRow]:
+        """Returns the rows of one split, as `bad_rows`."""
+        return {row: BadRow("no score", self.column) for row in _without_score(rows, self.column)}
 
     def state(self) -> dict[str, Any]:
         """Returns the arguments."""

@@ -63,7 +63,8 @@ class PixelClasses:
         surveys = {
             split: survey_masks(rows, image.name, mask.name, split, config.max_pixels) for split, rows in splits.items()
         }
-        present = sorted({value for seen in surveys["train"] if not isinstance(seen, BadRow) for value in seen})
+        taught = [seen for split in splits.labelled_by_source for seen in surveys[split]]
+        present = sorted({value for seen in taught if not isinstance(seen, BadRow) for value in seen})
         classes = find_classes(present, splits.class_names, config.ignore_index)
         found = cls(mask.name, classes.names, classes.values, classes.void)
         found.image_column = image.name

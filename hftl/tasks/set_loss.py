@@ -49,6 +49,8 @@ def _image_loss(logits: Tensor, boxes: Tensor, label: Mapping[str, Tensor], excl
     """Returns the loss of an image, summed over L layers with logits [L, Q, K] and boxes [L, Q, 4]."""
     from torchvision.ops import box_convert, generalized_box_iou_loss
 
+    if not (logits.isfinite().all() and boxes.isfinite().all()):
+        return (logits.sum() + boxes.sum()) * torch.nan  # matchers would raise; training says step and rows
     classes, true = label["class_labels"], label["boxes"].to(boxes)
     layer, query, target = _assign(logits, boxes, classes, true, exclusive)
     matched, wanted = boxes[layer, query], true[target]

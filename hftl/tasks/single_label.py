@@ -54,7 +54,7 @@ class SingleLabel:
             found.problems = error.problems
             return found
         seen = {split: _counts(rows, column.name) for split, rows in splits.items()}
-        present = sorted(value for value in seen["train"] if value is not None)
+        present = sorted(_present(splits, seen))
         values, names, origin = named_classes(train.features[column.name], splits.class_names, present)
         found = cls(column.name, names, values)
         found.problems = _problems(splits, column.name, seen, found)
@@ -92,7 +92,7 @@ class SingleLabel:
     def bad_rows(self, splits: Splits) -> BadRows:
         """Returns the rows without a label, and the held-out rows of classes that train lacks."""
         values = {split: _label_values(rows, self.column) for split, rows in splits.items()}
-        known = {value for value in values["train"] if value is not None}
+        known = {value for split in splits.labelled_by_source for value in values[split] if value is not None}
         return {
             split: {row: self._bad(value) for row, value in enumerate(found) if value not in known}
             for split, found in values.items()
@@ -158,9 +158,13 @@ def named_classes(
     return list(present), [str(value) for value in present], "found in train"
 
 
+def _present(splits: Splits, seen: dict[str, dict[Any, int]]) -> set[Any]:
+    return {value for split in splits.labelled_by_source for value in seen[split] if value is not None}
+
+
 def _problems(splits: Splits, column: str, seen: dict[str, dict[Any, int]], target: SingleLabel) -> list[str]:
     out = []
-    present = {value for value in seen["train"] if value is not None}
+    present = _present(splits, seen)
     real = any(isinstance(value, float) and not value.is_integer() for value in present)
     if real:
         out.append(

@@ -187,7 +187,7 @@ class SupervisedTask:
     pipeline_tag: ClassVar[str] = ""
     shown: tuple[str, ...] = ("accuracy", "macro_f1")
     defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {}
-    usage: ClassVar[str] = ""
+    usage: str = ""
     inputs_type: ClassVar[Any]
     """Class of the inputs, for tasks that `restore` opens without data."""
 

@@ -66,7 +66,8 @@ class WordInputs:
 
     def _wordless(self, rows: Dataset) -> list[int]:
         values = arrow_column(rows, self.column).to_pylist()
-        return [row for row, value in enumerate(values) if not words_in(value)[1] or None in value]
+        lacking = [not words_in(value)[1] or isinstance(value, list) and None in value for value in values]
+        return [row for row, bad in enumerate(lacking) if bad]
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]

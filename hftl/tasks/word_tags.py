@@ -77,18 +77,18 @@ class WordTags:
                     seen[split].update(read)
             if bad and not splits.lenient:
                 found.problems.append(_bad_sentence(split, bad))
-        found.problems += found._unfit(seen, splits.lenient)
+        found.problems += found._unfit(seen, splits)
         say(f"data: tags from column '{column.name}' ({column.why}); {len(tags)} tags {origin}: {shorten(tags)}")
         if not found.problems:
             found._say_scheme(train, seen["train"])
         return found
 
-    def _unfit(self, seen: Mapping[str, Counter[int]], lenient: bool) -> Iterator[str]:
+    def _unfit(self, seen: Mapping[str, Counter[int]], splits: Splits) -> Iterator[str]:
         """Yields what makes it impossible to learn the tags."""
-        present = {number for number, count in seen["train"].items() if count}
+        present = {number for split in splits.labelled_by_source for number, count in seen[split].items() if count}
         for split, counts in seen.items():
             unseen = sorted(set(counts) - present)
-            if unseen and not lenient:
+            if unseen and not splits.lenient:
                 names = shorten([self.tags[number] for number in unseen])
                 yield (
                     f"data.source: {split} has {sum(counts[number] for number in unseen)} word(s) with the tag "

@@ -130,7 +130,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
             if step % config.log_every == 0 or owes or step == plan.total or not usable:
                 record = {"epoch": step / plan.epoch_steps, "train/loss": recorder.mean_loss() if usable else loss}
                 record |= {"grad_norm": norm} | {f"lr/{part}": rate for part, rate in rates.items()}
-                recorder.log(**record, **({} if usable else {"skipped_steps": history.skipped}))
+                recorder.log(record | ({} if usable else {"skipped_steps": history.skipped}))
             if failed:
                 keeper.settle(training)
             if asked:

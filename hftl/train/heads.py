@@ -29,7 +29,7 @@ from hftl.train.agree import on_main
 from hftl.train.best import BestSoFar
 from hftl.train.folder import run_folder
 from hftl.train.head_bank import HeadBank, HeadSetting
-from hftl.train.history import History, Recorder, finite
+from hftl.train.history import History, Recorder, finite, not_shown
 from hftl.train.optim import lr_factor
 from hftl.train.plan import Plan, make_plan
 from hftl.train.state import spread
@@ -85,7 +85,7 @@ def fit_heads(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
         done = on_main(accelerator, trial.train, run_folder(run))
         for values in done.records:
             recorder.history.steps = values.pop("step")
-            recorder.log(**values)
+            recorder.log(values, not_shown(values, task, trial.metric))
         on_main(accelerator, recorder.settle)
         recorder.history.steps = done.steps
         recorder.history.best = done.best

@@ -16,6 +16,7 @@ from hftl.config.schema import RunConfig, leaves
 from hftl.console import say
 from hftl.errors import CheckpointError, first_line
 from hftl.files import write_text
+from hftl.tasks.task import Task, worth_a_line
 from hftl.train.agree import on_main
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
+
+
+def not_shown(values: Mapping[str, float], task: Task, metric: str) -> set[str]:
+    """Returns the names of validation's metrics that no line says: neither `metric` nor one that the task shows."""
+    named = {name: name.removeprefix("validation/") for name in values if name.startswith("validation/")}
+    return {name for name, of in named.items() if of != metric and not worth_a_line(of, task)}
 
 
 class Recorder:
@@ -126,7 +133,7 @@ class Recorder:
         self._losses, self._count = 0.0, 0
         return mean
 
-    def log(self, unsaid: Collection[str] = (), **values: float) -> None:
+    def log(self, values: dict[str, float], unsaid: Collection[str] = ()) -> None:
         """Records values at the current step; those named in `unsaid` stand on file and in trackers alone."""
         record = {"step": self.history.steps, **values}
         self.history.records.append(record)

@@ -67,7 +67,7 @@ def fit_probe(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
                 layer.bias.copy_(torch.from_numpy(weights[1]))
         recorder.history.selection = chosen
         with muted():  # it has been said
-            recorder.log(**{f"cross_validation/{name}": chosen[name] for name in ("accuracy", "loss")})
+            recorder.log({f"cross_validation/{name}": chosen[name] for name in ("accuracy", "loss")})
         on_main(accelerator, recorder.settle)
     return recorder.history
 

@@ -94,7 +94,7 @@ def prepare(
         head = task.head if task else HeadSpec(stock, 2)
         problems += _target_problems(run, head) or probe_problems(run, head, splits, task)
     if splits and not resumes(run) and run.adapt.method != "probe":  # a run that goes on keeps the rows of its steps
-        problems += _batch_problems(run, len(splits["train"]))
+        problems += _batch_problems(run, len(splits["train"]), task)
     problems += _augment_problems(run, task)
     problems += _metric_problems(run, task)
     problems += _tracker_problems(run.train.trackers) + folder_problems(run)
@@ -216,7 +216,7 @@ def _target_problems(run: RunConfig, head: HeadSpec) -> list[str]:
     return []
 
 
-def _batch_problems(run: RunConfig, rows: int) -> list[str]:
+def _batch_problems(run: RunConfig, rows: int, task: Task | None) -> list[str]:
     try:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         effective = run.train.batch_size_per_device * run.train.gradient_accumulation_steps * world
@@ -227,6 +227,11 @@ def _batch_problems(run: RunConfig, rows: int) -> list[str]:
             f"train.batch_size_per_device: the effective batch of {effective} (batch size "
             f"{run.train.batch_size_per_device} x accumulation {run.train.gradient_accumulation_steps} x {world} "
             f"process(es)) is larger than the {rows} training rows; lower it to at most {rows}."
+        ]
+    if getattr(task, "across_rows", False) and run.train.batch_size_per_device * world < 2:
+        return [
+            "train.batch_size_per_device: this loss compares the rows of a batch with each other, and a batch of 1 has "
+            "none to compare (train.gradient_accumulation_steps adds none); give 2 at least, better 64 or more."
         ]
     return []
 

@@ -11,9 +11,9 @@ from hftl.console import say
 from hftl.data.loader import Rows
 from hftl.evaluation.evaluate import evaluate_rows
 from hftl.models.parts import TaskModel
-from hftl.tasks.task import Task, worth_a_line
+from hftl.tasks.task import Task
 from hftl.train.best import BestWeights
-from hftl.train.history import Recorder
+from hftl.train.history import Recorder, not_shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,8 +76,8 @@ class Validation:
         metric = self.run.train.best_metric or self.task.best_metric
         self.best.share_buffers()
         found = evaluate_rows(self.accelerator, self.model, self.task, self.rows, self.run, interrupted=interrupted)
-        unsaid = {f"validation/{name}" for name in found if name != metric and not worth_a_line(name, self.task)}
-        self.recorder.log(unsaid, **{f"validation/{name}": value for name, value in found.items()})
+        values = {f"validation/{name}": value for name, value in found.items()}
+        self.recorder.log(values, not_shown(values, self.task, metric))
         # a model that computes NaN for some rows may be right about the others, and is not to be kept for that
         if self.best.offer(found[metric] if math.isfinite(found["loss"]) else math.nan):
             history.best = {"step": history.steps, "metric": f"validation/{metric}", "value": found[metric]}
