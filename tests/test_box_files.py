@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,6 +74,38 @@ def test_a_renamed_image_is_found_by_the_name_of_its_xml(tmp_path):
     assert read(load(folder)["train"]) == drawn("train")
 
 
+def test_images_that_move_are_found_again(tmp_path):
+    folder = make_voc(tmp_path, "Annotations", "JPEGImages", lists=True)
+    before = read(load(folder)["train"])
+    (folder / "JPEGImages").rename(folder / "images")
+    assert read(load(folder)["train"]) == before
+
+
+def test_an_empty_list_is_no_split(tmp_path):
+    folder = make_voc(tmp_path, "Annotations", "JPEGImages", lists=True)
+    (folder / "ImageSets/Main/test.txt").write_text("\n")
+    assert set(load(folder)) == {"train", "validation"}
+
+
+def test_ids_of_categories_may_be_texts(tmp_path):
+    def change(content):
+        for box in content["annotations"]:
+            box["category_id"] = str(box["category_id"])
+
+    splits = load(spoiled(tmp_path, change))
+    assert read(splits["train"]) == drawn("train") and read(splits["test"]) == drawn("test")
+
+
+def test_masks_beside_boxes_are_named(tmp_path, capsys):
+    folder = make_voc(tmp_path, "Annotations", "JPEGImages", lists=True)
+    load(folder)
+    assert "are not used" not in capsys.readouterr().out
+    save_images(folder / "SegmentationClass", "train")
+    assert "objects" in load(folder)["train"].features
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "are not used" in line]
+    assert "boxes are read, masks in SegmentationClass are not used" in said and "for masks give a folder" in said
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_rows_with_an_objects_column(listed, tmp_path):
     from datasets import ClassLabel, Dataset, Features, Image, List, Value
@@ -130,6 +163,10 @@ def box_of(number, box):
     return change
 
 
+def size_of(width, height):
+    return lambda content: content["images"][0].update(width=width, height=height)
+
+
 BAD = {
     "reversed box": box_of(0, [10, 10, -4, 5]),
     "empty box": box_of(0, [10, 10, 0, 5]),
@@ -137,6 +174,9 @@ BAD = {
     "not a box: box 0 ([nan": box_of(0, [float("nan"), 1, 5, 5]),
     "not a box: box 0 ([1.0, 5.0])": box_of(0, [1, 5]),
     "unknown category": lambda content: content["annotations"][0].update(category_id=99),
+    "boxes in shares: box 0 ([0.2, 0.3, 0.5, 0.7])": box_of(0, [0.2, 0.3, 0.5, 0.7]),
+    "boxes of another size: they were drawn on 640 x 480 pixels, the image has 64 x 48": size_of(640, 480),
+    "the image has 64 x 48 (turned, as its EXIF may say)": size_of(48, 64),
 }
 
 
@@ -148,6 +188,47 @@ def test_objects_that_cannot_be_used_are_named_with_their_row(reason, split, tmp
         hftl.ObjectDetection(load(folder))
     assert f"{split} has 1 row(s)" in str(error.value) and "row 0 (" in str(error.value), error.value
     assert reason in str(error.value) and "--data.on_error skip" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "size", [{}, {"width": 0, "height": 0}, {"width": "64", "height": 48.0}, {"width": None, "height": 10**400}]
+)
+def test_a_size_that_is_not_declared_is_none(size, tmp_path):
+    def change(content):
+        for image in content["images"]:
+            del image["width"], image["height"]
+            image.update(size)
+
+    hftl.ObjectDetection(load(spoiled(tmp_path, change)))
+
+
+def test_voc_declares_sizes_too_and_such_rows_can_be_left_out(tmp_path):
+    file = make_voc(tmp_path) / "train/train2.xml"
+    file.write_text(file.read_text().replace("<width>64<", "<width>640<"))
+    splits = load(tmp_path)
+    with pytest.raises(DataError, match="row 2 .*boxes of another size: they were drawn on 640 x 48"):
+        hftl.ObjectDetection(splits)
+    lenient = replace(splits, lenient=True)
+    assert {split: list(bad) for split, bad in hftl.ObjectDetection(lenient).bad_rows(lenient).items()} == {
+        "train": [2],
+        "validation": [],
+        "test": [],
+    }
+
+
+def test_boxes_that_are_cut_off_are_counted_once_for_each_split(tmp_path, capsys):
+    def corners(content):
+        for box in content["annotations"]:
+            x, y, width, height = box["bbox"]
+            box["bbox"] = [30 + x, 25, 30 + x + width, 25 + height]
+        content["annotations"][0]["bbox"] = [-2, 10, 20, 40]  # two pixels are no news
+
+    splits = load(spoiled(tmp_path, corners))
+    hftl.ObjectDetection(replace(splits, lenient=True))
+    assert "reach out" not in capsys.readouterr().out
+    hftl.ObjectDetection(splits)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "reach out" in line]
+    assert said.startswith("data: train: 9 of 10 boxes") and "not x0, y0, x1, y1" in said
 
 
 def test_rows_with_bad_objects_can_be_left_out(tiny_timm, tmp_path):
@@ -235,6 +316,19 @@ def test_augmentations_that_boxes_cannot_follow_are_refused(tmp_path):
     data = hftl.DataConfig(source=str(make_coco(tmp_path)), augment=hftl.AugmentConfig(auto_augment="original"))
     with pytest.raises(DataError, match=r"auto_augment.*boxes would stay behind"):
         hftl.ObjectDetection(hftl.load_splits(data))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_training_needs_boxes_to_measure_by_and_a_test_does_not(split, tmp_path, capsys):
+    splits = load(make_coco(tmp_path))
+    lacking = replace(splits, sets=splits.sets | {split: splits[split].remove_columns("objects")})
+    if split == "validation":
+        with pytest.raises(DataError, match="validation has no column 'objects'.*cut from train"):
+            hftl.ObjectDetection(lacking)
+        return
+    task = hftl.ObjectDetection(lacking)
+    assert "test has no column 'objects'; its rows are predicted" in capsys.readouterr().out
+    assert set(task.bad_rows(lacking)) >= {"train", "validation"}
 
 
 def test_a_category_that_training_lacks_is_named(tmp_path):

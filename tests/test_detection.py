@@ -117,6 +117,20 @@ def test_an_image_does_not_know_its_neighbours_and_may_be_empty(width):
         assert finite == [False, True, True, True]  # said by the loop, not an error of the matcher
 
 
+def test_a_rare_category_may_fall_into_the_validation_cut():
+    from datasets import Dataset
+
+    from hftl.data.source import Splits
+
+    def rows(*names):
+        return Dataset.from_list([{"objects": {"bbox": [[0.0, 0.0, 5.0, 5.0]], "category": [name]}} for name in names])
+
+    parts = {"train": rows("a", "b", "a"), "validation": rows("rare", "a")}
+    found = LabelledBoxes.find(Splits(parts, hftl.DataConfig(source="here"), cut=True), "image")
+    assert not found.problems and found.names == ["a", "b", "rare"]
+    assert LabelledBoxes.find(Splits(parts, hftl.DataConfig(source="here")), "image").names == ["a", "b"]
+
+
 def test_detections_are_shown_on_a_terminal(capsys):
     from hftl.use import _Terminal
 

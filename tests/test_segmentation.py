@@ -288,6 +288,41 @@ def test_folders_of_images_and_masks_are_paired_by_name(images, masks, ending, s
     assert len(splits["train"]) == 4
 
 
+def test_a_folder_of_boxes_is_no_folder_of_masks(scenes, tmp_path):
+    copy_pairs(scenes, tmp_path / "JPEGImages", tmp_path / "SegmentationClass")
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "Annotations" / "notes.txt").write_text("boxes elsewhere")
+    assert len(load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))["train"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "lost", "said"),
+    [
+        ("{}/images", "{}/masks", "val/maks", "split 'val' has no masks"),
+        ("images/{}", "masks/{}", "masks/old", "split 'val' has no masks"),
+        ("{}", "{}_masks", "valmsk", "split 'val' has no masks"),
+        ("images/{}", "masks/{}", None, "split 'val' has no images"),
+    ],
+)
+def test_splits_that_are_not_used_are_named(images, masks, lost, said, scenes, tmp_path, capsys):
+    for split in ("train", "val"):
+        copy_pairs(scenes, tmp_path / images.format(split), tmp_path / masks.format(split))
+    moved = tmp_path / (masks if lost else images).format("val")
+    moved.rename(tmp_path / (lost or "images/old"))
+    splits = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
+    assert set(splits) == {"train"}
+    assert f"data: {said} and is not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("folder", "name"), [("images", "00.jpg"), ("masks", "00.gif"), ("masks", "00_mask.png")])
+def test_two_files_for_one_picture_are_refused(folder, name, scenes, tmp_path):
+    copy_pairs(scenes, tmp_path / "images", tmp_path / "masks")
+    (tmp_path / folder / name).write_bytes((tmp_path / folder / "01.png").read_bytes())
+    with pytest.raises(DataError, match="several files stand for one picture: ") as caught:
+        load_splits(hftl.DataConfig(source=str(tmp_path)))
+    assert name in str(caught.value) and "00.png" in str(caught.value)
+
+
 def test_folders_whose_names_do_not_meet_are_refused(scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks", "zzz")
     with pytest.raises(DataError, match=r"no mask in .*masks is named as an image.*00zzz"):
@@ -307,6 +342,45 @@ def test_tables_and_data_sets_with_two_image_columns(scenes, tmp_path):
         hftl.SemanticSegmentation(replace(splits, sets=renamed))
     named = replace(splits, sets=renamed, config=replace(splits.config, label_column="other"))
     assert hftl.SemanticSegmentation(named).inputs.column == "one"
+
+
+def unlabelled(scenes, folder, split):
+    """Tables whose `split` has no masks; that of `test` is opened before that of `train`."""
+    copy_pairs(scenes, folder / "a", folder / "b")
+    for name in ("train", "val", "test"):
+        rows = [f"a/{number:02d}.png,b/{number:02d}.png" for number in range(4)]
+        rows = ["image,mask", *rows] if name != split else ["image", *(row.partition(",")[0] for row in rows)]
+        (folder / f"{name}.csv").write_text("\n".join(rows))
+    return load_splits(hftl.DataConfig(source=str(folder)))
+
+
+def test_a_test_table_may_have_no_masks(scenes, tmp_path, capsys):
+    splits = unlabelled(scenes, tmp_path, "test")
+    task = hftl.SemanticSegmentation(splits)
+    assert task.target.column == "mask" and "test has no column 'mask'" in capsys.readouterr().out
+    assert task.bad_rows(splits)["train"] == {} and "test" not in task.target.bad_rows(splits)
+
+
+def test_a_run_ends_well_where_test_has_no_masks(scenes, tiny_timm, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    unlabelled(scenes, folder, "test")
+    metrics = run_undrawn("semantic_segmentation", make_run(folder, tiny_timm, tmp_path / "run", max_steps=1))
+    assert "validation/mean_iou" in metrics and "test/mean_iou" not in metrics
+    rows = pq.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
+    assert sum(row["split"] == "test" and bool(row["mask_png"]) for row in rows) == 4
+
+
+def test_columns_of_paths_are_known_where_the_first_table_leaves_them_empty(scenes, tmp_path):
+    unlabelled(scenes, tmp_path, "test")
+    (tmp_path / "test.csv").write_text("image,mask\na/00.png,\n")
+    features = load_splits(hftl.DataConfig(source=str(tmp_path)))["train"].features
+    assert type(features["mask"]).__name__ == "Image"
+
+
+def test_a_validation_table_needs_masks(scenes, tmp_path):
+    with pytest.raises(DataError, match="validation has no column 'mask'.*Add it"):
+        hftl.SemanticSegmentation(unlabelled(scenes, tmp_path, "val"))
 
 
 def test_void_is_known_by_its_name_by_255_or_by_the_setting():
@@ -365,6 +439,15 @@ def test_palettes_are_read_as_numbers_and_grey_of_16_bits_too(tmp_path):
     Image.fromarray(numbers.astype(np.uint16) * 1000).save(tmp_path / "deep.png")
     read = [decode_indices({"path": str(tmp_path / name)}, 10**6) for name in ("p.png", "deep.png")]
     assert np.array_equal(read[0], numbers) and np.array_equal(read[1], numbers.astype(int) * 1000)
+
+
+@pytest.mark.parametrize("options", [{"format": "JPEG"}, {"format": "MPO", "save_all": True}])
+def test_masks_of_jpeg_are_refused(options, tmp_path):
+    from hftl.data.image_file import decode_indices
+
+    Image.new("L", (8, 8), 3).save(tmp_path / "mask.jpg", **options)
+    with pytest.raises(DataError, match="not a mask: JPEG changes class numbers.*PNG"):
+        decode_indices({"path": str(tmp_path / "mask.jpg")}, 10**6)
 
 
 def test_masks_of_one_class_say_what_to_do(scenes, scene_run, tmp_path):

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
 from hftl.console import say
-from hftl.data.coco_files import coco_files, read_coco
+from hftl.data.coco_files import coco_files, image_folders, read_coco
+from hftl.data.mask_folders import folders_of_masks
 from hftl.data.paths import with_images
 from hftl.data.voc_files import read_voc, voc_files
-from hftl.errors import DataError
+from hftl.errors import DataError, shorten
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features
 
-_READERS = "hftl boxes 1"
+_READERS = "hftl boxes 2"
 """Part of the key in the cache; to be changed when a reader understands a file otherwise."""
 
 
@@ -43,7 +44,15 @@ def open_box_folders(path: Path, config: DataConfig) -> Mapping[str, Dataset] | 
         files: Mapping[str, Sequence[Path]] = {split: [file] for split, file in by_coco.items()}
     else:
         files = by_voc
-    key = [_READERS, {split: [_identity(file) for file in each] for split, each in files.items()}]
+    masks = [os.path.relpath(folder, path) for folder in folders_of_masks(path)]
+    if masks:
+        say(
+            f"data: boxes are read, masks in {shorten(masks)} are not used; for masks give a folder that has "
+            "nothing but the folders of images and of masks"
+        )
+    # images are found when files are read: a folder of them that has changed since asks for another reading
+    read_from = {split: [*each, *image_folders(path, each[0].parent, split)] for split, each in files.items()}
+    key = [_READERS, {split: [_identity(place) for place in places] for split, places in read_from.items()}]
     rows = _written(key, list(files), lambda: read_coco(path, by_coco) if by_coco else read_voc(path, by_voc))
     return with_images(rows, config, path)
 

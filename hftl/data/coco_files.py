@@ -21,6 +21,8 @@ _HEAD = re.compile(r'^\s*\{\s*"(info|licenses|images|annotations|categories|type
 _KEYS = (re.compile(r'"images"\s*:'), re.compile(r'"annotations"\s*:'), re.compile(r'"(bbox|categories)"\s*:'))
 """What a file of boxes has somewhere; COCO's captions lack the last."""
 _FOLDERS = ("annotations", "Annotations")
+DRAWN_ON = "drawn_on"
+"""Field of objects with width and height of the image that they were drawn on, empty where the file does not say."""
 
 
 def coco_files(path: Path) -> dict[str, Path]:
@@ -64,7 +66,7 @@ def read_coco(path: Path, files: Mapping[str, Path]) -> tuple[Features, dict[str
     contents = {split: _load(file) for split, file in files.items()}
     names = {split: _names(content, files[split]) for split, content in contents.items()}
     used = {
-        names[split].get(box.get("category_id"))
+        names[split].get(_category_id(box.get("category_id")))
         for split, content in contents.items()
         for box in content.get("annotations", [])
     }
@@ -76,7 +78,7 @@ def read_coco(path: Path, files: Mapping[str, Path]) -> tuple[Features, dict[str
     numbers = {name: number for number, name in enumerate(kept)}
     rows = {split: list(_rows(path, files[split], split, contents[split], names[split], numbers)) for split in files}
     objects = {"bbox": List(List(Value("float64"))), "category": List(ClassLabel(names=kept))}
-    objects["iscrowd"] = List(Value("bool"))
+    objects |= {"iscrowd": List(Value("bool")), DRAWN_ON: List(Value("int64"))}
     return Features({"image": Value("string"), "objects": objects}), rows
 
 
@@ -106,17 +108,34 @@ def _is_records(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _names(content: dict[str, Any], file: Path) -> dict[Any, str]:
+def _names(content: dict[str, Any], file: Path) -> dict[int | None, str]:
     """Returns the name of each category id, in the order of the ids."""
-    try:
-        pairs = sorted((int(item["id"]), str(item["name"])) for item in content["categories"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"data.source: '{file}': a category has no number `id` or no `name`.") from error
+    found = [(_category_id(item.get("id")), item.get("name")) for item in content["categories"]]
+    pairs = sorted((number, str(name)) for number, name in found if number is not None and name is not None)
+    if len(pairs) < len(found):
+        raise DataError(f"data.source: '{file}': a category has no number `id` or no `name`.")
     twice = sorted({name for _, name in pairs if [other for _, other in pairs].count(name) > 1})
     if twice or len(dict(pairs)) < len(pairs):
         what = f"the name {shorten(twice)}" if twice else "an id"
         raise DataError(f"data.source: '{file}' has {what} for more than one category.")
     return dict(pairs)
+
+
+def _category_id(value: Any) -> int | None:
+    """Returns a category's number, which some tools write as text."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def declared_size(width: Any, height: Any) -> list[int]:
+    """Returns the width and height that a file gives an image; none where it gives none, or 0 as some tools do."""
+    try:
+        size = [round(float(value)) for value in (width, height)]
+    except (TypeError, ValueError, OverflowError):
+        return []
+    return size if all(0 < value < 2**31 for value in size) else []
 
 
 def _rows(
@@ -134,7 +153,8 @@ def _rows(
             raise DataError(f"data.source: '{file}': an image has no `id` or no `file_name`: {str(image)[:120]}.")
         if image["id"] in boxes:
             raise DataError(f"data.source: '{file}' has the image id {image['id']} more than once.")
-        boxes[image["id"]] = {"bbox": [], "category": [], "iscrowd": []}
+        size = declared_size(image.get("width"), image.get("height"))
+        boxes[image["id"]] = {"bbox": [], "category": [], "iscrowd": [], DRAWN_ON: size}
     for box in content["annotations"]:
         if box.get("image_id") not in boxes:
             raise DataError(
@@ -143,7 +163,7 @@ def _rows(
             )
         of_image = boxes[box["image_id"]]
         of_image["bbox"].append(_numbers(box.get("bbox")))
-        of_image["category"].append(numbers.get(names.get(box.get("category_id"), "")))
+        of_image["category"].append(numbers.get(names.get(_category_id(box.get("category_id")), "")))
         of_image["iscrowd"].append(bool(box.get("iscrowd")))
     folder = folder_of_images(path, file.parent, split, [image["file_name"] for image in content["images"]])
     place = os.path.relpath(folder, path)
@@ -155,6 +175,14 @@ def _numbers(box: Any) -> list[float]:
     """Returns a box as it stands; what is no list of numbers is a box of none, which is judged with the others."""
     fine = isinstance(box, list) and all(isinstance(value, (int, float)) for value in box)
     return [float(value) for value in box] if fine else []
+
+
+def image_folders(path: Path, beside: Path, split: str) -> list[Path]:
+    """Returns the folders that may hold the images of a split, in the order in which they are looked into."""
+    inside = [folder for name in ("images", "JPEGImages") if (folder := path / name).is_dir()]
+    of_split = [folders[split] for folder in (*inside, path) if split in (folders := split_folders(folder))]
+    of_split = [folder for each in of_split for folder in (each, each / "images") if folder.is_dir()]
+    return list(dict.fromkeys([beside, *of_split, *inside, path]))
 
 
 def folder_of_images(path: Path, beside: Path, split: str, names: list[str]) -> Path:
@@ -169,10 +197,7 @@ def folder_of_images(path: Path, beside: Path, split: str, names: list[str]) -> 
     Raises:
         DataError: None is in any of the usual folders.
     """
-    inside = [folder for name in ("images", "JPEGImages") if (folder := path / name).is_dir()]
-    of_split = [folders[split] for folder in (*inside, path) if split in (folders := split_folders(folder))]
-    of_split = [folder for each in of_split for folder in (each, each / "images")]
-    looked = list(dict.fromkeys([beside, *of_split, *inside, path]))
+    looked = image_folders(path, beside, split)
     for folder in looked:
         if any((folder / name).is_file() for name in names[:20] if not os.path.isabs(name)):
             return folder

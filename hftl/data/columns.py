@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from hftl.console import say
 from hftl.errors import DataError, nearest
 
 if TYPE_CHECKING:
@@ -116,6 +117,22 @@ def arrow_column(rows: Dataset, column: str) -> pa.ChunkedArray:
     """Returns the values of a column as Arrow holds them."""
     table = cast("pa.Table", rows.select_columns([column]).with_format("arrow")[:])
     return table.column(column)
+
+
+def splits_without(splits: Mapping[str, Dataset], column: str) -> list[str]:
+    """Returns a sentence on each split that training needs and that lacks the labels; of others, that is only said."""
+    problems = []
+    for split, rows in splits.items():
+        if column in rows.features:
+            continue
+        if split == "test":
+            say(f"data: test has no column '{column}'; its rows are predicted and not measured")
+        else:
+            problems.append(
+                f"data.source: {split} has no column '{column}', which holds the labels of train. Columns: "
+                f"{', '.join(rows.features)}. Add it, or give no {split} split: then one is cut from train."
+            )
+    return problems
 
 
 def filled_columns(rows: Dataset, names: Iterable[str]) -> list[str]:

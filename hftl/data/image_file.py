@@ -77,9 +77,12 @@ def decode_indices(stored: Stored, max_pixels: int) -> np.ndarray:
     """Returns the numbers in an image of one channel [H, W], upright: grey values or indices into its palette, int32.
 
     Raises:
-        DataError: As `decode_image`; or there are several channels, whose colours are not numbers of classes.
+        DataError: As `decode_image`; there are several channels, whose colours are not numbers of classes; or the
+            image is a JPEG.
     """
     with _opened(stored, max_pixels) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise DataError("not a mask: JPEG changes class numbers, above all where classes meet; save it as PNG")
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
             raise DataError(
                 f"not a mask: its pixels are {image.mode}, and which colour is which class cannot be known; save it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def folders_of_masks(path: Path) -> list[Path]:
 
 
 class _Pair(NamedTuple):
-    """What a folder calls a split, its folder of images, and that of masks with images in it."""
+    """What a folder calls a split, and its folders of images and of masks; neither is empty."""
 
     name: str
     images: Path | None
@@ -73,14 +74,12 @@ def _pairs_of_folders(path: Path) -> dict[str, _Pair]:
 
 
 def _pair(folder: Path) -> _Pair:
-    by_name = {sub.name.lower(): sub for sub in folder.iterdir() if sub.is_dir()}
-    images = next((by_name[name] for name in _IMAGES if name in by_name), None)
-    return _Pair(folder.name, images, _first_with_images(folder, _MASKS))
+    return _Pair(folder.name, _first_with_images(folder, _IMAGES), _first_with_images(folder, _MASKS))
 
 
 def _first_with_images(folder: Path, names: Sequence[str]) -> Path | None:
     """Returns the first folder of these names that holds images: `annotations` may be of XML."""
-    by_name = {sub.name.lower(): sub for sub in folder.iterdir() if sub.is_dir()}
+    by_name = {entry.name.lower(): folder / entry.name for entry in os.scandir(folder) if entry.is_dir()}
     return next((by_name[name] for name in names if name in by_name and _has_images(by_name[name])), None)
 
 

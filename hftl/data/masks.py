@@ -22,7 +22,8 @@ from hftl.errors import DataError, nearest, shorten
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-MASK_NAMES = ("mask", "masks", "annotation", "segmentation", "seg_map", "semantic", "label", "labels", "target", "gt")
+MASK_NAMES = ("mask", "masks", "annotation", "segmentation", "seg_map", "semantic", "semantic_mask", "label", "labels",
+              "target", "gt")  # fmt: skip
 """Usual names of the column with masks, in the order in which they win over each other."""
 VOID = 255
 """What pixels of no class hold by custom (PASCAL VOC, Cityscapes, ADE20k)."""

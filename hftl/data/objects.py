@@ -1,7 +1,8 @@
 """Objects in images: what a column of boxes and categories holds, and which of its rows cannot be used.
 
 The column is what detection data sets on the hub have: `objects` with `bbox` (COCO's x, y, width, height in pixels from
-the top left corner) and `category`, a list of each or a list of both; `iscrowd` beside them is understood.
+the top left corner) and `category`, a list of each or a list of both; `iscrowd` beside them is understood, and so is
+the size of the image that they were drawn on, which our readers of COCO and VOC add.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hftl.data.coco_files import DRAWN_ON
 from hftl.data.columns import Column
 from hftl.data.image_file import Stored, place, quiet_pillow, upright_size
 from hftl.data.quarantine import BadRow
@@ -26,6 +28,10 @@ _CATEGORY = ("category", "categories", "category_id", "label", "labels", "class"
 _CROWD = ("iscrowd", "is_crowd", "crowd")
 _USUAL = ("objects", "annotations", "annotation", "labels", "boxes", "detections")
 _AT_ONCE = 256
+_SHARES = 1 + 1e-6
+"""Right and bottom of boxes in shares of the image at most, with the rounding of float32."""
+_SLACK = 2
+"""Pixels by which a box may leave its image without being talked of: tools round, and count from 0 or from 1."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,28 @@ class Objects:
         classes: Class numbers [N], int64.
         crowd: Which boxes are groups that nobody has counted [N], bool: not trained on, and no detection there is
             called wrong.
+        cut: How many boxes reached out of the image by more than `_SLACK` pixels.
     """
 
     boxes: np.ndarray
     classes: np.ndarray
     crowd: np.ndarray
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class ObjectSurvey:
+    """What was seen of the objects of a split.
+
+    Attributes:
+        bad: The rows that cannot be used, by number.
+        boxes: How many boxes the other rows have.
+        cut: How many of these are cut off, as `Objects.cut`.
+    """
+
+    bad: Mapping[int, BadRow]
+    boxes: int
+    cut: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,7 @@ class ObjectColumn:
         crowd: Its field that marks crowds, if it has one.
         listed: Whether an image's objects are a list of records, rather than a record of lists.
         names: Names of numbered categories, where the data have them.
+        size: Its field with the width and height that boxes were drawn on, if it has one.
     """
 
     name: str
@@ -63,6 +87,7 @@ class ObjectColumn:
     crowd: str | None
     listed: bool
     names: tuple[str, ...] | None
+    size: str | None = None
 
     def values(self, cell: Any) -> tuple[list[Any], list[Any], list[Any]]:
         """Returns boxes, categories (by name where they have one) and crowd marks of a cell, as they stand there."""
@@ -91,18 +116,32 @@ class ObjectColumn:
         boxes, categories, crowd = self.values(cell)
         if not len(boxes) == len(categories) == len(crowd):
             raise DataError(f"uneven lists: {len(boxes)} boxes, {len(categories)} categories")
-        kept = np.zeros((len(boxes), 4))
+        drawn_on = cell[self.size] if self.size else None
+        if len(boxes) and drawn_on and tuple(drawn_on) != size[::-1]:
+            raise DataError(_other_size(drawn_on, size))
+        corners = np.zeros((len(boxes), 4))
         for number, (box, category) in enumerate(zip(boxes, categories, strict=True)):
-            kept[number] = _corners(box, number, size)
+            corners[number] = _corners(box, number, size)
             if category not in classes:
                 said = "has none that the data list" if category is None else f"is {category!r}"
                 raise DataError(f"unknown category: box {number} {said}.{nearest(str(category), map(str, classes))}")
         numbers = np.array([classes[category] for category in categories], dtype=np.int64)
-        return Objects(kept, numbers, np.array([bool(mark) for mark in crowd], dtype=bool))
+        kept = corners.clip(0, [*size[::-1], *size[::-1]])
+        cut = int((abs(corners - kept) > _SLACK).any(1).sum())
+        return Objects(kept, numbers, np.array([bool(mark) for mark in crowd], dtype=bool), cut)
+
+
+def _other_size(drawn_on: Sequence[int], size: tuple[int, int]) -> str:
+    """Returns what is wrong with boxes of an image of width and height `drawn_on` that has height and width `size`."""
+    turned = " (turned, as its EXIF may say)" if tuple(drawn_on) == size else ""
+    return (
+        f"boxes of another size: they were drawn on {drawn_on[0]} x {drawn_on[1]} pixels, the image has "
+        f"{size[1]} x {size[0]}{turned}; write them for the image as it is, upright"
+    )
 
 
 def _corners(box: Any, number: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Returns the corners of what a box shows of an image of height and width `size`."""
+    """Returns the corners of a box that lies in an image of height and width `size`, in part at least."""
     shown = f"box {number} ({box})"
     if box is None or len(box) != 4 or any(value is None for value in box):
         raise DataError(f"not a box: {shown} is not four numbers x, y, width, height")
@@ -113,11 +152,15 @@ def _corners(box: Any, number: int, size: tuple[int, int]) -> tuple[float, float
         raise DataError(f"reversed box: {shown} has a negative width or height")
     if width == 0 or height == 0:
         raise DataError(f"empty box: {shown} has no width or no height")
-    right, bottom = min(x + width, size[1]), min(y + height, size[0])
-    left, top = max(x, 0.0), max(y, 0.0)
-    if right <= left or bottom <= top:
+    right, bottom = x + width, y + height
+    if min(right, size[1]) <= max(x, 0) or min(bottom, size[0]) <= max(y, 0):
         raise DataError(f"box outside: {shown} lies outside of the image of {size[1]} x {size[0]} pixels")
-    return left, top, right, bottom
+    if max(right, bottom) <= _SHARES:
+        raise DataError(
+            f"boxes in shares: {shown} ends within one pixel of the corner; boxes are x, y, width, height in pixels, "
+            "not shares of the image"
+        )
+    return x, y, right, bottom
 
 
 def find_objects(features: Features, given: str | None) -> tuple[Column, ObjectColumn]:
@@ -160,7 +203,8 @@ def _understood(name: str, kind: Any) -> ObjectColumn | None:
     if box is None or category is None:
         return None
     names = getattr(fields[category] if listed else _item(fields[category]), "names", None)
-    return ObjectColumn(name, box, category, crowd, listed, tuple(names) if names else None)
+    size = DRAWN_ON if not listed and DRAWN_ON in fields else None
+    return ObjectColumn(name, box, category, crowd, listed, tuple(names) if names else None, size)
 
 
 def _item(kind: Any) -> Any:
@@ -172,7 +216,7 @@ _FIELDS = (_BOX, _CATEGORY, _CROWD)
 
 
 def categories_of(rows: Dataset, column: ObjectColumn) -> dict[Any, int]:
-    """Returns how many objects of each category there are; rows that cannot be read are left for `bad_objects`."""
+    """Returns how many objects of each category there are; rows that cannot be read are left for a survey."""
     counts: dict[Any, int] = {}
     for cells in _cells(rows, [column.name]):
         for cell in cells[column.name]:
@@ -182,10 +226,10 @@ def categories_of(rows: Dataset, column: ObjectColumn) -> dict[Any, int]:
     return counts
 
 
-def bad_objects(
+def survey_objects(
     rows: Dataset, column: ObjectColumn, image: str, classes: Mapping[Any, int], max_pixels: int
-) -> dict[int, BadRow]:
-    """Returns the rows of a split whose objects cannot be used, by number. Of images, only headers are read.
+) -> ObjectSurvey:
+    """Reads the objects of a split, and of its images the headers.
 
     Args:
         rows: A split.
@@ -196,30 +240,32 @@ def bad_objects(
     """
     from datasets import Image
 
-    found: dict[int, BadRow] = {}
+    bad: dict[int, BadRow] = {}
+    boxes = cut = 0
 
-    def look(stored: Stored, cell: Any) -> str | None:
+    def look(stored: Stored, cell: Any) -> str | Objects | None:
         try:
             size = upright_size(stored, max_pixels)
         except DataError:
             return None
         try:
-            column.read(cell, classes, size)
+            return column.read(cell, classes, size)
         except DataError as error:
             return str(error)
-        return None
 
     start = 0
     with quiet_pillow(), ThreadPoolExecutor(8) as pool:
         for cells in _cells(rows.cast_column(image, Image(decode=False)), [image, column.name]):
-            reasons = list(pool.map(look, cells[image], cells[column.name]))
-            for offset, reason in enumerate(reasons):
-                if reason:
+            seen = list(pool.map(look, cells[image], cells[column.name]))
+            for offset, found in enumerate(seen):
+                if isinstance(found, Objects):
+                    boxes, cut = boxes + len(found.boxes), cut + found.cut
+                elif found:
                     stored = cells[image][offset]
                     path = (stored or {}).get("path")
-                    found[start + offset] = BadRow(reason, column.name, place(stored), path)
-            start += len(reasons)
-    return found
+                    bad[start + offset] = BadRow(found, column.name, place(stored), path)
+            start += len(seen)
+    return ObjectSurvey(bad, boxes, cut)
 
 
 def objects_problems(bad: Mapping[int, BadRow], split: str) -> list[str]:
@@ -230,6 +276,16 @@ def objects_problems(bad: Mapping[int, BadRow], split: str) -> list[str]:
     return [
         f"data.source: {split} has {len(bad)} row(s) with objects that cannot be used: {first}. Repair them, or leave "
         "these rows out with --data.on_error skip."
+    ]
+
+
+def cut_sentences(seen: ObjectSurvey, split: str) -> list[str]:
+    """Returns a sentence on the boxes of a split that reach out of their images, if there are any."""
+    if not seen.cut:
+        return []
+    return [
+        f"data: {split}: {seen.cut:,} of {seen.boxes:,} boxes reach out of their images by more than {_SLACK} pixels "
+        "and are cut off there; their numbers are taken for x, y, width, height (not x0, y0, x1, y1)"
     ]
 
 

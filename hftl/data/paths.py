@@ -66,10 +66,12 @@ def with_images(
     Raises:
         DataError: A path leaves `root`; names rows. In a table that is used for its texts, the column is left alone.
     """
-    first = next(iter(sets.values()))
     within = within or root
     out = dict(sets)
-    for column, kind in first.features.items():
+    for column in dict.fromkeys(name for rows in sets.values() for name in rows.features):
+        having = [rows for rows in sets.values() if column in rows.features]
+        first = next((rows for rows in having if not _is_empty(rows, column)), having[0])
+        kind = first.features[column]
         given = column == config.image_column
         if type(kind).__name__ == "Image":
             _refuse(check_stored(out, column, within, follow=False))
@@ -141,6 +143,12 @@ def _sentence(split: str, column: str, bad: Sequence[str], root: Path | None) ->
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise DataError(*problems)
+
+
+def _is_empty(rows: Dataset, column: str) -> bool:
+    """Whether a column of texts has nothing in its first cells, as a test table may have no labels."""
+    texts = getattr(rows.features[column], "dtype", "") in ("string", "large_string")
+    return texts and not any(rows.select_columns([column])[:_LOOKED_AT][column])
 
 
 def _holds_paths(rows: Dataset, column: str) -> bool:

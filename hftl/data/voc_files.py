@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from hftl.data.coco_files import folder_of_images
+from hftl.data.coco_files import DRAWN_ON, declared_size, folder_of_images
 from hftl.data.paths import IMAGES
 from hftl.data.split_names import SPLIT_NAMES, split_folders, split_of
 from hftl.errors import DataError, first_line
@@ -47,7 +47,8 @@ def _by_lists(path: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
             missing = [name for name in names if name not in by_name]
             if missing:
                 raise DataError(f"data.source: '{listed}' names {missing[0]}, and there is no {missing[0]}.xml.")
-            out[split] = [by_name[name] for name in names]
+            if names:
+                out[split] = [by_name[name] for name in names]
     return out or {"train": list(files)}
 
 
@@ -62,7 +63,11 @@ def read_voc(path: Path, files: Mapping[str, Sequence[Path]]) -> tuple[Features,
     """
     from datasets import Features, List, Value
 
-    objects = {"bbox": List(List(Value("float64"))), "category": List(Value("string"))}
+    objects = {
+        "bbox": List(List(Value("float64"))),
+        "category": List(Value("string")),
+        DRAWN_ON: List(Value("int64")),
+    }
     rows = {split: _rows(path, split, of_split) for split, of_split in files.items()}
     return Features({"image": Value("string"), "objects": objects}), rows
 
@@ -86,7 +91,7 @@ def _existing(folder: Path, name: str, file: Path) -> str:
 
 
 def _parse(file: Path) -> tuple[str, dict[str, list[Any]]]:
-    """Returns the name of the image, and its boxes and categories."""
+    """Returns the name of the image, and its objects."""
     content = file.read_bytes()
     if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
         raise DataError(f"data.source: '{file}' declares a document type, which VOC has not; it is not opened.")
@@ -102,7 +107,9 @@ def _parse(file: Path) -> tuple[str, dict[str, list[Any]]]:
         x0, y0, x1, y1 = (_number(corners.findtext(corner)) for corner in _CORNERS)
         boxes.append([x0, y0, x1 - x0, y1 - y0])
         categories.append(name.strip())
-    return (root.findtext("filename") or file.stem).strip(), {"bbox": boxes, "category": categories}
+    size = declared_size(root.findtext("size/width"), root.findtext("size/height"))
+    objects = {"bbox": boxes, "category": categories, DRAWN_ON: size}
+    return (root.findtext("filename") or file.stem).strip(), objects
 
 
 def _number(text: str | None) -> float:

@@ -60,7 +60,7 @@ def evaluate(
             found = evaluate_rows(accelerator, model, task, rows, run, labelled, bool(predictions), tune=tune)
             metrics |= {f"{split}/{name}": value for name, value in found.items()}
             shown = " ".join(f"{name} {value:.4f}" for name, value in found.items() if worth_a_line(name, task))
-            say(f"{split}: {shown}")
+            say(f"{split}: {shown or 'no labels, so predictions only'}")
     accelerator.wait_for_everyone()
     return metrics
 
@@ -76,7 +76,7 @@ def evaluate_rows(
     interrupted: Callable[[], bool] = lambda: False,
     tune: bool = False,
 ) -> dict[str, float]:
-    """Returns the metrics of one encoded split, the same on all processes.
+    """Returns the metrics of one encoded split, the same on all processes; none where no row has labels.
 
     Args:
         accelerator: From `start`.
@@ -113,6 +113,8 @@ def evaluate_rows(
     if collect:
         in_order.add(_gather(accelerator, pending))
     wholes = [_merged(_gather(accelerator, [mine])) for mine in [loss, *metrics]]
+    if not wholes[0].count:
+        return {}
     if tune:
         cast(Tunable, task).tune(wholes[1:])
     return {name: value for whole in wholes for name, value in whole.compute().items()}

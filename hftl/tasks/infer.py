@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from hftl.config.schema import DataConfig
 from hftl.console import muted, say
 from hftl.data.columns import NAMES, find_column, find_text_columns
+from hftl.data.masks import MASK_NAMES
+from hftl.data.objects import find_objects
 from hftl.data.source import Splits
 from hftl.errors import ConfigError, DataError, nearest
 from hftl.tasks import TASKS
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from datasets import Features
 
 AUTO = "auto"
-_MASKS = ("mask", "segmentation", "annotation", "label", "labels", "semantic_mask")
 _CAPTIONS = ("caption", "captions")
 
 
@@ -57,12 +58,19 @@ def infer_task(splits: Splits) -> Callable[[Splits], SupervisedTask]:
 
 
 def _object_detection(features: Features, config: DataConfig) -> str:
-    return "column 'objects' holds boxes" if "objects" in features and _images(features) else ""
+    if not _images(features):
+        return ""
+    try:
+        column, _ = find_objects(features, config.label_column)
+    except DataError:
+        return ""
+    return f"column '{column.name}' holds boxes"
 
 
 def _semantic_segmentation(features: Features, config: DataConfig) -> str:
     images = _images(features)
-    masks = [name for name in images if name == config.label_column or name.lower() in _MASKS]
+    given = config.label_column
+    masks = [name for name in images if (name == given if given else name.lower() in MASK_NAMES)]
     return f"column '{masks[0]}' holds an image for each image" if len(images) == 2 and len(masks) == 1 else ""
 
 

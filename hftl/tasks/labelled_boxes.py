@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,18 @@ import torch
 from torch import Tensor
 
 from hftl.console import say
+from hftl.data.columns import splits_without
 from hftl.data.geometry import Places, augment_problems
 from hftl.data.loader import Example
-from hftl.data.objects import ObjectColumn, bad_objects, categories_of, find_objects, objects_problems
+from hftl.data.objects import (
+    ObjectColumn,
+    ObjectSurvey,
+    categories_of,
+    cut_sentences,
+    find_objects,
+    objects_problems,
+    survey_objects,
+)
 from hftl.data.quarantine import BadRows
 from hftl.data.source import Splits
 from hftl.errors import DataError, shorten
@@ -62,27 +72,39 @@ class LabelledBoxes:
             chosen, column = find_objects(train.features, splits.config.label_column)
         except DataError as error:
             return _broken(cls("objects", []), error.problems)
-        counts = categories_of(train, column)
+        # a rare category may stand in the validation cut alone
+        rows = [splits[split] for split in splits.labelled_by_source]
+        counts = sum((Counter(categories_of(part, column)) for part in rows if chosen.name in part.features), Counter())
         values = _in_order(counts, column)
         names = _named(values, splits.class_names)
         found = cls(chosen.name, names, None if names == values else values)
+        lacking = splits_without(splits, chosen.name)
+        if lacking:
+            return _broken(found, lacking)
         empty = [name for name in ("train", "validation") if name in splits and not categories_of(splits[name], column)]
         if empty:
             return _broken(found, [f"data.source: {' and '.join(empty)} has no box in column '{chosen.name}'."])
         missing = missing_problem()
         found.problems = [*([missing] if missing else []), *augment_problems(splits.config.augment)]
         if not splits.lenient and image in train.features:
-            for split, bad in found.bad_rows(splits, image).items():
-                found.problems += objects_problems(bad, split)
+            for split, seen in found._surveys(splits, image).items():
+                found.problems += objects_problems(seen.bad, split)
+                for sentence in cut_sentences(seen, split):
+                    say(sentence)
         shown = shorten([f"{name} ({counts.get(value, 0)})" for name, value in zip(names, values, strict=True)])
         say(f"data: objects from column '{chosen.name}' ({chosen.why}); {len(names)} classes with boxes: {shown}")
         return found
 
     def bad_rows(self, splits: Splits, image: str) -> BadRows:
         """Returns the rows with a box that is none, lies outside of its image or has an unknown category."""
+        return {split: seen.bad for split, seen in self._surveys(splits, image).items()}
+
+    def _surveys(self, splits: Splits, image: str) -> dict[str, ObjectSurvey]:
         limit = splits.config.max_pixels
         return {
-            split: bad_objects(rows, self.reader(rows), image, self.classes, limit) for split, rows in splits.items()
+            split: survey_objects(rows, self.reader(rows), image, self.classes, limit)
+            for split, rows in splits.items()
+            if self.column in rows.features
         }
 
     def reader(self, rows: Dataset) -> ObjectColumn:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hftl.console import say
-from hftl.data.columns import Column
+from hftl.data.columns import Column, splits_without
 from hftl.data.geometry import Places, augment_problems
 from hftl.data.image_file import decode_indices, place
 from hftl.data.loader import Example
@@ -60,10 +60,9 @@ class PixelClasses:
     def find(cls, splits: Splits, image: Column, mask: Column) -> PixelClasses:
         """Reads every mask and finds the classes; what is wrong goes into `problems`."""
         config = splits.config
-        surveys = {
-            split: survey_masks(rows, image.name, mask.name, split, config.max_pixels) for split, rows in splits.items()
-        }
-        taught = [seen for split in splits.labelled_by_source for seen in surveys[split]]
+        lacking = splits_without(splits, mask.name)
+        surveys = _surveys(splits, image.name, mask.name)
+        taught = [seen for split in splits.labelled_by_source for seen in surveys.get(split, ())]
         present = sorted({value for seen in taught if not isinstance(seen, BadRow) for value in seen})
         classes = find_classes(present, splits.class_names, config.ignore_index)
         found = cls(mask.name, classes.names, classes.values, classes.void)
@@ -73,7 +72,7 @@ class PixelClasses:
             f"data: masks from column '{mask.name}' ({mask.why}); {len(classes.names)} classes {classes.origin}: "
             f"{shorten(classes.names)}; void: {', '.join(void) or 'none'}"
         )
-        found.problems = [*augment_problems(config.augment), *found._too_few(present)]
+        found.problems = [*lacking, *augment_problems(config.augment), *found._too_few(present)]
         for split, survey in surveys.items():
             if not splits.lenient:
                 bad = outside(survey, classes, mask.name)
@@ -158,11 +157,7 @@ class PixelClasses:
 
     def bad_rows(self, splits: Splits) -> BadRows:
         """Returns the rows without a mask that fits: missing, damaged, of another size, or with unknown numbers."""
-        config = splits.config
-        surveys = {
-            split: survey_masks(rows, self.image_column, self.column, split, config.max_pixels)
-            for split, rows in splits.items()
-        }
+        surveys = _surveys(splits, self.image_column, self.column)
         return {split: outside(found, self.classes, self.column) for split, found in surveys.items()}
 
     def state(self) -> dict[str, Any]:
@@ -173,6 +168,13 @@ class PixelClasses:
             "numbers": list(self.classes.values),
             "void": list(self.classes.void),
         }
+
+
+def _surveys(splits: Splits, image: str, mask: str) -> dict[str, list[BadRow | tuple[int, ...]]]:
+    """Looks at the masks of all splits that have them."""
+    limit = splits.config.max_pixels
+    with_masks = {split: rows for split, rows in splits.items() if mask in rows.features}
+    return {split: survey_masks(rows, image, mask, split, limit) for split, rows in with_masks.items()}
 
 
 def _named(value: int, names: Sequence[str] | None) -> str:
