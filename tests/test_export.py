@@ -26,7 +26,7 @@ CASES = {
     "pooled": ("one text", "lora", "mean"),
     "pairs": ("pairs", "full", "stock"),
 }
-EXPORTS = [("resnet", "onnx"), ("vit", "torch"), ("pooled", "onnx"), ("pairs", "onnx"), ("pairs", "torch")]
+EXPORTS = [("resnet", "onnx"), ("vit", "torch"), ("pooled", "onnx"), ("pairs", "onnx")]
 
 
 @pytest.fixture(scope="module")
