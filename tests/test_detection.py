@@ -16,6 +16,7 @@ from torchvision.ops import box_convert
 
 import hftl
 from hftl.evaluation.detection import DetectionMetrics
+from hftl.publishing.report import write_report
 from hftl.tasks.labelled_boxes import LabelledBoxes
 from hftl.tasks.set_loss import set_loss
 from hftl.testing import check_task
@@ -380,6 +381,7 @@ def test_a_run_opens_without_hftl_and_predicts_the_same(detection_run, tmp_path,
     monkeypatch.setattr("hftl.tasks.labelled_boxes.SCORE_FLOOR", 0.0)  # after so short a training nothing is certain
     run = detection_run("lora", num_epochs=1)
     metrics = run_undrawn("object_detection", run)
+    assert write_report(tmp_path / "run").is_file()
     assert {"test/ap", "test/ap50", "test/ap75", "test/ar100", "test/loss", "validation/ap/red"} <= set(metrics)
     verified = json.loads((tmp_path / "run/report.json").read_text())["verified"]
     assert set(verified) == {"model/transformers", "adapter/peft"}

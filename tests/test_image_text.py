@@ -16,6 +16,7 @@ from hftl.adaptation.apply import adapt
 from hftl.models.build import build_model, open_model
 from hftl.publishing.labelled import labelled_rows
 from hftl.publishing.record import RunRecord
+from hftl.publishing.report import write_report
 from hftl.testing import check_task
 
 MISSING = {
@@ -226,6 +227,7 @@ def test_an_artifact_opens_without_hftl_and_predicts_from_anything(gaps, pairs_r
     """One run with an encoder that learns whole and one with adapters; everything that opens it agrees."""
     run = pairs_run(gaps, AdaptConfig("lora", image="full"), modality_dropout=0.3)
     metrics = run_undrawn("image_text_classification", run)
+    assert write_report(tmp_path / "run").is_file()
     assert {"test/accuracy", "test/roc_auc"} <= set(metrics)
     verified = json.loads((tmp_path / "run/report.json").read_text())["verified"]
     assert set(verified) == {"model/transformers", "adapter/peft"}

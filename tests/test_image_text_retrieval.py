@@ -13,6 +13,7 @@ import hftl
 import hftl.zero_shot
 from hftl.cli import main
 from hftl.errors import ConfigError, DataError
+from hftl.publishing.report import write_report
 from hftl.testing import check_task
 from hftl.use import evaluate_place
 
@@ -98,6 +99,7 @@ def test_a_run_learns_and_opens_elsewhere_and_labels_images(method, pair_run, tm
     run = pair_run(method, net="test_vit")
     run = replace(run, train=replace(run.train, num_epochs=20 if method == "frozen" else 6))
     metrics = run_undrawn("image_text_retrieval", run)
+    assert write_report(Path(run.output_dir)).is_file()
     said = capsys.readouterr().out
     assert ("vectors of the encoders, computed once" in said) == (method == "frozen")
     assert metrics["validation/mean_recall"] > 0.4

@@ -19,6 +19,7 @@ from hftl.data.source import load_splits
 from hftl.errors import ConfigError, DataError, ModelError
 from hftl.evaluation.segmentation import SegmentationMetrics
 from hftl.models.segmentation_model import decoded_levels
+from hftl.publishing.report import write_report
 from hftl.tasks.pixel_classes import IGNORED, PixelClasses
 from hftl.testing import check_task
 from hftl.use import evaluate_place, predict_to_table
@@ -146,8 +147,6 @@ def test_predictions_are_masks_of_the_size_and_the_numbers_of_the_data(trained, 
 
 
 def test_the_report_shows_masks_beside_pictures(trained):
-    from hftl.publishing.report import write_report
-
     folder, _ = trained
     page = write_report(folder).read_text()
     assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "pictures of test" in page
@@ -366,6 +365,7 @@ def test_a_run_ends_well_where_test_has_no_masks(scenes, tiny_timm, tmp_path):
     folder.mkdir()
     unlabelled(scenes, folder, "test")
     metrics = run_undrawn("semantic_segmentation", make_run(folder, tiny_timm, tmp_path / "run", max_steps=1))
+    assert write_report(tmp_path / "run").is_file()
     assert "validation/mean_iou" in metrics and "test/mean_iou" not in metrics
     rows = pq.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
     assert sum(row["split"] == "test" and bool(row["mask_png"]) for row in rows) == 4

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pair_data import positive_pairs, scored_pairs, write_lines
 
 import hftl
 from hftl.errors import ConfigError
+from hftl.publishing.report import write_report
 from hftl.testing import check_task
 from hftl.use import evaluate_place
 
@@ -59,6 +61,7 @@ def test_what_is_saved_opens_elsewhere_with_the_same_embeddings(pair_run, capsys
     pytest.importorskip("sentence_transformers")
     run = pair_run("lora")
     metrics = run_undrawn("text_embedding", run)
+    assert write_report(Path(run.output_dir)).is_file()
     assert {"test/spearman", "test/pearson", "test/loss"} <= set(metrics)
     assert "0 to 5 (taken as 0 to 1)" in capsys.readouterr().out
     texts = ["cat dog", "the saw", "bread rice soup cheese apple " * 30]  # the last is longer than the model

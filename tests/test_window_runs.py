@@ -12,6 +12,7 @@ from tagged import tagged_row, write_questions, write_tagged
 
 import hftl
 from hftl.errors import DataError
+from hftl.publishing.report import write_report
 from hftl.use import evaluate_place, predict_to_table
 
 CLEAN = """
@@ -104,6 +105,7 @@ def test_commands_serve_both(window_run, capsys, tmp_path):
     tags, answers = window_run("tags", "lora"), window_run("answers", "frozen")
     metrics = run_undrawn("token_classification", tags)
     again = evaluate_place(tags.output_dir)
+    assert write_report(tmp_path / "tags").is_file()
     for name in ("test/f1", "test/accuracy", "test/loss"):
         assert again[name] == pytest.approx(metrics[name], rel=1e-5)
     out = tmp_path / "out.jsonl"

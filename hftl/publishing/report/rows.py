@@ -97,7 +97,7 @@ class Rows:
             return "pixels", {"width": [w for w, _ in found], "height": [h for _, h in found]}, len(found)
         columns = self.text_columns
         table = rows.select_columns(columns)[chosen]
-        return "words", {name: [len((text or "").split()) for text in table[name]] for name in columns}, len(chosen)
+        return "words", {name: [len(_text(value).split()) for value in table[name]] for name in columns}, len(chosen)
 
     def examples(self, split: str, chosen: Any) -> list[Example]:
         """Returns rows of a split as they are shown, by their positions in `RunRecord.answers`."""
@@ -213,9 +213,14 @@ def _strings(value: Any) -> Iterator[str]:
         yield from _strings(list(value.values()))
 
 
-def shortened(text: Any) -> str:
+def _text(value: Any) -> str:
+    """Returns a cell as text: words that stand as a list with blanks between them, nothing where it is empty."""
+    return " ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def shortened(value: Any) -> str:
     """Returns as much of a text as a page shows."""
-    text = str(text)
+    text = _text(value)
     return text if len(text) <= _TEXT else text[:_TEXT] + " …"
 
 
