@@ -5,6 +5,10 @@ r"""Fine-tune a timm model and a BERT-family checkpoint together on images with 
 
 Columns: images, texts, numbers, categories and a label; any of the inputs may be missing (`--model.modality_dropout`).
 `--adapt.image` and `--adapt.text` adapt each encoder in a way of its own.
+
+Measured (recipes/configs/flickr8k_itm_image_text.yaml: tf_mobilenetv3_small_100 and MiniLM-L6, both frozen, seeds
+0 / 1 / 2, 2 CPU cores, 2026-11-21; RESULTS.md has commands): does a sentence describe a photograph? accuracy
+0.866 / 0.858 / 0.854 on test, text alone 0.678 / 0.668 / 0.678, image alone 0.500 / 0.500 / 0.500.
 """
 
 import hftl

@@ -5,6 +5,10 @@ r"""Train a dual encoder, any timm model beside any BERT-family model: images an
         --model.text_name sentence-transformers/all-MiniLM-L6-v2
 
 Rows: an image with a caption, or with a list of them. `hftl predict RUN IMAGES --labels …` names images in words.
+
+Measured (recipes/configs/flickr8k_itm_retrieval.yaml: mobilenetv2_100 and MiniLM-L6, both frozen, seeds 0 / 1 / 2, 2
+CPU cores, 2026-11-21; RESULTS.md has commands), R@5 among 200 photographs: image to text
+0.625 / 0.605 / 0.575, text to image 0.595 / 0.587 / 0.562 on test; chance 0.025.
 """
 
 import hftl

@@ -4,6 +4,9 @@ r"""Find and name objects in images: RT-DETR over any timm backbone, or any dete
         --config recipes/configs/bccd_mobilenetv2.yaml --data.source path/to/images_with_coco_or_voc_files
 
 Data: COCO or VOC files beside images, or a column `objects`. Metrics need `pip install "hftl[detection]"`.
+
+Measured (mobilenetv2_100, 256 x 320 pixels, full, seeds 0 / 1 / 2, one CPU core, 25 minutes each, 2026-11-21;
+RESULTS.md has commands): bccd, 205 training images, AP50 0.804 / 0.747 / 0.727, AP 0.530 / 0.504 / 0.478 on test.
 """
 
 import hftl

@@ -5,6 +5,10 @@ r"""Fine-tune any BERT-family checkpoint to find answers to questions in a conte
 
 Columns: question, context and answers (text, answer_start); a row without an answer has empty lists. Contexts of any
 length are read in windows.
+
+Measured (MiniLM-L6, full, seeds 0 / 1 / 2, 2 CPU cores, 2026-11-21; RESULTS.md has commands): xquad_en, 854 training
+questions, F1 0.491 / 0.368 / 0.443, exact match 0.366 / 0.251 / 0.309 on test; the first sentence as
+the answer: F1 0.069, exact match 0.
 """
 
 import hftl

@@ -5,6 +5,10 @@ r"""Fine-tune any timm backbone under a UPerNet decoder: a class for each pixel 
 
 Data: folders of images and of masks side by side, or a table with both columns; 255 and classes named void do not
 count.
+
+Measured (tf_mobilenetv3_small_100, 144 x 192 pixels, full, seeds 0 / 1 / 2, one CPU core, 5 minutes each, 2026-11-21;
+RESULTS.md has commands): camvid_small mean IoU 0.420 / 0.409 / 0.415 on test; a linear decoder on the frozen
+backbone 0.372 / 0.374 / 0.373, the majority class of each place 0.170.
 """
 
 import hftl

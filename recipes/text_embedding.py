@@ -4,6 +4,9 @@ r"""Fine-tune any BERT-family checkpoint on pairs of texts: what is alike comes 
         --data.source path/to/pairs.parquet --model.name sentence-transformers/all-MiniLM-L6-v2
 
 Rows: two texts and how alike they are, or two that belong together. The model opens with sentence-transformers.
+
+Measured (MiniLM-L6, full, seeds 0 / 1 / 2, 2 CPU cores, 2026-11-21; RESULTS.md has commands): sts Spearman
+0.906 / 0.907 / 0.907 on test, 0.879 before training.
 """
 
 import hftl

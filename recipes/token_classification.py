@@ -5,8 +5,8 @@ r"""Fine-tune any BERT-family checkpoint to tag words: named entities, parts of 
 
 Columns: lists of words and of their tags (BIO, IOBES, or plain). Texts of any length are read in windows.
 
-Measured (MiniLM-L6, full, seed 0, 2 CPU cores, 2026-11-21): wnut17 entity F1 0.542 on validation, 0.402 on test
-(precision 0.558, recall 0.314).
+Measured (MiniLM-L6, full, seeds 0 / 1 / 2, 2 CPU cores, 2026-11-21; RESULTS.md has commands): wnut17 entity F1
+0.542 / 0.541 / 0.537 on validation, 0.402 / 0.387 / 0.397 on test (other sources than train, on purpose).
 """
 
 import hftl

@@ -1,0 +1,30 @@
+"""Extractive questions answered by the first sentence of their context: the score that a trained model has to beat.
+
+Usage: python -m benchmarks first_sentence FOLDER [--split test]
+Prints SQuAD's F1 and exact match.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+
+from hftl.config.schema import DataConfig
+from hftl.data.source import load_splits
+from hftl.evaluation.answer_metrics import Answered, AnswerMetrics
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks first_sentence", description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--split", default="test")
+    options = parser.parse_args(arguments)
+    metric = AnswerMetrics(None, 0.0)
+    for row in load_splits(DataConfig(source=options.folder), training=False)[options.split]:
+        answers: dict[str, list[str]] = row["answers"]  # pyright: ignore
+        first = re.split(r"(?<=[.!?])\s", row["context"])[0]  # pyright: ignore
+        metric.add(Answered(first, 0.0), list(answers["text"]))
+    print(json.dumps(metric.compute()))
