@@ -48,6 +48,11 @@ def pytest_configure(config):
         config.option.markexpr = ""
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One worker more than cores: a tenth of the time is waiting, for hubs that stall and processes that end."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name != "test_readme.py")  # the longest first: workers end together
     for item in items:

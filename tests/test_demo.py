@@ -201,6 +201,7 @@ def open_page(chromium, url):
     return tab, said, asked
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_text_typed_in_a_browser_is_classified(chromium, text_run, capsys):
     pytest.importorskip("gradio")

@@ -2,18 +2,15 @@
 
 import csv
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, run_undrawn
+from conftest import run_undrawn
+from launch import ENV
 from safetensors.torch import load_file, save_file
 
 import hftl
@@ -198,19 +195,7 @@ def test_class_names_are_understood_where_training_had_numbers(text_run, texts, 
     assert f"{metrics['test/accuracy']:.4f}" in capsys.readouterr().out
 
 
-def launched(arguments: list[str], processes: int = 2) -> subprocess.CompletedProcess:
-    """Runs `hftl …` under the real launcher, on gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, "-m", "hftl", *arguments], capture_output=True, text=True, timeout=280, cwd=ROOT, env=environment
-    )
-
-
-def test_two_processes_predict_the_same_table_in_order(text_folder, tmp_path):
+def test_two_processes_predict_the_same_table_in_order(text_folder, forks, tmp_path):
     """1,003 texts of uneven length in batches of 8: complete, in order, equal to one process."""
     rng = np.random.default_rng(0)
     words = "the a my cat dog bread saw hammer soup".split()
@@ -228,8 +213,9 @@ def test_two_processes_predict_the_same_table_in_order(text_folder, tmp_path):
             f"{tmp_path / name}.parquet",
         ]
         if processes == 2:
-            done = launched(arguments)
-            assert done.returncode == 0 and done.stdout.count("1003 predictions") == 1, done.stderr[-3000:]
+            words = ["python", "-c", "from hftl.cli import main; main()", *arguments]
+            statuses, said = forks.command(words, tmp_path / "logs", processes=2, **ENV)
+            assert statuses == [0, 0] and said.count("1003 predictions") == 1, said[-3000:]
         else:
             main(arguments)
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("one", "two"))

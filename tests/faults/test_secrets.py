@@ -130,6 +130,7 @@ def test_settings_are_stored_without_what_is_secret(text_run, secrets, tmp_path)
     hftl.load(tmp_path / "run").predict("row")
 
 
+@pytest.mark.parametrize("hub", [pytest.param("lfs", marks=pytest.mark.slow), "xet"], indirect=True)
 def test_a_pushed_run_holds_no_secret_and_no_pickle(hub, text_run, tmp_path, monkeypatch):
     from huggingface_hub import snapshot_download
 
