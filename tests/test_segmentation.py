@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import run_undrawn, with_data
+from launch import ENV
 from PIL import Image
 from torch.nn import functional
 
@@ -157,7 +158,7 @@ def test_two_processes_evaluate_as_one(trained, forks, tmp_path):
     folder, metrics = trained
     code = "import sys; from hftl.cli import main; main(sys.argv[1:])"
     words = ["evaluate", str(folder), "--batch_size", "2", "--output", str(tmp_path / "two.parquet")]
-    statuses, said = forks.command(["python", "-c", code, *words], tmp_path / "logs", 280, 2)
+    statuses, said = forks.command(["python", "-c", code, *words], tmp_path / "logs", 280, 2, **ENV)
     assert statuses == [0, 0], said[-3000:]
     for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "iou/left", "loss"):
         assert f"{metrics[f'test/{name}']:.4f}" in said, name
