@@ -21,6 +21,7 @@ from hftl.tasks.task import check_splits
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from typing_extensions import Self
 
 
 class ImageInputs:
@@ -103,7 +104,7 @@ class TextInputs:
         return dict.fromkeys(self.columns, "text")
 
     @classmethod
-    def find(cls, splits: Splits) -> TextInputs:
+    def find(cls, splits: Splits) -> Self:
         """Detects the text column(s) and looks for empty texts; what is wrong goes into `problems`."""
         config = splits.config
         try:

@@ -7,38 +7,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from hftl.console import say
-from hftl.data.columns import filled_columns, find_text_columns
+from hftl.data.columns import filled_columns
 from hftl.data.loader import Example
-from hftl.data.quarantine import BadRow, BadRows
 from hftl.data.source import Splits
-from hftl.data.text import empty_rows, empty_texts, token_limit, tokenize
+from hftl.data.text import token_limit, tokenize
 from hftl.data.text_pairs import PAIR, TextPairRows
-from hftl.errors import DataError
+from hftl.tasks.inputs import TextInputs
 from hftl.tasks.pair_targets import PairScores, PositivePairs, find_pair_target
-from hftl.tasks.task import Batch, Outputs, SupervisedTask, check_splits
+from hftl.tasks.task import Batch, Outputs, SupervisedTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from typing_extensions import Self
 
 
-class TextPairs:
+class TextPairs(TextInputs):
     """Two texts a row, each by itself -> `input_ids`, `attention_mask` [B, T], and `pair_…` of second texts.
 
     To a trained model a row may give its first text alone.
     """
 
-    modality = "text"
-
-    def __init__(self, columns: Sequence[str]) -> None:
-        self.columns = list(columns)
-        self.problems: list[str] = []
-        self.tokenizer: Any = None
-
-    @property
-    def kinds(self) -> dict[str, str]:
-        """The text columns."""
-        return dict.fromkeys(self.columns, "text")
+    tokenizer: Any = None
 
     @property
     def optional(self) -> tuple[str, ...]:
@@ -46,26 +35,15 @@ class TextPairs:
         return tuple(self.columns[1:])
 
     @classmethod
-    def find(cls, splits: Splits) -> TextPairs:
+    def find(cls, splits: Splits) -> Self:
         """Detects both text columns and looks for empty texts; what is wrong goes into `problems`."""
-        config = splits.config
-        found = cls(["text", "pair"])
-        try:
-            first, second = find_text_columns(splits["train"].features, config.text_column, config.text_pair_column)
-        except DataError as error:
-            found.problems = error.problems
-            return found
-        if second is None:
+        found = super().find(splits)
+        if len(found.columns) < 2 and not found.problems:
             columns = ", ".join(splits["train"].features)
             found.problems = [
-                f"data.text_pair_column: embeddings are learnt from pairs of texts, and beside '{first.name}' no "
+                f"data.text_pair_column: embeddings are learnt from pairs of texts, and beside '{found.columns[0]}' no "
                 f"second column was found. Columns: {columns}. Say --data.text_pair_column NAME."
             ]
-            return found
-        say(f"data: pairs of texts from columns '{first.name}' ({first.why}) and '{second.name}' ({second.why})")
-        found = cls([first.name, second.name])
-        if not splits.lenient:
-            found.problems = check_splits(splits, lambda rows, split: empty_texts(rows, found.columns, split))
         return found
 
     def encode(
@@ -87,18 +65,6 @@ class TextPairs:
             padded = self.tokenizer.pad(ids, return_tensors="pt")
             inputs |= {prefix + name: padded[name] for name in ("input_ids", "attention_mask")}
         return inputs
-
-    def bad_rows(self, splits: Splits) -> BadRows:
-        """Returns the rows where a text is empty or missing."""
-        found: dict[str, dict[int, BadRow]] = {}
-        for split, rows in splits.items():
-            empty = {row: column for column in reversed(self.columns) for row in empty_rows(rows, column)}
-            found[split] = {row: BadRow("no text", column) for row, column in empty.items()}
-        return found
-
-    def state(self) -> dict[str, Any]:
-        """Returns the columns."""
-        return {"columns": self.columns}
 
 
 class TextEmbedding(SupervisedTask):

@@ -91,6 +91,7 @@ def fail_at_each(names, forks, text_flags, disk, tmp_path, processes=1, **more):
     print(f"\ndisks: {', '.join(names)} on {processes} process(es), slowest end after {slowest:.1f} s; bitwise equal")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_in_a_save_or_in_publish(forks, text_flags, disk, tmp_path):
     fail_at_each(["save", "publish"], forks, text_flags, disk, tmp_path)
 

@@ -47,6 +47,7 @@ def told(job: Job) -> list[dict]:
     return [json.loads(line) for line in job.out.splitlines()]
 
 
+@pytest.mark.slow
 def test_turns_are_taken_patiently_and_a_failure_is_everybodys(group, mark):
     """Two processes on one machine, one on another; the main one works for twice the timeout of the group."""
     jobs = group([0, 1, 2], 3, "turns", local=2)
