@@ -12,10 +12,10 @@ from hftl.config.schema import DataConfig
 from hftl.console import say
 from hftl.data.columns import Column, find_column, find_text_columns
 from hftl.data.image import ImageRows, broken_images, unreadable_images
-from hftl.data.loader import Example
+from hftl.data.loader import Example, Rows
 from hftl.data.quarantine import BadRow, BadRows
 from hftl.data.source import Splits
-from hftl.data.text import TextRows, empty_rows, empty_texts, token_limit, tokenize
+from hftl.data.text import empty_rows, empty_texts, token_limit, tokenize
 from hftl.errors import DataError
 from hftl.tasks.task import check_splits
 
@@ -122,7 +122,7 @@ class TextInputs:
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
-    ) -> TextRows:
+    ) -> Rows:
         """Returns rows of token ids. Nothing is random here, so `seed` does not apply."""
         from transformers import DataCollatorWithPadding
 
