@@ -24,7 +24,7 @@ _JOB = """
 import json, resource, sys, time
 import datasets, PIL.Image, scipy.stats, sklearn.linear_model
 import hftl
-from hftl.console import muted
+from hftl.logging import muted
 check = hftl.check
 began, busy = time.perf_counter(), time.process_time()
 with muted():
@@ -131,7 +131,7 @@ def _copies(data: Path) -> None:
     from PIL import Image
 
     from hftl import check
-    from hftl.console import muted
+    from hftl.logging import muted
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name, muted():
@@ -205,11 +205,11 @@ def _labels(data: str, model: str, seeds: range) -> None:
     import numpy as np
 
     from hftl import DataConfig, load_splits
-    from hftl.audit.by_model import ModelLook, wrong_labels
     from hftl.audit.check import survey
-    from hftl.audit.copies import Groups
+    from hftl.audit.class_balance import read_labels
+    from hftl.audit.duplicates import Groups
     from hftl.audit.finding import Numbering
-    from hftl.audit.labels import read_labels
+    from hftl.audit.model_checks import ModelLook, wrong_labels
 
     splits = replace(load_splits(DataConfig(source=data, validation_fraction=0)), lenient=True)
     numbering = Numbering({split: len(rows) for split, rows in splits.items()})

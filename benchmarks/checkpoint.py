@@ -57,8 +57,8 @@ def main(argv: list[str]) -> None:
 def _trained(run: Any, kind: Any) -> tuple[Any, Any]:
     """Trains for three steps, and returns what the loop saves with, and what it saves."""
     import hftl
-    from hftl.console import muted
-    from hftl.train import fit as loop
+    from hftl.logging import muted
+    from hftl.training import fit as loop
 
     caught: list[Any] = []
 
@@ -85,7 +85,7 @@ def _round(keeper: Any, training: Any, folder: Path) -> tuple[float, float, floa
     """Returns seconds of standing still, seconds until the state is on disk, and those of a plain save."""
     from safetensors.torch import save_file
 
-    from hftl.train.state import moving, optimizer_tensors
+    from hftl.training.training_state import moving, optimizer_tensors
 
     training.recorder.history.steps += 1
     started = time.perf_counter()

@@ -12,8 +12,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from hftl.choosing.comparison import run_plan
-from hftl.embedded.quickstart import quickstart_plan
+from hftl.cli.quickstart import quickstart_plan
+from hftl.selection.comparison import run_plan
 
 
 def main(argv: list[str]) -> None:

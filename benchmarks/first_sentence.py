@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from hftl.config.schema import DataConfig
 from hftl.data.source import load_splits
-from hftl.evaluation.answer_metrics import Answered, AnswerMetrics
+from hftl.tasks.targets.question_answering.metrics import Answered, AnswerMetrics
 
 
 def main(arguments: Sequence[str]) -> None:

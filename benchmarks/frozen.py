@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
 
 def _run(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     import hftl
-    from hftl.console import muted
-    from hftl.tasks.infer import infer_task
+    from hftl.logging import muted
+    from hftl.tasks.auto_task import infer_task
 
     run = hftl.RunConfig(
         hftl.DataConfig(
@@ -101,7 +101,7 @@ def _built(run: Any, kind: Any) -> tuple[Any, ...]:
 
 def _hftl(run: Any, kind: Any) -> tuple[float, float]:
     import hftl
-    from hftl.console import muted
+    from hftl.logging import muted
 
     with muted():
         run, splits, task, accelerator, model = _built(run, kind)
@@ -117,7 +117,7 @@ def _trainer(run: Any, kind: Any, folder: Path) -> tuple[float, float]:
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from hftl.console import muted
+    from hftl.logging import muted
 
     with muted():
         run, splits, task, _, model = _built(run, kind)
@@ -169,9 +169,9 @@ def _pass(run: Any, kind: Any, cache: Path) -> float:
     import torch
     from accelerate import Accelerator
 
-    from hftl.console import muted
-    from hftl.data.loader import make_loader
     from hftl.features import cache as features
+    from hftl.loading.loader import make_loader
+    from hftl.logging import muted
 
     os.environ["HFTL_CACHE"] = str(cache)
     with muted():

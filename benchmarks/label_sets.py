@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from hftl.config.schema import DataConfig
-from hftl.data.digits import load_digits
+from hftl.data.layouts.digits import load_digits
 from hftl.data.source import load_splits
 
 PLAIN = "DESC"

@@ -17,9 +17,9 @@ _JOB = """
 import json, resource, sys
 job, source, run, modality, small = sys.argv[1:]
 import hftl
-from hftl.console import muted
+from hftl.logging import muted
 kind = hftl.TextClassification if modality == "text" else hftl.ImageClassification
-from hftl.use import evaluate_place, predict_to_table
+from hftl.inference.batch_inference import evaluate_place, predict_to_table
 with muted():
     if job == "train":
         config = hftl.RunConfig(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from hftl.evaluation.regression import regression_scores
+from hftl.tasks.targets.regression.metrics import regression_scores
 
 
 def embed(place: str, texts: Sequence[str], batch: int = 64) -> Tensor:

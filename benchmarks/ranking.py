@@ -59,8 +59,8 @@ def _measured(
 ) -> tuple[int, dict[str, tuple[float, float]], float]:
     """Returns rows used, seconds (forward, all) by the clock and by the processors, and seconds of the scores."""
     import hftl
-    from hftl.choosing import candidate
-    from hftl.console import muted
+    from hftl.logging import muted
+    from hftl.selection import candidate
 
     passes = {"clock": 0.0, "processor": 0.0}
     compute = candidate.compute_features

@@ -85,7 +85,7 @@ def _recorded(file: Path, key: str, measure: Callable[[], dict[str, float]]) -> 
 def finetune(data: Set, source: str, model: str) -> dict[str, float]:
     """Returns accuracy on validation and test after training all weights, and the seconds it took."""
     import hftl
-    from hftl.console import muted
+    from hftl.logging import muted
 
     kind = hftl.ImageClassification if data.modality == "image" else hftl.TextClassification
     with tempfile.TemporaryDirectory() as folder, muted():
@@ -122,7 +122,7 @@ def finetune(data: Set, source: str, model: str) -> dict[str, float]:
 
 def _rank(data: Set, source: str, models: dict[str, str], output: Path) -> Any:
     import hftl
-    from hftl.console import muted
+    from hftl.logging import muted
 
     with muted():
         config = hftl.DataConfig(source=source, num_workers=0)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hftl
-from hftl.data.loader import Rows
-from hftl.tasks.pixel_classes import IGNORED
+from hftl.loading.loader import Rows
 from hftl.tasks.semantic_segmentation import SemanticSegmentation
+from hftl.tasks.targets.segmentation.target import IGNORED
 
 Predict = Callable[[Tensor], Tensor]
 """pixel_values [B, C, H, W] -> scores [B, K, h, w]."""

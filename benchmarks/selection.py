@@ -56,7 +56,7 @@ def _features() -> tuple[list[Any], Any, Any]:
     import torch
 
     import hftl
-    from hftl.console import muted
+    from hftl.logging import muted
 
     shared = Path(os.environ.get("HFTL_SHARED", "../shared")) / "data"
     with tempfile.TemporaryDirectory() as folder, muted():
@@ -90,7 +90,7 @@ def _train(
     """Returns (validation accuracy, validation loss, test accuracy) after every epoch."""
     import torch
 
-    from hftl.train.optim import lr_factor
+    from hftl.training.optim import lr_factor
 
     torch.manual_seed(seed)
     rows = len(views[0][1])

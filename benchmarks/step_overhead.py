@@ -98,7 +98,7 @@ def _round(run: Any, kind: Any) -> tuple[float, float]:
 
 def _ours(run: Any, kind: Any, steps: int) -> float:
     import hftl
-    from hftl.console import muted
+    from hftl.logging import muted
 
     with muted():
         run, splits, task = hftl.prepare(replace(run, train=replace(run.train, max_steps=steps)), kind)
@@ -119,7 +119,7 @@ def _plain(run: Any, kind: Any, steps: int) -> float:
     from transformers import get_linear_schedule_with_warmup
 
     import hftl
-    from hftl.console import muted
+    from hftl.logging import muted
 
     with muted():
         run, splits, task = hftl.prepare(run, kind)

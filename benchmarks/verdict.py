@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import hftl
-from hftl.choosing.outcome import Comparison
+from hftl.selection.results import Comparison
 
 TRAINING_DIGITS = 300
 TASKS = ("photographs", "shuffled_digits")

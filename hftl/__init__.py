@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hftl.adaptation.apply import adapt
+    from hftl.artifacts.push import push
+    from hftl.artifacts.save_model import load_artifact
+    from hftl.artifacts.save_run import Outcome, publish
     from hftl.audit.check import check
-    from hftl.choosing.comparison import compare
-    from hftl.choosing.ranking import rank
     from hftl.config.parse import parse
     from hftl.config.schema import (
         AdaptConfig,
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
     from hftl.data.source import Splits, load_splits
     from hftl.errors import HftlError
     from hftl.evaluation.evaluate import evaluate
+    from hftl.inference.predictor import Predictor, load
     from hftl.models.build import build_model
-    from hftl.predictor import Predictor, load
-    from hftl.publishing.artifact import load_artifact
-    from hftl.publishing.publish import Outcome, publish
-    from hftl.publishing.push import push
-    from hftl.recipe import run_recipe
+    from hftl.run.recipe import run_recipe
+    from hftl.run.setup import prepare, start
+    from hftl.run_folder.folder import get_run_folder
+    from hftl.selection.comparison import compare
+    from hftl.selection.ranking import rank
     from hftl.tasks.image_classification import ImageClassification
     from hftl.tasks.image_text_classification import ImageTextClassification
     from hftl.tasks.image_text_retrieval import ImageTextRetrieval
@@ -48,9 +50,7 @@ if TYPE_CHECKING:
     from hftl.tasks.text_classification import TextClassification
     from hftl.tasks.text_embedding import TextEmbedding
     from hftl.tasks.token_classification import TokenClassification
-    from hftl.train.fit import fit
-    from hftl.train.folder import run_folder
-    from hftl.train.start import prepare, start
+    from hftl.training.fit import fit
 
 _HOMES = {
     "hftl.config.schema": (
@@ -68,13 +68,13 @@ _HOMES = {
         "TrainConfig",
     ),
     "hftl.audit.check": ("check",),
-    "hftl.choosing.comparison": ("compare",),
-    "hftl.choosing.ranking": ("rank",),
+    "hftl.selection.comparison": ("compare",),
+    "hftl.selection.ranking": ("rank",),
     "hftl.config.parse": ("parse",),
     "hftl.errors": ("HftlError",),
     "hftl.data.source": ("Splits", "load_splits"),
     "hftl.models.build": ("build_model",),
-    "hftl.predictor": ("Predictor", "load"),
+    "hftl.inference.predictor": ("Predictor", "load"),
     "hftl.tasks.task": ("SupervisedTask", "Task"),
     "hftl.tasks.image_classification": ("ImageClassification",),
     "hftl.tasks.question_answering": ("QuestionAnswering",),
@@ -86,14 +86,14 @@ _HOMES = {
     "hftl.tasks.token_classification": ("TokenClassification",),
     "hftl.tasks.text_embedding": ("TextEmbedding",),
     "hftl.adaptation.apply": ("adapt",),
-    "hftl.train.folder": ("run_folder",),
-    "hftl.train.start": ("prepare", "start"),
-    "hftl.recipe": ("run_recipe",),
-    "hftl.train.fit": ("fit",),
+    "hftl.run_folder.folder": ("get_run_folder",),
+    "hftl.run.setup": ("prepare", "start"),
+    "hftl.run.recipe": ("run_recipe",),
+    "hftl.training.fit": ("fit",),
     "hftl.evaluation.evaluate": ("evaluate",),
-    "hftl.publishing.artifact": ("load_artifact",),
-    "hftl.publishing.publish": ("Outcome", "publish"),
-    "hftl.publishing.push": ("push",),
+    "hftl.artifacts.save_model": ("load_artifact",),
+    "hftl.artifacts.save_run": ("Outcome", "publish"),
+    "hftl.artifacts.push": ("push",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -131,6 +131,7 @@ __all__ = [
     "compare",
     "evaluate",
     "fit",
+    "get_run_folder",
     "load",
     "load_artifact",
     "load_splits",
@@ -139,7 +140,6 @@ __all__ = [
     "publish",
     "push",
     "rank",
-    "run_folder",
     "run_recipe",
     "start",
 ]

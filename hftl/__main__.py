@@ -1,5 +1,5 @@
 """`python -m hftl` and `accelerate launch -m hftl`: the `hftl` command."""
 
-from hftl.cli import main
+from hftl.cli.main import main
 
 main()

@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 
-from hftl.shown import shown
+from hftl.redaction import shown
 
 EXIT_PEER_LOST = 76
 """Exit status when another process of the run was lost: nothing is wrong with this one, starting again goes on."""

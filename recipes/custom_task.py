@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import hftl
-from hftl.evaluation.metrics import ClassificationMetrics
-from hftl.models.parts import HeadSpec
-from hftl.tasks import ImageInputs
-from hftl.testing import check_task
+from hftl.models.task_model import HeadSpec
+from hftl.run.testing import check_task
+from hftl.tasks.metrics import ClassificationMetrics
+from hftl.tasks.registry import ImageInputs
 
 ANSWERS = {"parity": ("even", "odd"), "size": ("small", "medium", "large")}
 PARTS = {"parity": slice(0, 2), "size": slice(2, 5)}  # of the outputs [B, 5]
@@ -73,7 +73,7 @@ def main(run):
     model = hftl.build_model(run, task.head)
     report = hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
-    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.run_folder(run) / "predictions.parquet")
+    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.get_run_folder(run) / "predictions.parquet")
     hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
     return metrics
 

@@ -21,7 +21,7 @@ def main(run: hftl.RunConfig) -> dict[str, float]:
     model = hftl.build_model(run, task.head)
     report = hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
-    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.run_folder(run) / "predictions.parquet")
+    metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.get_run_folder(run) / "predictions.parquet")
     hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
     return metrics
 

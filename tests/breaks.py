@@ -11,9 +11,9 @@ from pathlib import Path
 
 def no_pictures() -> None:
     """Leaves out report.html, which costs as much as the rest of a small run."""
-    import hftl.publishing.publish
+    import hftl.artifacts.save_run
 
-    hftl.publishing.publish._draw = lambda *_: None
+    hftl.artifacts.save_run._draw = lambda *_: None
 
 
 def crash(target: str, pattern: str, nth: int, when: str) -> None:
@@ -66,7 +66,7 @@ def pause(target: str, pattern: str, marker: str, seconds: float) -> None:
 
 def at_step(step: int, what: str, *arguments) -> None:
     """Does something when `step` steps are done: `fill` a disk, or `shell` a command."""
-    from hftl.train.history import Recorder
+    from hftl.run_folder.history import Recorder
 
     advance = Recorder.advance
 

@@ -359,7 +359,7 @@ def load_recipe(name: str):
 def run_undrawn(name: str, run):
     """Returns the metrics of a recipe's run without report.html, which costs as much as the rest of a small run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hftl.publishing.publish._draw", lambda *_: None)
+        patch.setattr("hftl.artifacts.save_run._draw", lambda *_: None)
         return load_recipe(name).main(run)
 
 

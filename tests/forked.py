@@ -28,7 +28,8 @@ LIBRARIES = (
     "datasets.packaged_modules.csv.csv", "jsonargparse", "safetensors.torch", "timm", "peft", "accelerate",
 )  # fmt: skip
 OURS = (
-    "hftl.train.start", "hftl.config.parse", "hftl.publishing.report", "hftl.cli", "hftl.use", "hftl.publishing.push",
+    "hftl.run.setup", "hftl.config.parse", "hftl.reporting", "hftl.cli.main", "hftl.inference.batch_inference",
+    "hftl.artifacts.push",
 )  # fmt: skip
 """What a recipe or command imports on its way; without it a process begins slower, nothing else."""
 

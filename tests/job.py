@@ -71,7 +71,7 @@ def faulty(spec: dict, out: Path) -> None:
     from safetensors.torch import save_file
 
     import hftl
-    from hftl.train.state import moving
+    from hftl.training.training_state import moving
 
     run, splits, task, _ = _open(spec)
     accelerator = hftl.start(run)
@@ -107,7 +107,7 @@ def faulty(spec: dict, out: Path) -> None:
 def _open(spec: dict, prepared: bool = True):
     import hftl
     from hftl.config.parse import parse
-    from hftl.tasks import TASKS
+    from hftl.tasks.registry import TASKS
 
     run = parse(hftl.RunConfig(), spec["flags"])
     kind = TASKS[spec["recipe"]]
@@ -117,7 +117,7 @@ def _open(spec: dict, prepared: bool = True):
 if __name__ == "__main__":
     from accelerate.state import AcceleratorState, GradientState
 
-    from hftl.console import leave_process_group
+    from hftl.logging import leave_process_group
 
     try:
         for job, spec, out in json.loads(sys.argv[1]):

@@ -62,7 +62,7 @@ def flags(source, model, output, method="full", **more) -> list[str]:
 @contextmanager
 def stopping_after(step: int | None):
     """The last process sends itself a SIGTERM in the middle of a step, so that this one is the last."""
-    from hftl.train import fit
+    from hftl.training import fit
 
     set_rates = fit.set_rates
 

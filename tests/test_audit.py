@@ -9,14 +9,15 @@ import pytest
 from PIL import Image, ImageFilter
 
 from hftl import DataConfig, ImageClassification, TextClassification, check, load_splits, prepare
-from hftl.audit import near_images, near_texts
-from hftl.audit.brief import brief
-from hftl.audit.copies import Groups
+from hftl.audit import near_duplicate_images as near_images
+from hftl.audit import near_duplicate_texts as near_texts
+from hftl.audit.duplicates import Groups
 from hftl.audit.finding import Numbering
+from hftl.audit.label_errors import confident_joint, likely_wrong, out_of_fold
 from hftl.audit.outliers import NEIGHBOUR, distances
-from hftl.audit.text_keys import normalise
-from hftl.audit.wrong_labels import confident_joint, likely_wrong, out_of_fold
-from hftl.cli import main
+from hftl.audit.quick_check import brief
+from hftl.audit.text_normalization import normalise
+from hftl.cli.main import main
 from hftl.errors import ConfigError, DataError
 
 
@@ -437,7 +438,7 @@ def test_in_brief_images_are_the_same_where_their_files_are(planted_images):
 def test_in_brief_images_inside_of_tables_are_not_all_in_memory(planted_images, tmp_path, monkeypatch):
     from datasets import Dataset, Image
 
-    from hftl.audit import brief as module
+    from hftl.audit import quick_check as module
 
     rng = np.random.default_rng(0)
     content = [rng.bytes(2_000 + number) for number in range(60)] + [rng.bytes(2_000)]
@@ -454,7 +455,7 @@ def test_in_brief_images_inside_of_tables_are_not_all_in_memory(planted_images, 
 
 
 def test_probes_of_few_rows_still_see_every_class(monkeypatch):
-    from hftl.audit import wrong_labels as module
+    from hftl.audit import label_errors as module
 
     monkeypatch.setattr(module, "FITTED", 200)
     rng = np.random.default_rng(0)

@@ -9,8 +9,8 @@ import pytest
 from boxes import COUNTS, coco, make_coco, make_scenes, make_voc, save_images
 
 import hftl
-from hftl.data.objects import find_objects
 from hftl.errors import DataError, HftlError
+from hftl.tasks.targets.detection.bounding_boxes import find_objects
 
 
 def load(folder, **options):
@@ -129,7 +129,7 @@ def test_rows_with_an_objects_column(listed, tmp_path):
 
 
 def test_a_saved_task_reads_data_that_number_classes_otherwise(tmp_path):
-    from hftl.tasks import restore
+    from hftl.tasks.registry import restore
 
     by_name, by_number = load(make_voc(tmp_path / "voc"))["test"], load(make_coco(tmp_path / "coco"))["test"]
     task = restore("object_detection", {"inputs": {"column": "image"}, "target": TARGET})
@@ -252,7 +252,7 @@ def test_a_box_that_leaves_the_image_is_cut_and_crowds_are_not_learnt(tmp_path):
     splits = load(spoiled(tmp_path, change))
     task = hftl.ObjectDetection(splits)
     from hftl.config.schema import AugmentConfig
-    from hftl.data.geometry import GeometryProcessor
+    from hftl.preprocessing.joint_transforms import GeometryProcessor
 
     config = {"input_size": (3, 32, 64), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
     rows = task.encode(splits["train"], GeometryProcessor(config, AugmentConfig()), None, None)
@@ -266,7 +266,7 @@ def test_a_box_that_leaves_the_image_is_cut_and_crowds_are_not_learnt(tmp_path):
 
 def test_augmented_boxes_stay_on_their_squares(tmp_path):
     from hftl.config.schema import AugmentConfig
-    from hftl.data.geometry import GeometryProcessor
+    from hftl.preprocessing.joint_transforms import GeometryProcessor
 
     splits = load(make_coco(tmp_path))
     task = hftl.ObjectDetection(splits)

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, WORDS, run_undrawn
 
 from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from hftl.cli import find_recipe, main
+from hftl.cli.main import find_recipe, main
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 
@@ -154,7 +154,7 @@ def test_help_ends_well(capsys):
 
 
 def start(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    code = "from hftl.cli import main; main()"
+    code = "from hftl.cli.main import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,

@@ -12,15 +12,15 @@ from scipy.stats import binomtest, norm
 from test_report import Page, make_run
 
 import hftl
-from hftl.choosing.isolated import Failed, in_child
-from hftl.choosing.outcome import Failure, judge
-from hftl.choosing.verdict import difference, needed
-from hftl.choosing.words import table
-from hftl.cli import main
+from hftl.cli.main import main
 from hftl.errors import ArtifactError, ConfigError, Stopped
 from hftl.evaluation.evaluate import TableWriter
-from hftl.publishing.record import RunRecord
-from hftl.publishing.report import compare_reports, write_report
+from hftl.reporting import compare_reports, write_report
+from hftl.reporting.run_record import RunRecord
+from hftl.run.child_process import Failed, in_child
+from hftl.selection.results import Failure, judge
+from hftl.selection.words import table
+from hftl.statistics.score_difference import difference, needed
 
 # the statistics
 
@@ -330,7 +330,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(images, t
 
 
 def test_a_stop_is_passed_on_and_keeps_what_is_complete(quick, images, tiny_timm, monkeypatch):
-    from hftl.choosing import comparison
+    from hftl.selection import comparison
 
     _, folder, call = quick
     real = comparison.in_child
@@ -369,8 +369,8 @@ def test_a_script_needs_no_guard_and_trainings_no_torch_here(tmp_path):
     """multiprocessing would run a script without `if __name__ == "__main__":` again in each child."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, os\nprint('once')\nfrom hftl.choosing.comparison import compare\n"
-        "from hftl.choosing import isolated\nisolated._IMPORTS = ()\n"
+        "import sys, os\nprint('once')\nfrom hftl.selection.comparison import compare\n"
+        "from hftl.selection import isolated\nisolated._IMPORTS = ()\n"
         "assert isolated.in_child(os.getpid) != os.getpid()\nassert 'torch' not in sys.modules\n"
     )
     assert run_python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')").split() == ["once"]

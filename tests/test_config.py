@@ -12,6 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from hftl.config.allowed_values import value_problems
 from hftl.config.defaults import resolve
 from hftl.config.parse import dump, load, parse
 from hftl.config.schema import (
@@ -27,7 +28,6 @@ from hftl.config.schema import (
     TrainConfig,
     leaves,
 )
-from hftl.config.values import value_problems
 from hftl.errors import ConfigError
 
 # A new flag is a promise: it is added here on purpose, never by accident.
@@ -531,7 +531,7 @@ def test_importing_hftl_loads_nothing_heavy():
 
 
 def test_the_help_of_the_command_answers_at_once():
-    out = run_quick("from hftl.cli import main; main(['--help'])")
+    out = run_quick("from hftl.cli.main import main; main(['--help'])")
     for command in ("quickstart", "recipes", "copy", "run", "evaluate", "predict", "doctor"):
         assert command in out
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hftl.evaluation.retrieval import Agreement, ImageTextRecall, TextRecall, best_ranks
-from hftl.models.memory import RowLimit
-from hftl.tasks.contrastive import Pairs, cosent, identity, info_nce, sigmoid_loss
+from hftl.models.oom_retry import RowLimit
+from hftl.tasks.targets.embedding.contrastive_losses import Pairs, cosent, identity, info_nce, sigmoid_loss
+from hftl.tasks.targets.embedding.metrics import Agreement, ImageTextRecall, TextRecall, best_ranks
 
 
 def unit(rows, size=8, seed=0):

@@ -17,12 +17,12 @@ from PIL import ImageOps
 
 from hftl.config.schema import AugmentConfig, DataConfig, ModelConfig, RunConfig
 from hftl.data.columns import find_column, find_text_columns
-from hftl.data.image import ImageProcessor, ImageRows
-from hftl.data.loader import Share, make_loader, train_batches
 from hftl.data.source import load_splits
-from hftl.data.text import tokenize
 from hftl.errors import DataError
-from hftl.tasks import ImageClassification, TextClassification
+from hftl.loading.loader import Share, make_loader, train_batches
+from hftl.preprocessing.image_transforms import ImageProcessor, ImageRows
+from hftl.preprocessing.tokenization import tokenize
+from hftl.tasks.registry import ImageClassification, TextClassification
 
 ROWS = [{"text": f"row {number}", "label": "abc"[number % 3]} for number in range(30)]
 
@@ -519,7 +519,7 @@ def odd_images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def processor(tiny_timm) -> ImageProcessor:
     from hftl.models.build import build_model
-    from hftl.models.parts import HeadSpec
+    from hftl.models.task_model import HeadSpec
 
     return build_model(RunConfig(model=ModelConfig(tiny_timm["test_resnet"])), HeadSpec("timm", 2)).processor
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_recipe
 
-from hftl import DataConfig, ModelConfig, RunConfig, build_model, demo, load_splits
-from hftl.cli import main
+from hftl import DataConfig, ModelConfig, RunConfig, build_model, load_splits
+from hftl.cli.main import main
 from hftl.errors import ConfigError
-from hftl.predictor import Predictor
-from hftl.tasks import ImageClassification, TextClassification
+from hftl.inference import demo
+from hftl.inference.predictor import Predictor
+from hftl.tasks.registry import ImageClassification, TextClassification
 
 KINDS = ("image", "text", "pair")
 
@@ -205,7 +206,7 @@ def open_page(chromium, url):
 @pytest.mark.browser
 def test_a_text_typed_in_a_browser_is_classified(chromium, text_run, capsys):
     pytest.importorskip("gradio")
-    from hftl.predictor import load
+    from hftl.inference.predictor import load
 
     run = text_run(max_steps=2, num_epochs=None, head_lr=0.1)
     accuracy = load_recipe("text_classification").main(run)["test/accuracy"]

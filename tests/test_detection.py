@@ -15,11 +15,11 @@ from launch import flags, launch
 from torchvision.ops import box_convert
 
 import hftl
-from hftl.evaluation.detection import DetectionMetrics
-from hftl.publishing.report import write_report
-from hftl.tasks.labelled_boxes import LabelledBoxes
-from hftl.tasks.set_loss import set_loss
-from hftl.testing import check_task
+from hftl.reporting import write_report
+from hftl.run.testing import check_task
+from hftl.tasks.targets.detection.metrics import DetectionMetrics
+from hftl.tasks.targets.detection.set_prediction_loss import set_loss
+from hftl.tasks.targets.detection.target import LabelledBoxes
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_rare_category_may_fall_into_the_validation_cut():
 
 
 def test_detections_are_shown_on_a_terminal(capsys):
-    from hftl.use import _Terminal
+    from hftl.inference.batch_inference import _Terminal
 
     terminal = _Terminal()
     terminal.write([{"input": "a.jpg", "row": 0, "objects": []}])
@@ -147,7 +147,7 @@ def test_detections_are_shown_on_a_terminal(capsys):
 @pytest.mark.parametrize("task", [hftl.ObjectDetection, hftl.SemanticSegmentation])
 def test_a_backbone_with_channels_last_is_refused(task, image_run):
     from hftl.models.build import build_model
-    from hftl.models.parts import HeadSpec
+    from hftl.models.task_model import HeadSpec
 
     run = image_run()
     run = replace(run, model=hftl.ModelConfig(name="mambaout_femto", pretrained=False, image_size=64))
@@ -376,9 +376,11 @@ print("equal", sum(map(len, rows)))
 
 
 def test_a_run_opens_without_hftl_and_predicts_the_same(detection_run, tmp_path, monkeypatch, run_without_hftl):
-    from hftl.cli import main
+    from hftl.cli.main import main
 
-    monkeypatch.setattr("hftl.tasks.labelled_boxes.SCORE_FLOOR", 0.0)  # after so short a training nothing is certain
+    monkeypatch.setattr(
+        "hftl.tasks.targets.detection.target.SCORE_FLOOR", 0.0
+    )  # after so short a training nothing is certain
     run = detection_run("lora", num_epochs=1)
     metrics = run_undrawn("object_detection", run)
     assert write_report(tmp_path / "run").is_file()
@@ -418,7 +420,7 @@ def test_names_that_are_no_detector_are_refused(detection_run, tiny_timm, tiny_b
 
 
 def test_two_processes_train_and_one_measures_the_same(detection_run, forks, tmp_path):
-    from hftl.use import evaluate_place
+    from hftl.inference.batch_inference import evaluate_place
 
     run = detection_run()
     options = flags(run.data.source, run.model.name, run.output_dir, model__image_size=64, train__num_epochs=1)

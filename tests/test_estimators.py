@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hftl.errors import DataError, FeatureError
-from hftl.features.estimators import ESTIMATORS, h_score, knn, leep, linear_probe, logme, nce, score_predictions
-from hftl.features.sample import Sample
+from hftl.features.labeled_features import Sample
+from hftl.features.transferability import ESTIMATORS, h_score, knn, leep, linear_probe, logme, nce, score_predictions
 
 PEER = """
 import json, sys
@@ -47,7 +47,7 @@ def digits():
     import torch
 
     import hftl
-    from hftl.console import muted
+    from hftl.logging import muted
 
     features = []
     for pretrained in (True, False):

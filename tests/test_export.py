@@ -11,11 +11,11 @@ import pytest
 from conftest import run_python, run_undrawn
 
 from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
-from hftl.cli import main
+from hftl.artifacts.export import export_folder
+from hftl.artifacts.export_checks import table
+from hftl.artifacts.save_model import load_artifact
+from hftl.cli.main import main
 from hftl.errors import ArtifactError, ConfigError, DataError
-from hftl.publishing.artifact import load_artifact
-from hftl.publishing.export import export_folder
-from hftl.publishing.exported import table
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -185,7 +185,7 @@ def test_the_command_prints_the_table_and_takes_other_data(runs, exports, images
 
 
 def test_without_the_extra_the_error_names_it(runs, monkeypatch, capsys):
-    from hftl.publishing import exporters
+    from hftl.artifacts import exporters
 
     monkeypatch.setattr(exporters, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(SystemExit) as caught:
@@ -217,7 +217,7 @@ def tmp_path_table(folder: Path) -> Path:
 
 
 def test_a_graph_that_computes_something_else_is_refused_and_kept(runs, tmp_path, monkeypatch):
-    from hftl.publishing import export
+    from hftl.artifacts import export
 
     def disturbed(model, inputs, file, format, write=export.write):
         import torch
@@ -235,7 +235,7 @@ def test_a_graph_that_computes_something_else_is_refused_and_kept(runs, tmp_path
 
 
 def test_a_graph_with_a_fixed_batch_is_refused(runs, tmp_path, monkeypatch):
-    from hftl.publishing import exporters
+    from hftl.artifacts import exporters
 
     monkeypatch.setattr(exporters, "_axes", lambda name: ())
     with pytest.raises(ArtifactError, match="does not run on every batch"):
@@ -255,7 +255,7 @@ def test_a_network_that_is_no_graph_is_named_with_the_reason(runs, tmp_path, mon
 
 
 def test_without_int8_kernels_fp32_stays(runs, exports, tmp_path, monkeypatch, capsys):
-    from hftl.publishing import export
+    from hftl.artifacts import export
 
     def unable(file, to):
         to.write_bytes(b"half")

@@ -17,12 +17,12 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import hftl
-from hftl.cli import main
+from hftl.cli.main import main
 from hftl.errors import FeatureError
 from hftl.features import cache
 from hftl.features.cache import compute_features
+from hftl.features.extractor import linear_head
 from hftl.features.store import META, VALUES
-from hftl.features.tap import linear_head
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +209,7 @@ np.save(sys.argv[3] + str(accelerator.process_index), found.values)
 print("FROM_CACHE", found.from_cache, found.labels.tolist() == task.collate(
     task.encode(splits["train"], hftl.build_model(run, task.head).processor, None, None).fetch(range(60), 0)
 )["labels"].tolist())
-from hftl.console import leave_process_group
+from hftl.logging import leave_process_group
 leave_process_group()
 """
 

@@ -12,7 +12,7 @@ from launch import flags, launch
 from safetensors.torch import load_file
 
 import hftl
-from hftl.train.optim import lr_factor
+from hftl.training.optim import lr_factor
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_the_best_weights_are_kept_and_training_stops_early(text_run):
 
 def test_groups_of_the_optimizer(text_run):
     """Head and backbone have their own rates; biases and norms do not decay; nothing is left out or twice in."""
-    from hftl.train.optim import make_optimizer
+    from hftl.training.optim import make_optimizer
 
     run, _, task = hftl.prepare(text_run("full", "mean"), hftl.TextClassification)
     model = hftl.build_model(run, task.head)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import hftl
 from hftl.config.schema import FrozenConfig
 from hftl.errors import CheckpointError, ConfigError, FeatureError, NonfiniteError, Stopped
-from hftl.features.tap import linear_head
-from hftl.train.head_bank import HeadBank, HeadSetting
-from hftl.train.heads import HEADS
+from hftl.features.extractor import linear_head
+from hftl.heads.batched_heads import HeadBank, HeadSetting
+from hftl.training.head_search import HEADS
 
 ONE = FrozenConfig(lr_factors=[1.0], weight_decays=[0.01])
 
@@ -227,7 +227,7 @@ def test_a_stop_keeps_the_features_and_the_same_command_ends_where_it_would_have
 
 
 def test_a_history_that_cannot_be_written_ends_the_run(text_run, monkeypatch):
-    from hftl.train.history import Recorder
+    from hftl.run_folder.history import Recorder
 
     def full(self):
         self.file = open("/dev/full", "w")

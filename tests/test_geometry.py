@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from hftl.config.schema import AugmentConfig
-from hftl.data.geometry import GeometryProcessor, GeometryRows, Places, augment_problems
 from hftl.errors import ArtifactError, DataError
+from hftl.preprocessing.joint_transforms import GeometryProcessor, GeometryRows, Places, augment_problems
 
 COLORS = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
 PLAIN = AugmentConfig(crop_scale=1, hflip=0, color_jitter=0)

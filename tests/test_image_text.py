@@ -13,11 +13,11 @@ from pairs import write_pairs
 import hftl
 from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.adaptation.apply import adapt
+from hftl.artifacts.labeled_data import labelled_rows
 from hftl.models.build import build_model, open_model
-from hftl.publishing.labelled import labelled_rows
-from hftl.publishing.record import RunRecord
-from hftl.publishing.report import write_report
-from hftl.testing import check_task
+from hftl.reporting import write_report
+from hftl.reporting.run_record import RunRecord
+from hftl.run.testing import check_task
 
 MISSING = {
     "train": {3: {"picture": ""}, 4: {"title": "", "body": ""}, 5: {"price": ""}, 6: {"shop": ""}},
@@ -106,7 +106,7 @@ def test_categories_keep_their_names_and_an_order_that_files_keep():
     """JSON files of transformers are sorted, and class numbers of one data set are names in another."""
     from datasets import ClassLabel, Dataset, Features, Value
 
-    from hftl.data.mixed_columns import train_categories, with_names
+    from hftl.data.multimodal_columns import train_categories, with_names
     from hftl.models.processing_image_text import category_ids
 
     kinds = Features({"shop": Value("string"), "colour": ClassLabel(names=["red", "blue"])})
@@ -121,7 +121,7 @@ def test_categories_keep_their_names_and_an_order_that_files_keep():
 def test_numbers_that_never_vary_or_were_never_missing_do_no_harm():
     from datasets import Dataset
 
-    from hftl.data.mixed_columns import train_numbers
+    from hftl.data.multimodal_columns import train_numbers
     from hftl.models.image_text_heads import Table
 
     rows = Dataset.from_dict({"same": [0.1] * 100, "some": [1.0, None] * 50})
@@ -251,7 +251,7 @@ def test_an_artifact_opens_without_hftl_and_predicts_from_anything(gaps, pairs_r
     assert "equal 3" in run_without_hftl(OPEN, str(tmp_path / "run"), json.dumps(given))
     table = tmp_path / "rows.csv"
     table.write_text("title,price\ncat dog,3\nbread rice,4\n")
-    from hftl.use import predict_to_table
+    from hftl.inference.batch_inference import predict_to_table
 
     capsys.readouterr()
     predict_to_table(str(tmp_path / "run"), str(table))
@@ -262,8 +262,8 @@ def test_a_frozen_model_learns_from_vectors_that_were_computed_once(gaps, pairs_
     """They say what images and texts would; cross attention needs more than vectors, and is not given any."""
     from accelerate import Accelerator
 
-    from hftl.data.image_text import VectorRows
-    from hftl.train.on_features import training_rows
+    from hftl.preprocessing.multimodal import VectorRows
+    from hftl.training.feature_cache_policy import training_rows
 
     run, splits, task = prepared(pairs_run(gaps, AdaptConfig("frozen"), modality_dropout=0.2))
     model = build_model(run, task.head)
@@ -338,7 +338,7 @@ def test_bad_rows_are_named(tmp_path, pairs_run, tiny_bert):
 
 def test_a_model_that_has_not_learnt_to_do_without_says_so(pairs, pairs_run):
     run, _, task = prepared(pairs_run(pairs))
-    from hftl.predictor import Predictor
+    from hftl.inference.predictor import Predictor
 
     predictor = Predictor(build_model(run, task.head), task, run.data)
     row = {"picture": None, "title": "cat", "body": "dog", "price": 1.0, "shop": "north"}
@@ -351,7 +351,7 @@ def test_a_model_that_has_not_learnt_to_do_without_says_so(pairs, pairs_run):
 
 
 def test_the_dual_encoder_gives_unit_vectors_and_opens_again(pairs_run, pairs, tmp_path):
-    from hftl.models.parts import HeadSpec
+    from hftl.models.task_model import HeadSpec
 
     for objective in ("infonce", "siglip"):
         run = pairs_run(pairs, net="test_vit", projection_size=8)
@@ -415,7 +415,7 @@ def test_two_processes_measure_what_one_does(gaps, tiny_timm, tiny_bert, forks, 
 def test_roc_auc_is_scikit_learns_however_the_rows_are_divided(rows):
     from sklearn.metrics import roc_auc_score
 
-    from hftl.evaluation.ranking_metrics import RocAuc
+    from hftl.tasks.targets.single_label.roc_auc import RocAuc
 
     rng = np.random.default_rng(rows)
     labels = rng.integers(0, 2, rows)
@@ -432,7 +432,7 @@ def test_roc_auc_is_scikit_learns_however_the_rows_are_divided(rows):
 
 
 def test_roc_auc_of_one_class_is_not_a_number():
-    from hftl.evaluation.ranking_metrics import RocAuc
+    from hftl.tasks.targets.single_label.roc_auc import RocAuc
 
     metric = RocAuc()
     assert np.isnan(metric.compute()["roc_auc"])

@@ -10,12 +10,12 @@ from conftest import run_undrawn
 from pair_data import captioned, write_lines
 
 import hftl
-import hftl.zero_shot
-from hftl.cli import main
+import hftl.inference.zero_shot
+from hftl.cli.main import main
 from hftl.errors import ConfigError, DataError
-from hftl.publishing.report import write_report
-from hftl.testing import check_task
-from hftl.use import evaluate_place
+from hftl.inference.batch_inference import evaluate_place
+from hftl.reporting import write_report
+from hftl.run.testing import check_task
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_rows_that_a_label_calls_no_pairs_are_not_used(pair_run, capsys):
 def test_rows_that_do_not_say_are_no_pairs():
     from datasets import Dataset
 
-    from hftl.data.captions import find_match, matching
+    from hftl.preprocessing.captions import find_match, matching
 
     rows = Dataset.from_dict({"label": [0, 1, None, 1], "caption": list("abcd")})
     assert find_match(rows, None) == "label" and matching(rows, "label")["caption"] == ["b", "d"]
@@ -181,9 +181,9 @@ def test_bad_pairs_can_be_left_out(pair_run, tmp_path):
 
 def test_labels_are_for_models_of_images_and_texts(text_run):
     with pytest.raises(DataError, match="no {}"):
-        hftl.zero_shot.prompts(["a", "b"], "a photo")
+        hftl.inference.zero_shot.prompts(["a", "b"], "a photo")
     with pytest.raises(DataError, match="two different labels"):
-        hftl.zero_shot.prompts(["a", "a"], None)
+        hftl.inference.zero_shot.prompts(["a", "a"], None)
     _, _, task = hftl.prepare(text_run(), hftl.TextClassification)
     with pytest.raises(DataError, match="this one is for text classification"):
-        hftl.zero_shot.embed_texts(None, task, ["a"], ["a"], None)
+        hftl.inference.zero_shot.embed_texts(None, task, ["a"], ["a"], None)

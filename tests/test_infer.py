@@ -10,8 +10,8 @@ import hftl
 from hftl.config.schema import DataConfig, RunConfig
 from hftl.data.source import Splits
 from hftl.errors import ConfigError, DataError
-from hftl.tasks import TASKS
-from hftl.tasks.infer import infer_task
+from hftl.tasks.auto_task import infer_task
+from hftl.tasks.registry import TASKS
 
 TEXT, NUMBER = Value("string"), Value("float64")
 BOXES = List({"bbox": List(NUMBER), "category": ClassLabel(names=["a", "b"])})

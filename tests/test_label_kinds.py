@@ -12,13 +12,13 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, r2_score
 
 import hftl
-from hftl.choosing.outcome import judge
-from hftl.cli import main
+from hftl.cli.main import main
 from hftl.config.schema import AdaptConfig, AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from hftl.publishing.record import RunRecord
-from hftl.publishing.report import write_report
-from hftl.testing import check_task
-from hftl.use import evaluate_place
+from hftl.inference.batch_inference import evaluate_place
+from hftl.reporting import write_report
+from hftl.reporting.run_record import RunRecord
+from hftl.run.testing import check_task
+from hftl.selection.results import judge
 
 KINDS = list(WORDS)
 NUMBERS = {"label_columns": ["length", "weight"]}

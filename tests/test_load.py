@@ -14,9 +14,9 @@ from launch import ENV
 from safetensors.torch import load_file, save_file
 
 import hftl
-from hftl.cli import main
+from hftl.artifacts.push import push
+from hftl.cli.main import main
 from hftl.errors import ArtifactError, DataError
-from hftl.publishing.push import push
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_two_processes_predict_the_same_table_in_order(text_folder, forks, tmp_p
             f"{tmp_path / name}.parquet",
         ]
         if processes == 2:
-            words = ["python", "-c", "from hftl.cli import main; main()", *arguments]
+            words = ["python", "-c", "from hftl.cli.main import main; main()", *arguments]
             statuses, said = forks.command(words, tmp_path / "logs", processes=2, **ENV)
             assert statuses == [0, 0] and said.count("1003 predictions") == 1, said[-3000:]
         else:
@@ -250,7 +250,7 @@ def test_a_model_that_cannot_be_fetched_offline_says_so(hub, monkeypatch):
 
 def test_a_prediction_that_fails_leaves_no_half_table(text_folder, tmp_path, monkeypatch):
     from hftl.evaluation.evaluate import TableWriter
-    from hftl.use import predict_to_table
+    from hftl.inference.batch_inference import predict_to_table
 
     table = tmp_path / "texts.csv"
     table.write_text("\n".join(["text", *["the cat"] * 40]) + "\n")

@@ -5,7 +5,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from hftl.data.loader import Share, eval_batches, steps_per_epoch, train_batches
+from hftl.loading.loader import Share, eval_batches, steps_per_epoch, train_batches
 
 LENGTHS = np.random.default_rng(0).integers(3, 60, 101).astype(np.int32)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hftl.data.loader import Share, eval_batches, steps_per_epoch, train_batches
+from hftl.loading.loader import Share, eval_batches, steps_per_epoch, train_batches
 
 
 @st.composite

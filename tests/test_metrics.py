@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from hftl.evaluation.metrics import BUILT_IN, ClassificationMetrics, EvaluateMetric, MeanLoss, metric_problems
+from hftl.tasks.metrics import BUILT_IN, ClassificationMetrics, EvaluateMetric, MeanLoss, metric_problems
 
 
 def random_case(seed, rows, classes, present):

@@ -10,15 +10,15 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score, p
 
 import hftl
 from hftl.errors import ConfigError
-from hftl.evaluation.multi_label import (
+from hftl.run.testing import check_task
+from hftl.tasks.registry import MultiLabel
+from hftl.tasks.targets.multi_label.metrics import (
     SCORES,
     MultiLabelMetrics,
     best_thresholds,
     multi_label_intervals,
     multi_label_scores,
 )
-from hftl.tasks import MultiLabel
-from hftl.testing import check_task
 
 FORMS = {
     "list": {"label_column": "kinds"},

@@ -14,14 +14,14 @@ from conftest import load_recipe, run_undrawn, with_data
 from launch import flags
 
 import hftl
+from hftl.artifacts.export import export_folder
 from hftl.config.schema import ProbeConfig
 from hftl.errors import AdaptError, ArtifactError, ConfigError, FeatureError, RunComplete
-from hftl.features.classifiers import KINDS
-from hftl.features.probe import Probe, calibrate, fit_probe
-from hftl.models import classic_head
-from hftl.models.classic_head import ClassicHead
-from hftl.publishing.export import export_folder
-from hftl.publishing.report import write_report
+from hftl.heads import sklearn_head as classic_head
+from hftl.heads.classifiers import KINDS
+from hftl.heads.sklearn_head import ClassicHead
+from hftl.heads.sklearn_probe import Probe, calibrate, fit_probe
+from hftl.reporting import write_report
 
 LINEAR = [name for name, kind in KINDS.items() if kind.linear]
 CLASSIC = [name for name, kind in KINDS.items() if not kind.linear]
@@ -384,7 +384,7 @@ def test_a_run_that_is_complete_says_so_and_one_that_was_stopped_begins_again(te
         raise KeyboardInterrupt("SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hftl.train.probe.fit_head", stopped)
+        patch.setattr("hftl.training.probe.fit_head", stopped)
         with pytest.raises(KeyboardInterrupt):
             main(run)
     metrics = main(run)

@@ -13,9 +13,9 @@ from hub import COMMIT, CREATE, PREUPLOAD, WEIGHTS, Fault, User
 from launch import ENV, free_port
 
 import hftl
+from hftl.artifacts.push import push
 from hftl.errors import ArtifactError, ConfigError, PushError
-from hftl.hub import explain, redacted
-from hftl.publishing.push import push
+from hftl.hub_client import explain, redacted
 
 ID = "alice/model"
 by_lfs = pytest.mark.parametrize("hub", ["lfs", pytest.param("xet", marks=pytest.mark.slow)], indirect=True)
@@ -177,7 +177,7 @@ def test_a_connection_that_ends_loses_nothing_and_the_printed_command_repairs_it
     command = str(caught.value).splitlines()[-1].split()
     assert command == ["hftl", "push", str(folder), ID, "--private"]
     hub.faults.clear()
-    from hftl.cli import main
+    from hftl.cli.main import main
 
     main(command[1:])
     assert hub.store.repos[ID].files["model.safetensors"] == before[folder / "model/model.safetensors"]
@@ -197,9 +197,9 @@ def test_a_hub_that_never_answers_ends_the_push(hub, runs, stage, forks, tmp_pat
     """In a process of its own: the Xet client reads its timeout once."""
     hub.faults.append(Fault(UNANSWERED[stage], "stall", times=float("inf"), seconds=120))
     code = (
-        "import sys, types, hftl.hub, huggingface_hub.utils._http as http\n"
-        "http.time, hftl.hub.READ_TIMEOUT_S = types.SimpleNamespace(sleep=lambda _: None), 1\n"
-        "from hftl.cli import main; main(['push', sys.argv[1], 'alice/model', '--no-verify'])"
+        "import sys, types, hftl.hub_client, huggingface_hub.utils._http as http\n"
+        "http.time, hftl.hub_client.READ_TIMEOUT_S = types.SimpleNamespace(sleep=lambda _: None), 1\n"
+        "from hftl.cli.main import main; main(['push', sys.argv[1], 'alice/model', '--no-verify'])"
     )
     words = ["python", "-c", code, runs["image-full"]]
     statuses, said = forks.command(words, tmp_path / "logs", 100, HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1")
@@ -305,14 +305,14 @@ def test_offline_is_said(hub, runs, monkeypatch):
 @by_xet
 def test_no_hub_at_all_is_said(hub, runs, forks, tmp_path):
     closed = "http://127.0.0.1:9"
-    words = ["python", "-c", "from hftl.cli import main; main()", "push", runs["image-full"], ID]
+    words = ["python", "-c", "from hftl.cli.main import main; main()", "push", runs["image-full"], ID]
     statuses, said = forks.command(words, tmp_path / "logs", HF_ENDPOINT=closed)
     assert statuses == [2] and f"the connection to {closed} failed" in said, said
 
 
 def test_something_else_on_the_hub_is_noticed(hub, runs, monkeypatch):
     """Verified means by id: weights that changed on the way are an error."""
-    import hftl.publishing.push as module
+    import hftl.artifacts.push as module
 
     def disturbed(record, repo, staged, upload=module._upload):
         weights = Path(staged) / "model.safetensors"

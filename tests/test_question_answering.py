@@ -10,9 +10,9 @@ from tagged import question_row, write_questions
 
 import hftl
 from hftl.errors import ConfigError
-from hftl.evaluation.answer_metrics import Answered, AnswerMetrics, answer_scores
-from hftl.tasks.answer_spans import find_spans
-from hftl.testing import check_task
+from hftl.run.testing import check_task
+from hftl.tasks.targets.question_answering.metrics import Answered, AnswerMetrics, answer_scores
+from hftl.tasks.targets.question_answering.span_search import find_spans
 
 WORDS = "cat Dog. it's New-York 1,000 über (big) red the a An answer".split()
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import hftl
-from hftl import cli
-from hftl.choosing.candidate import source_probabilities
-from hftl.choosing.order import compare_scores
-from hftl.choosing.ranking import candidate_names, rank
-from hftl.choosing.ranking_table import short_names
+from hftl.cli import main as cli
 from hftl.errors import ConfigError, DataError, ModelError
-from hftl.features.estimators import Estimate
-from hftl.models.parts import HeadSpec
-from hftl.tasks import ImageInputs
+from hftl.features.transferability import Estimate
+from hftl.models.task_model import HeadSpec
+from hftl.selection.bootstrap_ranks import compare_scores
+from hftl.selection.candidate import source_probabilities
+from hftl.selection.ranking import candidate_names, rank
+from hftl.selection.ranking_table import short_names
+from hftl.tasks.registry import ImageInputs
 
 
 class Brightness:

@@ -15,7 +15,7 @@ import hftl
 from hftl.config.parse import parse
 from hftl.config.schema import AdaptConfig, LoraConfig, ModelConfig
 from hftl.errors import ConfigError
-from hftl.train.folder import RUN_FILES
+from hftl.run_folder.folder import RUN_FILES
 
 
 def refused(run, task=hftl.ImageClassification) -> list[str]:
@@ -360,7 +360,7 @@ def nobody():
 
 
 def test_a_run_folder_that_may_not_be_written_is_refused(image_run, tmp_path):
-    from hftl.train.folder import folder_problems
+    from hftl.run_folder.folder import folder_problems
 
     open_folder = Path(os.path.realpath("/")) / "usr"
     with nobody():

@@ -16,9 +16,9 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 import hftl
 from hftl.config.schema import FrozenConfig
 from hftl.errors import ConfigError, Stopped
-from hftl.evaluation.regression import NUMBERS, RegressionMetrics, regression_intervals, regression_scores
-from hftl.models.scale import OutputScale, scale_of
-from hftl.testing import check_task
+from hftl.models.target_scaling import OutputScale, scale_of
+from hftl.run.testing import check_task
+from hftl.tasks.targets.regression.metrics import NUMBERS, RegressionMetrics, regression_intervals, regression_scores
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from conftest import load_recipe
 
-from hftl import DataConfig, ModelConfig, RunConfig, run_folder
-from hftl.cli import main
+from hftl import DataConfig, ModelConfig, RunConfig, get_run_folder
+from hftl.artifacts import save_run as publish
+from hftl.cli.main import main
 from hftl.config.parse import dump
 from hftl.errors import ArtifactError, ConfigError
 from hftl.evaluation.evaluate import TableWriter
-from hftl.evaluation.metrics import ClassificationMetrics
-from hftl.publishing import publish
-from hftl.publishing.report import compare_reports, write_report
+from hftl.reporting import compare_reports, write_report
+from hftl.tasks.metrics import ClassificationMetrics
 
 HOSTILE = ["<script>alert(1)</script>", "$x_$ & </style> --> ]]>", "\" onmouseover='alert(1)' 中文"]
 TEXT = '<img src=x onerror=alert(1)> <a href="https://example.com">{number}</a> </blockquote>'
@@ -359,10 +359,10 @@ def test_runs_on_other_rows_are_not_compared_silently(tmp_path):
 def test_a_text_run_ends_with_its_page(text_run, capsys):
     run = text_run()
     metrics = load_recipe("text_classification").main(run)
-    page = Page(run_folder(run) / "report.html")
+    page = Page(get_run_folder(run) / "report.html")
     assert f"report: {run.output_dir}" in capsys.readouterr().out
     assert f"{metrics['test/accuracy']:.4f}" in page.text and "most-confident-errors" in page.titles
-    memory = json.loads((run_folder(run) / "report.json").read_text())["training"]["peak_resident_bytes"]
+    memory = json.loads((get_run_folder(run) / "report.json").read_text())["training"]["peak_resident_bytes"]
     assert 2**27 < memory < 2**37  # torch alone takes more than 128 MiB
 
 
@@ -371,9 +371,9 @@ def test_an_image_run_shows_its_errors(image_run):
 
     run = image_run()
     load_recipe("image_classification").main(run)
-    page = Page(run_folder(run) / "report.html")
+    page = Page(get_run_folder(run) / "report.html")
     shown = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
-    wrong = sum(a != b for a, b in zip(*judged(run_folder(run), "test")[:2], strict=True))
+    wrong = sum(a != b for a, b in zip(*judged(get_run_folder(run), "test")[:2], strict=True))
     assert wrong and len(shown) == wrong
     for source in shown:
         with Image.open(BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
@@ -391,7 +391,7 @@ def test_a_page_that_cannot_be_drawn_loses_nothing(text_run, monkeypatch, capsys
     said = capsys.readouterr().out
     assert f"not drawn (RuntimeError: no ink); the run is complete, `hftl report {run.output_dir}` tries again" in said
     main(["report", run.output_dir])
-    assert (run_folder(run) / "report.html").is_file()
+    assert (get_run_folder(run) / "report.html").is_file()
 
 
 # looked at

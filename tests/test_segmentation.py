@@ -15,15 +15,15 @@ from PIL import Image
 from torch.nn import functional
 
 import hftl
-from hftl.data.masks import find_classes
 from hftl.data.source import load_splits
 from hftl.errors import ConfigError, DataError, ModelError
-from hftl.evaluation.segmentation import SegmentationMetrics
+from hftl.inference.batch_inference import evaluate_place, predict_to_table
 from hftl.models.segmentation_model import decoded_levels
-from hftl.publishing.report import write_report
-from hftl.tasks.pixel_classes import IGNORED, PixelClasses
-from hftl.testing import check_task
-from hftl.use import evaluate_place, predict_to_table
+from hftl.reporting import write_report
+from hftl.run.testing import check_task
+from hftl.tasks.targets.segmentation.masks import find_classes
+from hftl.tasks.targets.segmentation.metrics import SegmentationMetrics
+from hftl.tasks.targets.segmentation.target import IGNORED, PixelClasses
 
 NAMES = ["ground", "void", "left", "right"]
 COUNTS = {"train": 10, "val": 4, "test": 5}
@@ -156,7 +156,7 @@ def test_the_report_shows_masks_beside_pictures(trained):
 def test_two_processes_evaluate_as_one(trained, forks, tmp_path):
     """Five rows in batches of two: uneven shares, the same numbers and the same masks."""
     folder, metrics = trained
-    code = "import sys; from hftl.cli import main; main(sys.argv[1:])"
+    code = "import sys; from hftl.cli.main import main; main(sys.argv[1:])"
     words = ["evaluate", str(folder), "--batch_size", "2", "--output", str(tmp_path / "two.parquet")]
     statuses, said = forks.command(["python", "-c", code, *words], tmp_path / "logs", 280, 2, **ENV)
     assert statuses == [0, 0], said[-3000:]
@@ -431,7 +431,7 @@ def test_masks_that_cannot_be_used_are_named_together_or_left_out(scenes, scene_
 
 
 def test_palettes_are_read_as_numbers_and_grey_of_16_bits_too(tmp_path):
-    from hftl.data.image_file import decode_indices
+    from hftl.data.image_decoding import decode_indices
 
     numbers = np.arange(12, dtype=np.uint8).reshape(3, 4)
     palette = Image.fromarray(numbers, "P") if hasattr(Image, "frombuffer") else None
@@ -444,7 +444,7 @@ def test_palettes_are_read_as_numbers_and_grey_of_16_bits_too(tmp_path):
 
 @pytest.mark.parametrize("options", [{"format": "JPEG"}, {"format": "MPO", "save_all": True}])
 def test_masks_of_jpeg_are_refused(options, tmp_path):
-    from hftl.data.image_file import decode_indices
+    from hftl.data.image_decoding import decode_indices
 
     Image.new("L", (8, 8), 3).save(tmp_path / "mask.jpg", **options)
     with pytest.raises(DataError, match="not a mask: JPEG changes class numbers.*PNG"):

@@ -6,9 +6,9 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 import hftl
 from hftl.data.source import Splits
 from hftl.errors import DataError
-from hftl.tasks import MultiLabel, Regression, SingleLabel
-from hftl.tasks.infer import infer_task
-from hftl.tasks.targets import choose_problem, find_target, restore_target
+from hftl.tasks.auto_task import infer_task
+from hftl.tasks.registry import MultiLabel, Regression, SingleLabel
+from hftl.tasks.targets.label_target import choose_problem, find_target, restore_target
 
 SINGLE, MULTI, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
 

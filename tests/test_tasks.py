@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, load_recipe
 
 import hftl
-from hftl.testing import check_task
+from hftl.run.testing import check_task
 
 
 def test_image_classification_passes_the_contract(image_run):

@@ -11,9 +11,9 @@ from pair_data import positive_pairs, scored_pairs, write_lines
 
 import hftl
 from hftl.errors import ConfigError
-from hftl.publishing.report import write_report
-from hftl.testing import check_task
-from hftl.use import evaluate_place
+from hftl.inference.batch_inference import evaluate_place
+from hftl.reporting import write_report
+from hftl.run.testing import check_task
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_batch_of_one_has_nothing_to_compare(loss, pair_run):
 
 
 def test_a_score_that_is_missing_in_other_data_is_named(pair_run, tmp_path):
-    from hftl.publishing.labelled import labelled_rows
+    from hftl.artifacts.labeled_data import labelled_rows
 
     run, _, task = hftl.prepare(pair_run(), hftl.TextEmbedding)
     rows = [*scored_pairs(4), {"sentence1": "a", "sentence2": "b", "score": None}]

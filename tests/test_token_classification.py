@@ -9,10 +9,10 @@ import torch
 from tagged import write_tagged
 
 import hftl
-from hftl.data.tags import TagReader
 from hftl.errors import ConfigError, DataError
-from hftl.evaluation.entity_metrics import EntityMetrics
-from hftl.testing import check_task
+from hftl.run.testing import check_task
+from hftl.tasks.targets.tagging.bio_tags import TagReader
+from hftl.tasks.targets.tagging.metrics import EntityMetrics
 
 BIO = ["O", "B-a", "I-a", "B-b", "I-b", "B-c-d", "I-c-d"]
 IOBES = ["O", *(f"{prefix}-{kind}" for prefix in "BIES" for kind in "ab")]

@@ -12,8 +12,8 @@ from tagged import tagged_row, write_questions, write_tagged
 
 import hftl
 from hftl.errors import DataError
-from hftl.publishing.report import write_report
-from hftl.use import evaluate_place, predict_to_table
+from hftl.inference.batch_inference import evaluate_place, predict_to_table
+from hftl.reporting import write_report
 
 CLEAN = """
 import json, sys, torch, transformers, pyarrow.parquet as pq

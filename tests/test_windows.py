@@ -11,11 +11,19 @@ from hypothesis import strategies as st
 from tagged import question_row, tagged_row
 
 from hftl.config.schema import ModelConfig, RunConfig
-from hftl.data.windows import HOME, OFFSETS, home_windows, model_inputs, window_pairs, window_starts, window_words
-from hftl.data.windows import words_in as place_words
 from hftl.errors import DataError, ModelError
 from hftl.models.build import build_model
-from hftl.models.parts import HeadSpec
+from hftl.models.task_model import HeadSpec
+from hftl.preprocessing.sliding_windows import (
+    HOME,
+    OFFSETS,
+    home_windows,
+    model_inputs,
+    window_pairs,
+    window_starts,
+    window_words,
+)
+from hftl.preprocessing.sliding_windows import words_in as place_words
 
 TOKENS = "AutoModelForTokenClassification"
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hftl.adaptation.each import adapt_each, encoder_methods
 from hftl.adaptation.freeze import freeze_backbone, train_everything
 from hftl.adaptation.lora import add_lora
-from hftl.adaptation.report import AdaptReport, count
+from hftl.adaptation.parameter_counts import AdaptReport, count
+from hftl.adaptation.per_encoder import adapt_each, encoder_methods
 from hftl.config.schema import AdaptConfig
-from hftl.console import say
 from hftl.errors import AdaptError
-from hftl.models.classic_head import KINDS as CLASSIC
-from hftl.models.parts import TaskModel
+from hftl.heads.sklearn_head import KINDS as CLASSIC
+from hftl.logging import say
+from hftl.models.task_model import TaskModel
 
 
 def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hftl.config.schema import BatchNorm
-from hftl.models.parts import TaskModel
+from hftl.models.task_model import TaskModel
 
 
 def train_everything(model: TaskModel, batch_norm: BatchNorm = "auto") -> None:

@@ -9,8 +9,8 @@ from torch import nn
 
 from hftl.config.schema import LoraConfig
 from hftl.errors import AdaptError, nearest, shorten
-from hftl.models.parts import TaskModel
-from hftl.models.quiet import quiet
+from hftl.models.suppress_warnings import quiet
+from hftl.models.task_model import TaskModel
 
 
 def add_lora(

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
+from hftl.atomic_files import output_folder, write_text
+from hftl.audit.class_balance import Labels, imbalance, read_labels, unlabelled
 from hftl.audit.clean import LEFT_OUT, folder_problem, rows_to_leave_out, write_cleaned
-from hftl.audit.copies import Groups, conflicts, duplicates, leaks, near
+from hftl.audit.duplicates import Groups, conflicts, duplicates, leaks, near
 from hftl.audit.finding import FINDINGS, Finding, Numbering, spoken
-from hftl.audit.labels import Labels, imbalance, read_labels, unlabelled
-from hftl.audit.page import Shown, write_findings
-from hftl.audit.survey import ImageSurvey, TextSurvey, words_as_texts
+from hftl.audit.report import Shown, write_findings
+from hftl.audit.scan import ImageSurvey, TextSurvey, words_as_texts
 from hftl.config.schema import DataConfig
-from hftl.console import say
 from hftl.data.columns import NAMES, find_column, find_text_columns
 from hftl.data.source import Splits, load_splits
 from hftl.errors import ConfigError, DataError, nearest
-from hftl.files import output_folder, write_text
-from hftl.shown import redacted
+from hftl.logging import say
+from hftl.redaction import redacted
 
 SERIOUS = ("unreadable", "unlabelled", "leaks", "conflicts")
 """Findings that `--fail_on` without names means: those that break a run or the figures it prints."""
@@ -119,7 +119,7 @@ def _refuse(names: Sequence[str], model: str | None, fix: str | None, source: st
 
 
 def survey(splits: Splits, numbering: Numbering) -> TextSurvey | ImageSurvey:
-    """Looks at images where there is an image column, else at texts: the order of `hftl.tasks.infer`.
+    """Looks at images where there is an image column, else at texts: the order of `hftl.tasks.auto_task`.
 
     Args:
         splits: All rows.
@@ -160,7 +160,7 @@ def _by_model(
     if model is None:
         names = [name for name in NEED_MODEL if not (survey.images and name == "overlong")]
         return [Finding(name, "Not looked for: it takes a model (--model).", looked=False) for name in names]
-    from hftl.audit.by_model import ModelLook, outliers, wrong_labels
+    from hftl.audit.model_checks import ModelLook, outliers, wrong_labels
 
     look = ModelLook(splits, model, survey.images, numbering.rows(sorted(survey.unusable)))
     overlong = [] if survey.images else [look.overlong()]

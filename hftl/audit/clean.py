@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hftl.audit.copies import Groups, conflicting
+from hftl.atomic_files import PARTIAL
+from hftl.audit.class_balance import Labels
+from hftl.audit.duplicates import Groups, conflicting
 from hftl.audit.finding import Numbering
-from hftl.audit.labels import Labels
+from hftl.data.class_names import FILE as LABELS
 from hftl.data.columns import find_column
-from hftl.data.label_names import FILE as LABELS
 from hftl.data.source import Splits
 from hftl.errors import ConfigError, DataError, disk_error
-from hftl.files import PARTIAL
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -228,8 +228,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     publish: PublishConfig = field(default_factory=PublishConfig)
     task: str = "auto"
-    """What is learnt: the name of a task (`hftl.tasks.TASKS`), or auto: found from the columns and labels of the data,
-    and said. A recipe for one task has it already."""
+    """What is learnt: the name of a task (`hftl.tasks.registry.TASKS`), or auto: found from the columns and labels
+    of the data, and said. A recipe for one task has it already."""
     output_dir: str | None = None
     """The run folder; by default runs/DATA-MODEL-METHOD-sSEED."""
     overwrite: bool = False

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from hftl.console import say
 from hftl.errors import DataError, nearest
+from hftl.logging import say
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
-from hftl.console import say
 from hftl.data.columns import NAMES, find_text_columns
 from hftl.errors import DataError, shorten
+from hftl.logging import say
 
 if TYPE_CHECKING:
     from datasets import Dataset

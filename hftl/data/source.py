@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
-from hftl.console import say
-from hftl.data.box_folders import open_box_folders
+from hftl.data.class_names import FILES as LABELS
+from hftl.data.class_names import check_labels, names_beside
 from hftl.data.columns import find_column, label_codes
-from hftl.data.given import GIVEN, given_rows
-from hftl.data.label_names import FILES as LABELS
-from hftl.data.label_names import check_labels, names_beside
-from hftl.data.mask_folders import open_mask_folders
+from hftl.data.layouts.detection_folders import open_box_folders
+from hftl.data.layouts.in_memory import GIVEN, given_rows
+from hftl.data.layouts.mask_folders import open_mask_folders
 from hftl.data.paths import IMAGES, check_stored, with_images
-from hftl.data.quarantine import without
-from hftl.data.split_names import SPLIT_NAMES, first_word, split_folders, split_of
-from hftl.data.tables import TABLES, files_of_split, open_tables
+from hftl.data.splits import SPLIT_NAMES, first_word, split_folders, split_of
+from hftl.data.tables.table_files import TABLES, files_of_split, open_tables
+from hftl.data.validation import without
 from hftl.errors import DataError, first_line, nearest, shorten
+from hftl.logging import say
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -264,7 +264,7 @@ def _has_class_folders(folder: Path) -> bool:
 def _embedded(name: str) -> Mapping[str, Dataset]:
     if name not in EMBEDDED:
         raise DataError(f"data.source: embedded data are {', '.join(EMBEDDED)}, not '{name}'.{nearest(name, EMBEDDED)}")
-    from hftl.data.digits import load_digits
+    from hftl.data.layouts.digits import load_digits
 
     return load_digits()
 

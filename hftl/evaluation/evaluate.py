@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from hftl.atomic_files import PARTIAL, sync
 from hftl.config.schema import RunConfig
-from hftl.console import say
-from hftl.data.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
 from hftl.data.source import Splits
-from hftl.data.workers import Batches
-from hftl.evaluation.metrics import MeanLoss, all_metrics
-from hftl.files import PARTIAL, sync
-from hftl.models.memory import joined, rows_of
-from hftl.models.parts import TaskModel
+from hftl.loading.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
+from hftl.loading.workers import Batches
+from hftl.logging import say
+from hftl.models.oom_retry import joined, rows_of
+from hftl.models.task_model import TaskModel
+from hftl.tasks.metrics import MeanLoss, all_metrics
 from hftl.tasks.task import Batch, Outputs, Task, Tunable, worth_a_line
 
 if TYPE_CHECKING:

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from hftl.config.schema import RunConfig
-from hftl.console import say
-from hftl.data.loader import Key, Rows, default_workers, make_loader
+from hftl.distributed import together
 from hftl.errors import FeatureError, disk_error, shorten
 from hftl.evaluation.evaluate import predict
-from hftl.features.identity import backbone_identity, code_identity, hashed
+from hftl.features.cache_key import backbone_identity, code_identity, hashed
+from hftl.features.extractor import FeatureReader, Layers
 from hftl.features.store import Growing, cache_folder, read_whole
-from hftl.features.tap import FeatureReader, Layers
-from hftl.models.parts import TaskModel
-from hftl.processes import together
+from hftl.loading.loader import Key, Rows, default_workers, make_loader
+from hftl.logging import say
+from hftl.models.task_model import TaskModel
 from hftl.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def compute_features(
     reader = FeatureReader(model, layers)
     seed = None if view is None else run.train.seed
     rows = task.encode(dataset, model.processor, seed, run.data.max_length)
-    # as hftl.processes counts: Accelerate numbers processes of a machine only where it was told to use them
+    # as hftl.distributed counts: Accelerate numbers processes of a machine only where it was told to use them
     keeps = accelerator.num_processes == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     with ExitStack() as stack:
         with together("find features"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hftl.files import sync, write_text
+from hftl.atomic_files import sync, write_text
 
 FORMAT = 1
 """Of the files below; raised when their meaning changes. Folders of another one are not read, and made anew."""

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from hftl.config.schema import ModelConfig, RunConfig
-from hftl.console import say
 from hftl.errors import ArtifactError
-from hftl.models.classic_head import open_head
-from hftl.models.parts import HeadSpec, TaskModel
-from hftl.models.scale import add_scale
+from hftl.heads.sklearn_head import open_head
+from hftl.logging import say
+from hftl.models.target_scaling import add_scale
+from hftl.models.task_model import HeadSpec, TaskModel
 
 FAMILIES: dict[str, str] = {
     "timm": "hftl.models.timm_model",
     "UperNetForSemanticSegmentation": "hftl.models.segmentation_model",
     "RTDetrForObjectDetection": "hftl.models.detection_model",
-    "AutoModelForTokenClassification": "hftl.models.window_model",
-    "AutoModelForQuestionAnswering": "hftl.models.window_model",
+    "AutoModelForTokenClassification": "hftl.models.token_model",
+    "AutoModelForQuestionAnswering": "hftl.models.token_model",
     "SentenceTransformer": "hftl.models.embedding_model",
     "ImageTextForClassification": "hftl.models.image_text_model",
     "ImageTextDualEncoder": "hftl.models.image_text_model",
@@ -92,7 +92,7 @@ def open_model(folder: Path, spec: HeadSpec, classic: bool = False) -> TaskModel
     Args:
         folder: What `TaskModel.save` wrote.
         spec: The head that was asked for when it was built.
-        classic: Whether a classic head stands beside the network (`hftl.models.classic_head`).
+        classic: Whether a classic head stands beside the network (`hftl.heads.sklearn_head`).
 
     Raises:
         ArtifactError: The folder is incomplete or damaged.

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from hftl.config.schema import ModelConfig, RunConfig
-from hftl.data.geometry import GeometryProcessor
 from hftl.errors import ModelError, first_line
-from hftl.models.checkpoint_files import name_problem as checkpoint_problem
-from hftl.models.checkpoint_files import read_json, source_of
-from hftl.models.parts import HeadSpec, Reader, Source, TaskModel, compared_outputs
-from hftl.models.quiet import quiet
+from hftl.models.checkpoint_metadata import name_problem as checkpoint_problem
+from hftl.models.checkpoint_metadata import read_json, source_of
 from hftl.models.remote_code import check_files
 from hftl.models.rt_detr import build_rt_detr, label_names
+from hftl.models.suppress_warnings import quiet
+from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel, compared_outputs
 from hftl.models.timm_files import name_problem as timm_problem
+from hftl.preprocessing.joint_transforms import GeometryProcessor
 
 ORDERED = ("ordered_logits", "ordered_boxes")
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hftl.config.schema import ModelConfig, RunConfig
-from hftl.console import say
-from hftl.data.text import token_limit
 from hftl.errors import ModelError, first_line, shorten
-from hftl.models import checkpoint_files
-from hftl.models.checkpoint_files import file_beside, pooling_of, read_json, source_of
-from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
-from hftl.models.quiet import quiet
+from hftl.logging import say
+from hftl.models import checkpoint_metadata as checkpoint_files
+from hftl.models.checkpoint_metadata import file_beside, pooling_of, read_json, source_of
 from hftl.models.remote_code import check_files
+from hftl.models.suppress_warnings import quiet
+from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel
 from hftl.models.text_model import set_dropout
+from hftl.preprocessing.tokenization import token_limit
 
 _MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
 """What an embedding is made of, by the class names of sentence-transformers, and the folder of each."""

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from hftl.config.schema import ModelConfig, RunConfig
-from hftl.console import say
 from hftl.errors import HftlError, ModelError, first_line, shorten
+from hftl.logging import say
 from hftl.models import timm_files
-from hftl.models.checkpoint_files import name_problem as text_name_problem
-from hftl.models.checkpoint_files import pooling_of, read_json
-from hftl.models.parts import HeadSpec
+from hftl.models.checkpoint_metadata import name_problem as text_name_problem
+from hftl.models.checkpoint_metadata import pooling_of, read_json
 from hftl.models.remote_code import check_files
+from hftl.models.task_model import HeadSpec
 from hftl.models.text_model import set_dropout
 from hftl.models.timm_files import data_config_of
 

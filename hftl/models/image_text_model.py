@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hftl.config.schema import AugmentConfig, ModelConfig, RunConfig
-from hftl.data.image import ImageProcessor
-from hftl.data.text import token_limit
 from hftl.errors import ArtifactError, ModelError, shorten
-from hftl.models.checkpoint_files import read_json, source_of
+from hftl.models.checkpoint_metadata import read_json, source_of
 from hftl.models.image_text_encoders import (
     configuration,
     has_inputs,
@@ -22,11 +20,13 @@ from hftl.models.image_text_encoders import (
     text_config,
     text_encoder,
 )
-from hftl.models.parts import HeadSpec, Reader, Source, TaskModel, compared_outputs
-from hftl.models.quiet import quiet
 from hftl.models.remote_code import check_files, check_own_code
+from hftl.models.suppress_warnings import quiet
+from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel, compared_outputs
 from hftl.models.timm_files import data_config_of, origin, timm_name
 from hftl.models.timm_model import create_network
+from hftl.preprocessing.image_transforms import ImageProcessor
+from hftl.preprocessing.tokenization import token_limit
 
 __all__ = ["build", "name_problem", "open_saved", "spec_problem"]
 

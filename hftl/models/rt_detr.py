@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from hftl.config.schema import ModelConfig
-from hftl.console import say
 from hftl.errors import ModelError, first_line
-from hftl.models.parts import HeadSpec, Source
-from hftl.models.quiet import quiet
+from hftl.logging import say
+from hftl.models.suppress_warnings import quiet
+from hftl.models.task_model import HeadSpec, Source
 from hftl.models.timm_files import check_channels_first, create, data_config_of, origin, recorded_args, timm_name
 
 STRIDES = (8, 16, 32)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hftl.config.schema import ModelConfig, RunConfig
-from hftl.data.geometry import GeometryProcessor
 from hftl.errors import ModelError, first_line
 from hftl.models import timm_files
-from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
-from hftl.models.quiet import quiet
+from hftl.models.suppress_warnings import quiet
+from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel
+from hftl.preprocessing.joint_transforms import GeometryProcessor
 
 __all__ = ["build", "name_problem", "open_saved"]
 

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from hftl.config.schema import ModelConfig, RunConfig
-from hftl.console import say
 from hftl.errors import ModelError, first_line, shorten
-from hftl.models.checkpoint_files import file_beside, name_problem, pooling_of, read_json, source_of
-from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
-from hftl.models.quiet import quiet
+from hftl.logging import say
+from hftl.models.checkpoint_metadata import file_beside, name_problem, pooling_of, read_json, source_of
 from hftl.models.remote_code import check_files, check_own_code, only_pickled
+from hftl.models.suppress_warnings import quiet
+from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel
 
 _DROPOUTS = (
     "hidden_dropout_prob",

@@ -9,7 +9,7 @@ import torch
 
 from hftl.config.schema import ModelConfig
 from hftl.errors import ModelError, nearest
-from hftl.hub import cached_commit
+from hftl.hub_client import cached_commit
 from hftl.models.remote_code import only_pickled
 
 

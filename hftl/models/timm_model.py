@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hftl.config.schema import AugmentConfig, ModelConfig, RunConfig
-from hftl.console import say
-from hftl.data.image import ImageProcessor
 from hftl.errors import ModelError
-from hftl.models.parts import HeadSpec, Reader, Source, TaskModel
-from hftl.models.quiet import quiet
+from hftl.logging import say
+from hftl.models.suppress_warnings import quiet
+from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel
 from hftl.models.timm_files import (
     create,
     data_config_of,
@@ -25,6 +24,7 @@ from hftl.models.timm_files import (
     takes_image_size,
     timm_name,
 )
+from hftl.preprocessing.image_transforms import ImageProcessor
 
 __all__ = ["build", "name_problem", "open_saved"]
 

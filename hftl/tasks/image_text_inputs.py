@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from hftl.config.schema import DataConfig
-from hftl.data.image import broken_images, unreadable_images
-from hftl.data.image_text import (
+from hftl.data.multimodal_columns import MixedColumns, find_mixed, train_categories, train_numbers, with_names
+from hftl.data.source import Splits
+from hftl.data.validation import BadRow, BadRows
+from hftl.errors import DataError, shorten
+from hftl.loading.loader import Example
+from hftl.preprocessing.image_transforms import broken_images, unreadable_images
+from hftl.preprocessing.multimodal import (
     PRESENT,
     TEXT,
     VECTORS,
@@ -23,12 +28,7 @@ from hftl.data.image_text import (
     has_text,
     joined_texts,
 )
-from hftl.data.loader import Example
-from hftl.data.mixed_columns import MixedColumns, find_mixed, train_categories, train_numbers, with_names
-from hftl.data.quarantine import BadRow, BadRows
-from hftl.data.source import Splits
-from hftl.data.text import token_limit, tokenize
-from hftl.errors import DataError, shorten
+from hftl.preprocessing.tokenization import token_limit, tokenize
 from hftl.tasks.task import check_splits
 
 if TYPE_CHECKING:

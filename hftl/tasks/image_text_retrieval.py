@@ -9,20 +9,27 @@ import torch
 from torch import Tensor
 
 from hftl.config.schema import DataConfig
-from hftl.console import say
-from hftl.data.captions import CaptionedRows, captioned_rows, find_captions, find_match, matching, without_caption
 from hftl.data.columns import filled_columns, find_column
-from hftl.data.image import broken_images, unreadable_images
-from hftl.data.image_text import VECTORS
-from hftl.data.loader import Example
-from hftl.data.quarantine import BadRow, BadRows
 from hftl.data.source import Splits
-from hftl.data.text import token_limit
+from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
-from hftl.evaluation.metrics import Metric
-from hftl.evaluation.retrieval import ImageTextRecall
-from hftl.models.parts import HeadSpec
-from hftl.tasks.contrastive import Pairs, identity, info_nce, sigmoid_loss
+from hftl.loading.loader import Example
+from hftl.logging import say
+from hftl.models.task_model import HeadSpec
+from hftl.preprocessing.captions import (
+    CaptionedRows,
+    captioned_rows,
+    find_captions,
+    find_match,
+    matching,
+    without_caption,
+)
+from hftl.preprocessing.image_transforms import broken_images, unreadable_images
+from hftl.preprocessing.multimodal import VECTORS
+from hftl.preprocessing.tokenization import token_limit
+from hftl.tasks.metrics import Metric
+from hftl.tasks.targets.embedding.contrastive_losses import Pairs, identity, info_nce, sigmoid_loss
+from hftl.tasks.targets.embedding.metrics import ImageTextRecall
 from hftl.tasks.task import Batch, Outputs, SupervisedTask
 
 if TYPE_CHECKING:
@@ -248,7 +255,7 @@ with torch.no_grad():
     text = model.get_text_features(texts["input_ids"], texts["attention_mask"])
     print((model(**texts).logit_scale * image @ text.T).softmax(-1))"""
     zero_shot = True
-    """Whether images can be compared with texts that training never saw (`hftl.zero_shot`)."""
+    """Whether images can be compared with texts that training never saw (`hftl.inference.zero_shot`)."""
     inputs_type = CaptionedImages
     target: Belonging
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from hftl.config.schema import DataConfig
-from hftl.console import say
 from hftl.data.columns import Column, find_column, find_text_columns
-from hftl.data.image import ImageRows, broken_images, unreadable_images
-from hftl.data.loader import Example, Rows
-from hftl.data.quarantine import BadRow, BadRows
 from hftl.data.source import Splits
-from hftl.data.text import empty_rows, empty_texts, token_limit, tokenize
+from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError
+from hftl.loading.loader import Example, Rows
+from hftl.logging import say
+from hftl.preprocessing.image_transforms import ImageRows, broken_images, unreadable_images
+from hftl.preprocessing.tokenization import empty_rows, empty_texts, token_limit, tokenize
 from hftl.tasks.task import check_splits
 
 if TYPE_CHECKING:

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hftl.data.geometry import GeometryRows, Places
-from hftl.data.loader import Example
-from hftl.data.quarantine import BadRows, judge_rows
 from hftl.data.source import Splits
+from hftl.data.validation import BadRows, judge_rows
+from hftl.loading.loader import Example
+from hftl.preprocessing.joint_transforms import GeometryRows, Places
 from hftl.tasks.inputs import ImageInputs
-from hftl.tasks.labelled_boxes import LabelledBoxes
+from hftl.tasks.targets.detection.target import LabelledBoxes
 from hftl.tasks.task import Batch, SupervisedTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hftl.data.objects import ObjectColumn
+    from hftl.tasks.targets.detection.bounding_boxes import ObjectColumn
 
 
 class ObjectDetection(SupervisedTask):

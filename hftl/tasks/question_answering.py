@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hftl.data.loader import Example, Rows
 from hftl.data.source import Splits
-from hftl.data.windows import OFFSETS, stack
-from hftl.tasks.answer_spans import allowed_tokens
-from hftl.tasks.context_answers import ContextAnswers, answers_in
+from hftl.loading.loader import Example, Rows
+from hftl.preprocessing.sliding_windows import OFFSETS, stack
+from hftl.tasks.targets.question_answering.span_search import allowed_tokens
+from hftl.tasks.targets.question_answering.target import ContextAnswers, answers_in
 from hftl.tasks.task import Batch, Outputs, SupervisedTask
-from hftl.tasks.window_inputs import PairInputs
+from hftl.tasks.windowed_inputs import PairInputs
 
 _USAGE = """\
 import torch, transformers

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image as Picture
 
-from hftl.data.geometry import GeometryRows
-from hftl.data.loader import Example
-from hftl.data.masks import find_image_and_mask
 from hftl.data.source import Splits
+from hftl.loading.loader import Example
+from hftl.preprocessing.joint_transforms import GeometryRows
 from hftl.tasks.inputs import ImageInputs
-from hftl.tasks.pixel_classes import PixelClasses
+from hftl.tasks.targets.segmentation.masks import find_image_and_mask
+from hftl.tasks.targets.segmentation.target import PixelClasses
 from hftl.tasks.task import Batch, SupervisedTask
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from hftl.data.loader import Example, Rows
-from hftl.data.quarantine import BadRows, judge_rows
 from hftl.data.source import Splits
+from hftl.data.validation import BadRows, judge_rows
 from hftl.errors import DataError
-from hftl.evaluation.metrics import Metric
-from hftl.models.parts import HeadSpec
+from hftl.loading.loader import Example, Rows
+from hftl.models.task_model import HeadSpec
+from hftl.tasks.metrics import Metric
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -166,7 +166,7 @@ class Target(Protocol):
 class SupervisedTask:
     """Inputs and a target, joined. Built-in tasks and most of yours are this class with a constructor of their own.
 
-    Inputs and targets that have the method of `hftl.data.quarantine.Judge` are asked which rows cannot be used.
+    Inputs and targets that have the method of `hftl.data.validation.Judge` are asked which rows cannot be used.
 
     Attributes:
         name: What a saved model calls this task.

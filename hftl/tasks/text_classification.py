@@ -6,7 +6,7 @@ from typing import Any
 
 from hftl.data.source import Splits
 from hftl.tasks.inputs import TextInputs
-from hftl.tasks.targets import LabelTarget, find_target, restore_target
+from hftl.tasks.targets.label_target import LabelTarget, find_target, restore_target
 from hftl.tasks.task import SupervisedTask
 
 

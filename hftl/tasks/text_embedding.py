@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from hftl.data.columns import filled_columns
-from hftl.data.loader import Example
 from hftl.data.source import Splits
-from hftl.data.text import token_limit, tokenize
-from hftl.data.text_pairs import PAIR, TextPairRows
+from hftl.loading.loader import Example
+from hftl.preprocessing.text_pairs import PAIR, TextPairRows
+from hftl.preprocessing.tokenization import token_limit, tokenize
 from hftl.tasks.inputs import TextInputs
-from hftl.tasks.pair_targets import PairScores, PositivePairs, find_pair_target
+from hftl.tasks.targets.embedding.target import PairScores, PositivePairs, find_pair_target
 from hftl.tasks.task import Batch, Outputs, SupervisedTask
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from hftl.data.loader import Example, Rows
 from hftl.data.source import Splits
-from hftl.data.windows import HOME, words_in
+from hftl.loading.loader import Example, Rows
+from hftl.preprocessing.sliding_windows import HOME, words_in
+from hftl.tasks.targets.tagging.target import WordTags
 from hftl.tasks.task import Batch, SupervisedTask
-from hftl.tasks.window_inputs import WordInputs
-from hftl.tasks.word_tags import WordTags
+from hftl.tasks.windowed_inputs import WordInputs
 
 
 class TokenClassification(SupervisedTask):

@@ -11,8 +11,8 @@ import time
 import torch
 from accelerate import Accelerator
 
+from hftl.distributed import group_options, in_turns, lost_peer, number_of_processes, together
 from hftl.errors import PeerError
-from hftl.processes import group_options, in_turns, lost_peer, number_of_processes, together
 
 RANK = int(os.environ["RANK"])
 TIMEOUT_S = 2.0

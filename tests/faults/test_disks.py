@@ -9,7 +9,7 @@ from forked import QUIET
 from test_kills import steps_of
 from test_resume import assert_equal
 
-from hftl.train.checkpoint import Checkpoints
+from hftl.run_folder.checkpoint import Checkpoints
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def failures(disk, out):
             ("at_call", ("safetensors.torch.save_file", "best/weights", "fill", str(disk), 20_000)),
             ["CheckpointError: checkpoint: the best weights cannot be written", FULL, "best/weights.safetensors"],
         ),
-        "start": (("at_call", ("hftl.train.start.make_folder", "", "fill", str(disk), 0)), ["DiskError: ", FULL]),
+        "start": (("at_call", ("hftl.run.setup.make_folder", "", "fill", str(disk), 0)), ["DiskError: ", FULL]),
         "predictions": (
             ("at_call", ("hftl.evaluation.evaluate.TableWriter.write", "", "fill", str(disk), 0)),
             ["DiskError: ", FULL],
         ),
         "publish": (
-            ("at_call", ("hftl.publishing.publish.save_artifact", "", "fill", str(disk), 30_000)),
+            ("at_call", ("hftl.artifacts.save_run.save_artifact", "", "fill", str(disk), 30_000)),
             ["DiskError: ", FULL, str(out)],
         ),
     }

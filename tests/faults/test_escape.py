@@ -66,7 +66,7 @@ def test_the_page_runs_nothing(made):
 
 
 def test_the_screen_is_told_nothing(made, capsys):
-    from hftl.use import predict_to_table
+    from hftl.inference.batch_inference import predict_to_table
 
     _, said = made
     predict_to_table(str(made[0]), "the cat")

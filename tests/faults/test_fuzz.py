@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hftl.config.schema import DataConfig
-from hftl.console import muted
 from hftl.data.source import load_splits
 from hftl.errors import HftlError
-from hftl.tasks import TextClassification
+from hftl.logging import muted
+from hftl.tasks.registry import TextClassification
 
 ROWS = [{"text": f"row {number} a\u00e9", "label": "ab"[number % 2], "n": number} for number in range(6)]
 

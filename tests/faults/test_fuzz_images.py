@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from pictures import GOOD, IMAGE, encoded, other_frames
 
-from hftl.data.image_file import decode_image
+from hftl.data.image_decoding import decode_image
 from hftl.errors import DataError
 
 LIMIT = 300_000

@@ -13,7 +13,7 @@ import pytest
 from pictures import BAD, GOOD, IMAGE, LIMIT, PICTURE, encoded, other_frames, png, webp_canvas
 from PIL import Image as PILImage
 
-from hftl.data.image_file import check_header, decode_image
+from hftl.data.image_decoding import check_header, decode_image
 from hftl.errors import DataError
 
 
@@ -176,7 +176,7 @@ def test_what_the_header_refuses_is_refused_without_decoding(monkeypatch):
 
 BOMBS = """
 import resource, sys
-from hftl.data.image_file import decode_image
+from hftl.data.image_decoding import decode_image
 from hftl.errors import DataError
 decode_image({"path": sys.argv[1], "bytes": None}, "RGB", 10_000)  # everything is imported from here on
 def resident():

@@ -11,7 +11,7 @@ import pytest
 from forked import QUIET
 from test_resume import assert_equal
 
-from hftl.train.checkpoint import Checkpoints
+from hftl.run_folder.checkpoint import Checkpoints
 
 
 def steps_of(folder):
@@ -63,7 +63,7 @@ def test_killed_at_200_random_moments(forks, text_flags, tmp_path):
 
 STEP = r"step-\d+'"  # a state that has its name
 CRASHES = [
-    ("hftl.train.checkpoint.Checkpoints.save", "", 2, "before"),
+    ("hftl.run_folder.checkpoint.Checkpoints.save", "", 2, "before"),
     ("pathlib.Path.mkdir", r"step-\d+\.partial", 2, "after"),
     ("safetensors.torch.save_file", r"partial/weights", 2, "half"),
     ("os.rename", STEP, 2, "before"),
@@ -72,18 +72,18 @@ CRASHES = [
     ("os.replace", "best/weights", 1, "before"),
     ("pathlib.Path.write_text", r"history.jsonl.partial", 1, "half"),
     # the rest is for the slow suite
-    ("hftl.train.checkpoint._link", "", 2, "before"),
-    ("hftl.train.checkpoint._link", "", 2, "after"),
+    ("hftl.run_folder.checkpoint._link", "", 2, "before"),
+    ("hftl.run_folder.checkpoint._link", "", 2, "after"),
     ("safetensors.torch.save_file", r"partial/weights", 2, "after"),
     ("safetensors.torch.save_file", r"partial/optimizer", 2, "half"),
     ("safetensors.torch.save_file", r"partial/optimizer", 2, "after"),
     ("pathlib.Path.write_text", r"state.json", 2, "half"),
     ("pathlib.Path.write_text", r"state.json", 2, "after"),
-    ("hftl.train.checkpoint.sync", r"state.json", 2, "after"),
+    ("hftl.run_folder.checkpoint.sync", r"state.json", 2, "after"),
     ("pathlib.Path.write_text", r"manifest.json.partial", 2, "half"),
     ("os.replace", r"manifest.json", 2, "before"),
     ("os.replace", r"manifest.json", 2, "after"),
-    ("hftl.train.checkpoint.sync", r"checkpoints'", 2, "before"),
+    ("hftl.run_folder.checkpoint.sync", r"checkpoints'", 2, "before"),
     ("shutil.rmtree", STEP, 1, "before"),
     ("shutil.rmtree", STEP, 1, "after"),
     ("safetensors.torch.save_file", r"best/weights", 1, "half"),
@@ -133,7 +133,7 @@ def test_a_crash_while_an_unfinished_run_is_cleared_can_be_gone_on_from(forks, t
     """A run that was killed before its first save is begun anew; nothing of it may stand in the way."""
     out, logs = tmp_path / "run", tmp_path / "logs"
     never = {"train.max_steps": 2, "checkpoint.every_steps": "null", "train.eval_every": 1}
-    stops = ("hftl.train.checkpoint.Checkpoints.save", "", 1, "before")
+    stops = ("hftl.run_folder.checkpoint.Checkpoints.save", "", 1, "before")
     for crash in (stops, ("shutil.rmtree", "checkpoints", 1, "after"), ("os.replace", "config.yaml", 1, "before")):
         assert forks.run(text_flags(out, **never), logs, faults=[*QUIET, ("crash", crash)])[0] == [9]
         assert (out / "config.yaml").is_file()

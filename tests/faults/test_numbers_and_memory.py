@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import hftl
 from hftl.errors import HftlError, NonfiniteError
-from hftl.models.memory import RowLimit, is_out_of_memory
-from hftl.train.checkpoint import read_state
-from hftl.train.state import moving
+from hftl.models.oom_retry import RowLimit, is_out_of_memory
+from hftl.run_folder.checkpoint import read_state
+from hftl.training.training_state import moving
 
 POISON = 17
 """A training row whose loss is NaN."""

@@ -13,7 +13,7 @@ from hftl.config.schema import DataConfig
 from hftl.data.paths import path_problem
 from hftl.data.source import load_splits
 from hftl.errors import DataError
-from hftl.tasks import ImageClassification, TextClassification
+from hftl.tasks.registry import ImageClassification, TextClassification
 
 
 def picture(path, colour="red"):
@@ -197,7 +197,7 @@ def test_rows_of_the_hub_cannot_name_files_of_this_machine(world, monkeypatch):
 def test_predicting_a_table_looks_at_its_paths(world, image_run, tmp_path):
     from hftl import ImageClassification as Task
     from hftl.data.source import Splits
-    from hftl.use import _rows_to_predict
+    from hftl.inference.batch_inference import _rows_to_predict
 
     table(world / "data", ["img/a.png", "img/b.png"])
     task = Task(Splits(dict(load(world / "data")), DataConfig()))

@@ -12,8 +12,8 @@ import pytest
 from watched import Job, alive, end_all, free_port, gone, rank_of_job, recipe, torchrun
 
 import hftl
+from hftl.distributed import in_turns, lost_peer, together
 from hftl.errors import EXIT_PEER_LOST
-from hftl.processes import in_turns, lost_peer, together
 
 GROUP = str(Path(__file__).with_name("group_job.py"))
 TIMEOUT_S = 2.0

@@ -16,12 +16,12 @@ from conftest import ROOT, load_recipe, with_data
 from pictures import BAD, GOOD
 
 import hftl
-from hftl.cli import main
-from hftl.data.image import ImageProcessor, ImageRows
-from hftl.data.loader import Share, eval_batches, make_loader
-from hftl.data.quarantine import FILE, BadRow
+from hftl.cli.main import main
 from hftl.data.source import load_splits
+from hftl.data.validation import FILE, BadRow
 from hftl.errors import ConfigError, DataError
+from hftl.loading.loader import Share, eval_batches, make_loader
+from hftl.preprocessing.image_transforms import ImageProcessor, ImageRows
 
 SPOILED = {
     "train/red/03.png": ("half a png", "truncated image"),
@@ -250,7 +250,7 @@ import os
 import sys
 from dataclasses import replace
 import hftl
-from hftl.console import leave_process_group
+from hftl.logging import leave_process_group
 source, name, out = sys.argv[1:]
 data = hftl.DataConfig(source=source, on_error="skip", max_skipped=0.5)
 train = hftl.TrainConfig(batch_size_per_device=4, trackers=[])

@@ -18,7 +18,7 @@ import hftl
 from hftl.config.schema import DataConfig
 from hftl.data.source import load_splits
 from hftl.errors import ConfigError, DataError
-from hftl.tasks import ImageClassification, TextClassification
+from hftl.tasks.registry import ImageClassification, TextClassification
 
 JOB = """
 import sys, json, hftl
@@ -47,11 +47,11 @@ report = hftl.adapt(model, run.adapt)
 history = hftl.fit(accelerator, model, task, splits, run)
 metrics = hftl.evaluate(accelerator, model, task, splits, run, Path(out) / "predictions.parquet")
 hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
-from hftl.data.given import _launch
+from hftl.data.layouts.in_memory import _launch
 told = {"launch": _launch(), "read": read, "ids": splits["train"]["id"][:], "print": splits["train"]._fingerprint, "source": run.data.source}
 (Path(out) / f"process{accelerator.process_index}.json").write_text(json.dumps(told))
 accelerator.wait_for_everyone()
-from hftl.console import leave_process_group
+from hftl.logging import leave_process_group
 leave_process_group()
 """
 
@@ -122,8 +122,8 @@ def test_no_row_of_a_stream_is_read_twice_or_lost(launched):
 
 @pytest.mark.slow
 def test_a_run_on_rows_from_python_says_that_they_cannot_be_opened_again(launched, texts):
-    from hftl.publishing.report import write_report
-    from hftl.use import evaluate_place
+    from hftl.inference.batch_inference import evaluate_place
+    from hftl.reporting import write_report
 
     with pytest.raises(
         DataError, match="'python:rows' are rows that were given from Python; they cannot be opened again"
@@ -227,7 +227,7 @@ def test_a_problem_with_rows_comes_with_all_others(text_run):
 
 def test_the_files_of_streams_go_when_the_process_ends():
     code = (
-        "from hftl.data.given import given_rows\n"
+        "from hftl.data.layouts.in_memory import given_rows\n"
         "found = given_rows([{'text': 'a', 'label': 'b'}])['train']\n"
         "print(found.cache_files[0]['filename'])"
     )

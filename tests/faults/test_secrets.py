@@ -14,9 +14,9 @@ from conftest import load_recipe
 
 import hftl
 from hftl.config.schema import DataConfig, ProbeConfig, RunConfig
-from hftl.console import say
 from hftl.errors import DataError
-from hftl.shown import redacted, shown
+from hftl.logging import say
+from hftl.redaction import redacted, shown
 
 TOKEN, KEY, PASSWORD = "hf_Sup3rS3cretTokenOfAlice", "wandb-0123456789abcdef0123456789", "pa55word-of-the-store"
 SECRETS = (TOKEN, KEY, PASSWORD)

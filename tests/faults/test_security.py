@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import hftl
+from hftl.artifacts.locate import CONFIG
 from hftl.config.schema import ModelConfig, RunConfig
 from hftl.errors import ArtifactError, ConfigError, HftlError, ModelError
-from hftl.evaluation.metrics import load_evaluate, metric_problems
 from hftl.models.build import build_model, model_name_problem, trust_problems
-from hftl.models.parts import HeadSpec
 from hftl.models.remote_code import check_own_code
+from hftl.models.task_model import HeadSpec
 from hftl.models.text_model import build
-from hftl.publishing.place import CONFIG
+from hftl.tasks.metrics import load_evaluate, metric_problems
 
 SPEC = HeadSpec("AutoModelForSequenceClassification", 3, ("a", "b", "c"), "single_label_classification")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -233,7 +233,7 @@ def tampered(pooled: Path, tmp_path: Path, ran: Path) -> Path:
 
 
 def test_a_file_in_a_saved_model_is_not_run(pooled, texts, tmp_path, ran):
-    from hftl.use import evaluate_place, predict_to_table
+    from hftl.inference.batch_inference import evaluate_place, predict_to_table
 
     folder = tampered(pooled, tmp_path, ran)
     assert hftl.load(folder).predict(["the cat"])[0]["prediction"] in ("animal", "food", "tool")

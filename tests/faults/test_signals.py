@@ -15,7 +15,7 @@ from launch import ENV, ROOT, free_port
 from test_kills import steps_of
 from test_resume import assert_equal
 
-from hftl.train.stop import ECHO_S
+from hftl.training.signals import ECHO_S
 
 BOUND_S = 20
 """From signal to end, on a busy machine; the figures printed are far below."""
@@ -30,11 +30,11 @@ def stop(attempt, number, **whom):
 
 
 PLACES = {
-    "prepare": ("hftl.train.start.load_splits", ""),
-    "an evaluation of fit": ("hftl.train.validation.evaluate_rows", ""),
-    "the last evaluation of fit": ("hftl.train.validation.evaluate_rows", ""),
+    "prepare": ("hftl.run.setup.load_splits", ""),
+    "an evaluation of fit": ("hftl.training.validation.evaluate_rows", ""),
+    "the last evaluation of fit": ("hftl.training.validation.evaluate_rows", ""),
     "evaluate": ("hftl.evaluation.evaluate.TableWriter.write", ""),
-    "publish": ("hftl.publishing.publish.save_artifact", ""),
+    "publish": ("hftl.artifacts.save_run.save_artifact", ""),
 }
 
 
@@ -89,7 +89,7 @@ def test_a_signal_in_the_last_evaluation_is_heard(forks, text_flags, tmp_path):
 def test_a_second_signal_stops_at_once(launched, forks, text_flags, tmp_path):
     """What a launcher passes on at once is the same request; alone, the next one ends the process at once."""
     marker = tmp_path / "marker"
-    pause = ("pause", ("hftl.train.checkpoint.Checkpoints._write", "", str(marker), 60))
+    pause = ("pause", ("hftl.run_folder.checkpoint.Checkpoints._write", "", str(marker), 60))
     environment = {"TORCHELASTIC_RUN_ID": "1"} if launched else {}
     attempt = forks.start(
         text_flags(tmp_path / "run"), tmp_path / "logs", faults=[*QUIET, pause], environment=environment
@@ -227,7 +227,7 @@ def wait_for(condition, log, timeout=90):
 def test_auto_starts_afresh_where_there_is_nothing_to_go_on_from(forks, text_flags, tmp_path):
     out, logs = tmp_path / "run", tmp_path / "logs"
     more = {"train.max_steps": 2, "checkpoint.every_steps": "null"}
-    crash = ("crash", ("hftl.train.checkpoint.Checkpoints.save", "", 1, "before"))
+    crash = ("crash", ("hftl.run_folder.checkpoint.Checkpoints.save", "", 1, "before"))
     assert forks.run(text_flags(out, **more), logs, faults=[*QUIET, crash])[0] == [9]  # a fresh folder, then no state
     statuses, said = forks.run(text_flags(out, **more), logs, faults=QUIET)
     assert statuses == [0] and "going on" not in said, said

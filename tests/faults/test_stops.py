@@ -48,7 +48,7 @@ def test_two_processes_do_not_train_in_one_folder(text_run, tmp_path):
     run = text_run("full", max_steps=2)
     folder = tmp_path / "run"
     folder.mkdir()
-    hold = "import sys; from pathlib import Path; from hftl.train.folder import hold; hold(Path(sys.argv[1]));"
+    hold = "import sys; from pathlib import Path; from hftl.run_folder.folder import hold; hold(Path(sys.argv[1]));"
     other = subprocess.Popen(
         [sys.executable, "-c", hold + "print('held', flush=True); sys.stdin.read()", str(folder)],
         stdin=subprocess.PIPE,
@@ -66,7 +66,7 @@ def test_two_processes_do_not_train_in_one_folder(text_run, tmp_path):
 
 
 def test_a_run_that_was_to_be_pushed_is_not_complete_before_it_is(text_run, tmp_path):
-    from hftl.train.folder import PUSHED, finished_metrics
+    from hftl.run_folder.folder import PUSHED, finished_metrics
 
     run = text_run("frozen", max_steps=2)
     run_undrawn("text_classification", run)

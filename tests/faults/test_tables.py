@@ -17,9 +17,9 @@ from datasets import Features, Value
 from hftl.config.schema import DataConfig
 from hftl.data.columns import find_column
 from hftl.data.source import load_splits
-from hftl.data.tables import TABLES
+from hftl.data.tables.table_files import TABLES
 from hftl.errors import DataError, HftlError
-from hftl.tasks import TextClassification
+from hftl.tasks.registry import TextClassification
 
 GOOD = "text,label\n" + "".join(f"row {number},{'ab'[number % 2]}\n" for number in range(6))
 LINES = "".join(json.dumps({"text": f"row {n}", "label": "ab"[n % 2]}) + "\n" for n in range(6))

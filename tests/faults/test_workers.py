@@ -159,7 +159,7 @@ def test_workers_die_with_their_parent_even_when_they_hang(mark):
 def test_a_worker_does_not_say_that_the_main_process_has_gone():
     code = (
         "import sys\n"
-        "from hftl.data.workers import start_worker\n"
+        "from hftl.loading.workers import start_worker\n"
         "start_worker(0)\n"
         "for kind in (ConnectionResetError, EOFError, ValueError):\n"
         "    try: raise kind(kind.__name__)\n"

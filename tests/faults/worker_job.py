@@ -13,9 +13,9 @@ import time
 
 import torch
 
-from hftl.data.loader import Share, eval_batches, make_loader
-from hftl.data.workers import Batches
 from hftl.errors import HftlError
+from hftl.loading.loader import Share, eval_batches, make_loader
+from hftl.loading.workers import Batches
 
 
 class Faulty:

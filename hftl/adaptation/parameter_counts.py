@@ -1,0 +1,60 @@
+"""How many parameters learn, by group."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hftl.models.task_model import TaskModel
+
+
+@dataclass(frozen=True)
+class AdaptReport:
+    """Parameter counts by group; `adapters` are added to backbone and head."""
+
+    method: str
+    backbone: int
+    backbone_trained: int
+    adapters: int
+    head: int
+    targets: tuple[str, ...] = ()
+    """Stock names of the layers that carry adapters."""
+
+    @property
+    def trained(self) -> int:
+        """Parameters that learn."""
+        return self.backbone_trained + self.adapters + self.head
+
+    @property
+    def total(self) -> int:
+        """All parameters, adapters included."""
+        return self.backbone + self.adapters + self.head
+
+    def __str__(self) -> str:
+        return (
+            f"adapt: {self.method}; {self.trained:,} of {self.total:,} parameters train "
+            f"({100 * self.trained / self.total:.2f} %): backbone {self.backbone_trained:,} of {self.backbone:,}, "
+            f"adapters {self.adapters:,}"
+            + (f" in {len(self.targets)} layers" if self.targets else "")
+            + f", head {self.head:,}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        return asdict(self) | {"trained": self.trained, "total": self.total, "targets": list(self.targets)}
+
+
+def count(model: TaskModel, method: str, targets: tuple[str, ...] = ()) -> AdaptReport:
+    """Returns the report of a model as it stands."""
+    sums = {"backbone": 0, "backbone_trained": 0, "adapters": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue  # peft keeps the untrained head beside the trained one
+        if "lora_" in name:
+            sums["adapters"] += parameter.numel()
+        elif model.in_head(name):
+            sums["head"] += parameter.numel()
+        else:
+            sums["backbone"] += parameter.numel()
+            sums["backbone_trained"] += parameter.numel() * parameter.requires_grad
+    return AdaptReport(method, **sums, targets=targets)

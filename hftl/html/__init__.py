@@ -1,0 +1,1 @@
+"""Blocks, figures and the page template of reports."""

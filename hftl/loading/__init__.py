@@ -1,0 +1,1 @@
+"""Step plan, data loader and its workers."""

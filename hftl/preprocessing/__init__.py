@@ -1,0 +1,1 @@
+"""Rows to model inputs, with their collate functions."""

@@ -1,0 +1,1 @@
+"""Run setup, recipes and child processes."""

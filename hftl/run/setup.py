@@ -1,0 +1,321 @@
+"""`prepare` refuses what cannot work, all at once; `start` is the only place that builds an Accelerator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from hftl.adaptation.apply import method_problem
+from hftl.adaptation.lora import find_targets
+from hftl.atomic_files import write_text
+from hftl.audit.quick_check import brief
+from hftl.config.allowed_values import value_problems
+from hftl.config.defaults import BY_STEPS, resolve
+from hftl.config.parse import dump
+from hftl.config.schema import AugmentConfig, RunConfig
+from hftl.data.layouts.in_memory import GIVEN, given_rows
+from hftl.data.source import Splits, load_splits
+from hftl.data.validation import BadRows, Judge, announce, records, refuse_many, write_quarantine
+from hftl.distributed import group_options, together
+from hftl.errors import ConfigError, DataError, HftlError, RunComplete, nearest
+from hftl.hub_client import name_problem, redacted, repository_problem
+from hftl.logging import is_main_process, muted, say
+from hftl.models.build import model_name_problem, model_problem, skeleton, trust_problems
+from hftl.models.task_model import HeadSpec
+from hftl.run_folder.folder import (
+    MARKER,
+    finished_metrics,
+    folder_problems,
+    get_run_folder,
+    make_folder,
+    resume_problems,
+    resumes,
+)
+from hftl.tasks.auto_task import AUTO, task_of
+from hftl.tasks.metrics import metric_problems
+from hftl.tasks.task import Task
+from hftl.training.probe import probe_problems
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+T = TypeVar("T", bound=Task)
+SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_MLU", "MULTI_HPU")
+"""Accelerate's kinds of processes in which each holds the whole model."""
+
+
+def prepare(
+    run: RunConfig, make_task: Callable[[Splits], T] | None = None, rows: Any = None
+) -> tuple[RunConfig, Splits, T]:
+    """Opens the data, binds the task to it, and checks everything that can be known before a device is touched.
+
+    Args:
+        run: The configuration as given.
+        make_task: A task class, or anything that makes a task from splits; by default what `run.task` says.
+        rows: Rows from Python in place of `run.data.source`, which is then only their name: a `DatasetDict`, or a
+            mapping of split names to data sets or iterables of rows (see `hftl.data.layouts.in_memory.given_rows`).
+
+    Returns:
+        The configuration with all defaults filled in, the splits, and the task.
+
+    Raises:
+        ConfigError: Every problem of configuration, data and model, in one message.
+    """
+    if rows is not None:
+        run = replace(run, data=replace(run.data, source=GIVEN + (Path(run.data.source).name or "rows")))
+    problems = [*run.problems, *value_problems(run)]
+    splits, task = None, None
+    try:
+        make = make_task or cast("Callable[[Splits], T]", task_of(run.task))
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from None
+    name = getattr(make_task, "name", run.task)
+    if run.task not in (AUTO, name):
+        problems.append(f"task: '{run.task}', but this recipe is for {name}; the recipe auto takes any task of hftl's.")
+    bad: BadRows = {}
+    if run.data.source and not any(problem.startswith("data.max_") for problem in problems):
+        try:
+            rows = None if rows is None else given_rows(rows)  # once: a stream cannot be read again
+            splits, bad = _open_data(run, make, rows)
+            task = make(splits)
+        except HftlError as error:
+            problems += error.problems
+    stock = getattr(make, "stock", None) or (task.head.stock if task else None)
+    unknown = model_name_problem(run.model, stock) if stock and run.model.name else None
+    if unknown is None and task is not None and run.model.name:
+        unknown = model_problem(run.model, task.head)
+    problems += trust_problems(run)
+    if unknown:
+        problems.append(unknown)
+    elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
+        head = task.head if task else HeadSpec(stock, 2)
+        problems += _target_problems(run, head) or probe_problems(run, head, splits, task)
+    if splits and not resumes(run) and run.adapt.method != "probe":  # a run that goes on keeps the rows of its steps
+        problems += _batch_problems(run, len(splits["train"]), task)
+    problems += _augment_problems(run, task)
+    problems += _metric_problems(run, task)
+    problems += _tracker_problems(run.train.trackers) + folder_problems(run)
+    problems += _hub_problems(run, otherwise_fine=not problems)
+    if problems or splits is None or task is None:
+        raise ConfigError(*problems)
+    # opened by now; what trackers and files are told needs no credentials
+    run = replace(run, task=task.name, data=replace(run.data, source=redacted(run.data.source)))
+    resolved = replace(resolve(run, task.modality, getattr(task, "defaults", {})), quarantine=records(bad))
+    different = resume_problems(resolved)
+    if different:
+        raise ConfigError(*different)
+    for sentence in brief(splits, task) if is_main_process() else ():
+        say(f"check: {sentence}")
+    _say_defaults(run, resolved)
+    return resolved, splits, task
+
+
+def start(run: RunConfig) -> Accelerator:
+    """Returns the Accelerator of a run, seeds set and the run folder made.
+
+    Processes, precision and sharding come from the launcher and its configuration file. Rows that `prepare` left out
+    are written to quarantine.jsonl.
+
+    Raises:
+        RunComplete: `run.resume` is auto and the run folder holds the finished run.
+        ConfigError: Another process trains in the run folder, or the launcher cuts the model over devices.
+        DataError: Processes left out different rows.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import (
+        GradientAccumulationPlugin,
+        ProjectConfiguration,
+        broadcast_object_list,
+        set_seed,
+    )
+
+    folder = get_run_folder(run)
+    # the loop accumulates; as a plugin, because the launcher's environment overrides a plain number
+    accumulation = GradientAccumulationPlugin(1, sync_with_dataloader=False)
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=accumulation,
+        log_with=[name for name in run.train.trackers if name] or None,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[group_options(run.train.timeout_minutes)],
+    )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ConfigError(
+            f"accelerate_config.yaml: distributed_type {accelerator.distributed_type.value} is not supported; allowed: "
+            f"{', '.join(SUPPORTED)}. A model that is cut over devices can be neither saved nor verified by hftl yet."
+        )
+    finished = finished_metrics(run) if run.resume == "auto" and accelerator.is_main_process else None
+    finished = broadcast_object_list([finished])[0] if accelerator.num_processes > 1 else finished
+    if finished is not None:
+        raise RunComplete(str(folder), finished)
+    with together("make the run folder"):
+        if accelerator.is_main_process:
+            make_folder(folder, run)
+            write_text(folder / MARKER, redacted(dump(run)))
+            write_quarantine(folder, run.quarantine)
+    _agree(accelerator, run)
+    set_seed(run.train.seed)
+    say(
+        f"start: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}, run folder {folder}"
+    )
+    return accelerator
+
+
+def _open_data(run: RunConfig, make_task: Callable[[Splits], Task], rows: Any) -> tuple[Splits, BadRows]:
+    """Returns the splits and, with `data.on_error skip`, the rows that were left out.
+
+    Rows are judged as the source has them, and left out before anything is cut off. Every process judges for itself:
+    there is no process group yet, and a cache could not know whether a file has changed meanwhile.
+    """
+    config = run.data
+    if config.on_error != "skip":
+        return load_splits(config, rows=rows), {}
+    with muted():  # said once, on the rows that remain
+        everything = load_splits(replace(config, validation_fraction=0.0, train_per_class=None), rows=rows)
+        judge = make_task(replace(everything, lenient=True))
+    if not isinstance(judge, Judge):
+        raise ConfigError("data.on_error: this task cannot say which rows are of no use (bad_rows); say raise.")
+    bad = judge.bad_rows(everything)
+    sizes = {split: len(rows) for split, rows in everything.items()}
+    refuse_many(bad, sizes, config.max_skipped)
+    announce(bad, sizes, get_run_folder(run))
+    return load_splits(config, rows=rows, leave_out=bad), bad
+
+
+def _agree(accelerator: Accelerator, run: RunConfig) -> None:
+    """Holds processes to the same rows: a file that one of them could not read would put them out of step."""
+    from accelerate.utils import gather_object
+
+    if run.data.on_error != "skip" or accelerator.num_processes == 1:
+        return
+    left = gather_object([[(row["split"], row["row"]) for row in run.quarantine]])
+    if any(rows != left[0] for rows in left):
+        counts = ", ".join(str(len(rows)) for rows in left)
+        raise DataError(
+            f"data.on_error: the processes left out different rows (so many each: {counts}); some of the data cannot "
+            "be read from everywhere. Look at the disk or the network that holds them, and start again."
+        )
+
+
+def _target_problems(run: RunConfig, head: HeadSpec) -> list[str]:
+    """Asks whether there is a head to train, and tries LoRA patterns on the architecture without its weights."""
+    headless = method_problem(run.adapt.method, has_head=head.num_outputs > 0)
+    if headless:
+        return [headless]
+    if run.adapt.method != "lora" or run.adapt.lora.target_modules is None:
+        return []
+    try:
+        with muted():  # it is not the model that will be trained
+            find_targets(skeleton(run, head), run.adapt.lora.target_modules)
+    except HftlError as error:
+        return error.problems
+    return []
+
+
+def _batch_problems(run: RunConfig, rows: int, task: Task | None) -> list[str]:
+    try:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        effective = run.train.batch_size_per_device * run.train.gradient_accumulation_steps * world
+    except TypeError:
+        return []  # not numbers: said already
+    if effective > rows:
+        return [
+            f"train.batch_size_per_device: the effective batch of {effective} (batch size "
+            f"{run.train.batch_size_per_device} x accumulation {run.train.gradient_accumulation_steps} x {world} "
+            f"process(es)) is larger than the {rows} training rows; lower it to at most {rows}."
+        ]
+    if getattr(task, "across_rows", False) and run.train.batch_size_per_device * world < 2:
+        return [
+            "train.batch_size_per_device: this loss compares the rows of a batch with each other, and a batch of 1 has "
+            "none to compare (train.gradient_accumulation_steps adds none); give 2 at least, better 64 or more."
+        ]
+    return []
+
+
+def _hub_problems(run: RunConfig, otherwise_fine: bool) -> list[str]:
+    """Asks the hub once, and only about a run that will start: a repository may be created."""
+    repo = run.publish.push_to_hub
+    if not repo:
+        return []
+    problem = name_problem(repo)
+    if problem is None and otherwise_fine and is_main_process():
+        problem = repository_problem(repo, run.publish.private)
+        if problem is None:
+            say(f"push: {repo} will receive the model ({'private' if run.publish.private else 'as visible as it is'})")
+    return [f"publish.push_to_hub: {problem}"] if problem else []
+
+
+def _tracker_problems(names: Sequence[str]) -> list[str]:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    problems = [
+        f"train.trackers: there is no tracker '{name}' (known: {', '.join(known)}).{nearest(name, known)}"
+        for name in names
+        if name not in known
+    ]
+    installed = {str(name) for name in get_available_trackers()}
+    missing = [name for name in names if name in known and name not in installed]
+    return problems + [f"train.trackers: '{name}' is not installed (uv pip install {name})." for name in missing]
+
+
+def _augment_problems(run: RunConfig, task: Task | None) -> list[str]:
+    policy = run.data.augment.auto_augment
+    if policy is None or task is None or task.modality != "image":
+        return []
+    from hftl.preprocessing.image_transforms import ImageProcessor
+
+    any_model = {"input_size": (3, 8, 8), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    try:
+        ImageProcessor(any_model, AugmentConfig(auto_augment=policy)).transform(True)
+    except Exception:
+        return [
+            f"data.augment.auto_augment: '{policy}' is not a policy of timm's; try rand-m9-mstd0.5-inc1 "
+            "(RandAugment of strength 9), augmix-m3-w3 or original (AutoAugment)."
+        ]
+    return []
+
+
+def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
+    if task is None:
+        return metric_problems(run.train.metrics)
+    own = [name for metric in task.metrics() for name in metric.compute()]
+    head = task.head
+    one = (
+        head.problem_type == "single_label_classification"
+        or head.problem_type == "regression"
+        and head.num_outputs == 1
+    )
+    why_not = "" if one else "metrics of evaluate are computed for one class or one number a row"
+    problems = metric_problems(run.train.metrics, own, why_not)
+    wanted = run.train.best_metric
+    if wanted and not problems:
+        computed = {"loss", *own, *(Path(name).stem for name in run.train.metrics)}
+        if wanted not in computed:
+            allowed = ", ".join(sorted(computed))
+            problems.append(
+                f"train.best_metric: '{wanted}' is not computed here; allowed: {allowed}, or name it in "
+                f"train.metrics too.{nearest(wanted, computed)}"
+            )
+    return problems
+
+
+def _say_defaults(given: RunConfig, resolved: RunConfig) -> None:
+    """Prints what was chosen because nothing was said, and what was said in vain."""
+    if resolved.adapt.method == "probe":
+        vain = [f"train.{name}" for name in BY_STEPS if getattr(given.train, name) is not None]
+        if vain:
+            say(f"config: a probe is not trained by steps; {', '.join(vain)} do not apply")
+        return
+    chosen = {
+        name: getattr(resolved.train, name)
+        for name in ("lr", "head_lr", "num_epochs", "head_first")
+        if getattr(given.train, name) is None and getattr(resolved.train, name) is not None
+    }
+    if chosen:
+        method = given.adapt.method if given.model.pretrained else "training from scratch"
+        say(f"config: defaults for {method}: " + ", ".join(f"train.{name} {value:g}" for name, value in chosen.items()))

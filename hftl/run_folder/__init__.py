@@ -1,0 +1,1 @@
+"""The run folder: layout, history and checkpoint files."""

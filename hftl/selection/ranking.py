@@ -1,0 +1,247 @@
+"""Which backbone? Candidates compared by what their frozen features say of the rows, without training any."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hftl.atomic_files import output_folder, write_text
+from hftl.config.schema import DataConfig, ModelConfig, RunConfig
+from hftl.data.source import Splits, load_splits
+from hftl.errors import ConfigError, ModelError, nearest, shorten
+from hftl.features.labeled_features import Kind
+from hftl.features.transferability import ESTIMATORS
+from hftl.logging import is_main_process, muted, say
+from hftl.selection.bootstrap_ranks import Score, by_size, compare_scores
+from hftl.selection.candidate import KINDS, LAYER_MEAN, Candidate, look_at
+from hftl.tasks.auto_task import infer_task
+from hftl.tasks.task import SupervisedTask
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+REFERENCE = "linear probe"
+MEASURES: dict[Kind, str] = {"classes": "accuracy", "labels": "mean AUC", "values": "R²"}
+"""What the linear probe and k-NN measure, for each kind of labels."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates, best first, and what was said of them.
+
+    Attributes:
+        source: Of the rows.
+        task: Its name.
+        kind: What the labels are.
+        rows: Number of training rows that were used.
+        by: Estimator that orders the candidates.
+        place: Where the features that it orders by are read: `head`, or `layer mean`.
+        candidates: Those that could be scored, in order, then the others.
+        scores: Place of the features (`head`; for text `layer mean`) -> estimator -> candidate -> score.
+        by_size: Names by number of parameters, the order that does not look at the data.
+    """
+
+    source: str
+    task: str
+    kind: Kind
+    rows: int
+    by: str
+    place: str
+    candidates: list[Candidate]
+    scores: dict[str, dict[str, dict[str, Score]]]
+    by_size: list[str]
+
+    @property
+    def order(self) -> list[str]:
+        """Returns the names of the candidates that were scored, best first."""
+        return [candidate.name for candidate in self.candidates if not candidate.problem]
+
+    @property
+    def leading(self) -> dict[str, Score]:
+        """Returns the scores that order the candidates, by name."""
+        return self.scores[self.place].get(self.by, {})
+
+    @property
+    def undecided(self) -> list[str]:
+        """Returns the other candidates that may as well be the first: their 95 % of ranks include it."""
+        return [name for name in self.order[1:] if name in self.leading and self.leading[name].ranks[0] == 1]
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all of it as JSON values."""
+        names = ("source", "task", "kind", "rows", "by", "place", "order", "undecided")
+        about = {name: getattr(self, name) for name in names}
+        candidates = []
+        for candidate in self.candidates:
+            entry = {
+                name: getattr(candidate, name)
+                for name in ("name", "problem", "parameters", "input_size", "source_classes")
+            }
+            entry["features"] = {
+                place: {
+                    "size": view.feature_size,
+                    "forward_seconds": round(view.forward_seconds, 3),
+                    "score_seconds": round(view.score_seconds, 3),
+                    "scores": {
+                        estimator: asdict(found[candidate.name])
+                        for estimator, found in self.scores[place].items()
+                        if candidate.name in found
+                    },
+                }
+                for place, view in candidate.views.items()
+            }
+            candidates.append(entry)
+        cited = {
+            name: {"assumes": each.assumes, "citation": each.citation}
+            for name, each in ESTIMATORS.items()
+            if self.kind in each.kinds
+        }
+        return about | {"baseline": {"by_size": self.by_size}, "candidates": candidates, "estimators": cited}
+
+
+def rank(
+    source: str | DataConfig,
+    models: Sequence[str] | str | Path,
+    *,
+    task: Callable[[Splits], SupervisedTask] | None = None,
+    rows: int = 10_000,
+    output: str | Path | None = "rank",
+    explain: bool = False,
+    by: str = REFERENCE,
+    model: ModelConfig | None = None,
+) -> Ranking:
+    """Returns the candidates ordered by how well their frozen features predict the labels, and prints the table.
+
+    Every candidate sees the same training rows once; its features stay in the cache. All estimators are computed from
+    them, with intervals and ranks over resampled rows. Validation and test rows are not looked at. Text models are
+    ordered by the mean of their layers, which in measurements (RESULTS.md) foretold fine-tuning better than the last
+    one; the scores of the head's own input stand beside it.
+
+    Args:
+        source: Rows, as `data.source`, or a whole data section.
+        models: Names as `model.name`, or one file with a name on each line (# begins a comment).
+        task: Class of a task of your own; images or texts with one class a row are recognised by their columns.
+        rows: Training rows to use at most, drawn by `data.seed`.
+        output: Folder for rank.json and rank.html; None writes nothing.
+        explain: Also prints what each estimator assumes and where it comes from.
+        by: Estimator that orders the table.
+        model: Settings that all candidates share, such as `image_size`.
+
+    Raises:
+        ConfigError: Nothing is named, `by` is no estimator for such labels, or `output` cannot be written.
+        DataError: The rows cannot be used.
+        ModelError: No candidate at all could be scored. One that fails among others is a row with its reason.
+    """
+    names = candidate_names(models)
+    if by not in ESTIMATORS:
+        raise ConfigError(f"--by: '{by}' is not one of {', '.join(ESTIMATORS)}.{nearest(by, ESTIMATORS)}")
+    folder = None if output is None else output_folder(output)
+    from accelerate import Accelerator
+
+    data = DataConfig(source=source) if isinstance(source, str) else source
+    splits = load_splits(data)
+    built = (task or infer_task(splits))(splits)
+    kind = KINDS.get(built.head.problem_type or "")
+    if kind is None:
+        raise ConfigError(
+            f"rank: a row of {built.name} has no one label or number, which the scores look at; compare backbones by "
+            "short trainings (hftl compare), or rank them on a classification of the same rows."
+        )
+    if kind not in ESTIMATORS[by].kinds:
+        raise ConfigError(f"--by: {by} is not defined for labels of this kind ({kind}); say {REFERENCE}.")
+    used = _some(splits["train"], rows, data.seed)
+    accelerator, candidates = Accelerator(), []
+    for number, name in enumerate(names, 1):
+        run = RunConfig(data=data, model=replace(model or ModelConfig(), name=name))
+        with muted():
+            found = look_at(accelerator, run, built, used)
+        candidates.append(found)
+        head = found.views.get("head")
+        said = f"{head.forward_seconds:.1f} s forward" if head else f"left out: {found.problem}"
+        say(f"rank: {number}/{len(names)} {name}: {said}")
+    if all(candidate.problem for candidate in candidates):
+        raise ModelError(*(f"{candidate.name}: {candidate.problem}" for candidate in candidates))
+    ranking = _ranked(data, built, kind, len(used), by, candidates)
+    _show(ranking, explain)
+    if folder is not None and is_main_process():
+        from hftl.selection.ranking_report import write_ranking_page
+
+        write_text(folder / "rank.json", json.dumps(ranking.as_json(), indent=1) + "\n")
+        say(f"written: {folder / 'rank.json'}, {write_ranking_page(ranking, folder / 'rank.html')}")
+    return ranking
+
+
+def candidate_names(models: Sequence[str] | str | Path) -> list[str]:
+    """Returns the names, each once, read from a file where `models` is one.
+
+    Raises:
+        ConfigError: There is none, or the file cannot be read.
+    """
+    given = [str(models)] if isinstance(models, (str, Path)) else [str(name) for name in models]
+    if len(given) == 1 and Path(given[0]).is_file():
+        try:
+            lines = Path(given[0]).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--models: '{given[0]}' cannot be read as text: {error}.") from error
+        given = [line.partition("#")[0] for line in lines]
+    names = list(dict.fromkeys(name.strip() for name in given if name.strip()))
+    if not names:
+        raise ConfigError("--models: no name of a model; say names, or a file with one on each line.")
+    return names
+
+
+def _some(train: Dataset, rows: int, seed: int) -> Dataset:
+    """Returns at most `rows` rows, drawn by seed, in their order."""
+    if len(train) <= rows:
+        return train
+    import numpy as np
+
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(train))[:rows])
+    return train.select(chosen)
+
+
+def _ranked(
+    data: DataConfig, task: SupervisedTask, kind: Kind, rows: int, by: str, candidates: list[Candidate]
+) -> Ranking:
+    places = list(dict.fromkeys(place for candidate in candidates for place in candidate.views))
+    scores: dict[str, dict[str, dict[str, Score]]] = {}
+    for place in places:
+        views = {candidate.name: candidate.views[place] for candidate in candidates if place in candidate.views}
+        each = {
+            estimator: compare_scores(
+                {name: view.estimates[estimator] for name, view in views.items() if estimator in view.estimates},
+                data.seed,
+            )
+            for estimator in ESTIMATORS
+        }
+        scores[place] = {estimator: found for estimator, found in each.items() if found}
+    scored = [candidate for candidate in candidates if not candidate.problem]
+    means = all(LAYER_MEAN in candidate.views for candidate in scored) and by in scores.get(LAYER_MEAN, {})
+    place = LAYER_MEAN if means else "head"
+    leading = scores[place].get(by, {})
+    if not leading:
+        computed = ", ".join(scores[place])
+        raise ConfigError(
+            f"--by: no candidate has a score of {by} here (it may need a checkpoint with the head of its source); "
+            f"computed: {computed}."
+        )
+
+    def position(candidate: Candidate) -> tuple[bool, int]:
+        score = leading.get(candidate.name)
+        return bool(candidate.problem), score.rank if score else len(candidates)
+
+    ordered = sorted(candidates, key=position)
+    return Ranking(data.source, task.name, kind, rows, by, place, ordered, scores, by_size(candidates))
+
+
+def _show(ranking: Ranking, explain: bool) -> None:
+    from hftl.selection.ranking_table import explanation, table
+
+    say("\n" + table(ranking))
+    if ranking.undecided:
+        say(f"\nNot distinguishable from the first on these rows: {shorten(ranking.undecided)}.")
+    say(f"By size alone, the baseline to beat: {', '.join(ranking.by_size)}.")
+    if explain:
+        say("\n" + explanation(ranking))

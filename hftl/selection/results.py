@@ -1,0 +1,243 @@
+"""From the run folders of a comparison to its verdict. Nothing is trained here; folders of last year do as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hftl.errors import ArtifactError, HftlError, first_line
+from hftl.reporting.run_record import RunRecord
+from hftl.selection.experiment_plan import METHODS, SCRATCH
+from hftl.statistics.score_difference import Difference, difference
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A training without a result."""
+
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One way of training: its runs, what they cost, and how it does against the baseline."""
+
+    method: str
+    runs: list[str]
+    """Run folders, by name."""
+    seeds: list[int]
+    scores: list[float]
+    """Mean score over the rows, of each run."""
+    validation: float | None
+    """Mean over the runs of what the best method is chosen by."""
+    validation_loss: float | None
+    seconds: float | None
+    """Mean over the runs of the time of training, evaluations included."""
+    peak_bytes: int | None
+    """Most memory that one of the runs held: on the device where there is one, else resident in its process."""
+    trained: int | None
+    """Parameters that learn."""
+    difference: Difference | None = None
+    """Against the baseline."""
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def score(self) -> float:
+        """Mean over the runs; NaN without any."""
+        return float(np.mean(self.scores)) if self.scores else float("nan")
+
+
+@dataclass(frozen=True)
+class Spared:
+    """What the dearest way of transfer gains over the simplest one."""
+
+    simplest: str
+    dearest: str
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ways of training, side by side on the same rows."""
+
+    data: str
+    model: str
+    split: str
+    rows: int
+    metric: str
+    budget: str
+    results: list[MethodResult]
+    baseline: str | None
+    """The method that the others are compared with: scratch where it was asked for, else the simplest."""
+    chosen: str | None
+    """The best of the other methods on validation; the verdict is about this one."""
+    kept: str | None
+    """The run that is best on validation, of all."""
+    spared: Spared | None = None
+    verdict: str | None = None
+    """helped, hurt, better, worse or not distinguishable; None where a side is missing."""
+    sentence: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def result(self, method: str | None) -> MethodResult:
+        """Returns the result of a method.
+
+        Raises:
+            KeyError: It was not compared.
+        """
+        found = {result.method: result for result in self.results}
+        return found[method or ""]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as JSON values."""
+        return _finite(asdict(self))
+
+
+def judge(
+    folders: Mapping[str, Mapping[int, Path]], split: str, budget: str, failures: Mapping[str, Sequence[Failure]]
+) -> Comparison:
+    """Returns what run folders say about the methods that made them, verdict and all.
+
+    Args:
+        folders: Run folders by method and seed.
+        split: The split that is compared.
+        budget: What was the same for all, in words.
+        failures: Trainings without a folder, by method.
+
+    Raises:
+        ArtifactError: No run has results on that split.
+    """
+    from hftl.selection.words import conclude
+
+    records: dict[str, dict[int, RunRecord]] = {method: {} for method in folders}
+    failed = {method: list(failures.get(method, ())) for method in folders}
+    rows: tuple[str, int] | None = None
+    for method, of_method in folders.items():
+        for seed, folder in of_method.items():
+            try:
+                record = RunRecord(folder)
+                found = _rows(record, split)
+                if rows is not None and found != rows:
+                    raise ArtifactError(f"'{folder}' was not measured on the same rows of {split} as the others.")
+            except HftlError as error:
+                failed[method].append(Failure(seed, first_line(error)))
+                continue
+            rows = found
+            records[method][seed] = record
+    if rows is None:
+        reasons = "; ".join(f"{method}, seed {f.seed}: {f.reason}" for method, of in failed.items() for f in of)
+        raise ArtifactError(f"no training of the comparison has a result: {reasons}")
+    baseline = next((method for method in (SCRATCH, *METHODS) if records.get(method)), None)
+    results = [
+        _result(method, of_method, split, records[baseline] if baseline not in (None, method) else {}, failed[method])
+        for method, of_method in records.items()
+    ]
+    some = next(record for of_method in records.values() for record in of_method.values())
+    others = [result for result in results if result.scores and result.method != baseline]
+    chosen = max(others, key=_on_validation).method if others else None
+    everything = [record for of_method in records.values() for record in of_method.values()]
+    kept = max(everything, key=lambda record: _validation(record)).folder.name
+    return conclude(
+        Comparison(
+            data=str(some.settings.get("data.source")),
+            model=str(some.settings.get("model.name")),
+            split=split,
+            rows=rows[1],
+            metric=some.answers[split].metric,
+            budget=budget,
+            results=results,
+            baseline=baseline,
+            chosen=chosen,
+            kept=kept,
+            spared=_spared(records, results, split),
+        )
+    )
+
+
+def row_scores(record: RunRecord, split: str) -> Any:
+    """Returns the score of each row of a split [N] float64, larger is better: see `hftl.tasks.predictions`.
+
+    Raises:
+        ArtifactError: The run has no predictions of that split that can be compared with the truth.
+    """
+    answers = record.answers.get(split)
+    if answers is None:
+        raise ArtifactError(f"'{record.folder}' has no predictions of {split} beside true labels.")
+    return answers.scores
+
+
+def _rows(record: RunRecord, split: str) -> tuple[str, int]:
+    scores = row_scores(record, split)
+    return record.answers[split].fingerprint, len(scores)
+
+
+def _result(
+    method: str,
+    records: Mapping[int, RunRecord],
+    split: str,
+    baseline: Mapping[int, RunRecord],
+    failures: list[Failure],
+) -> MethodResult:
+    found = list(records.values())
+    training = [record.facts.get("training", {}) for record in found]
+    seconds = [made["seconds"] for made in training if "seconds" in made]
+    peaks = [made.get("peak_device_bytes") or made.get("peak_resident_bytes") for made in training]
+    on_validation = [_validation(record) for record in found]
+    return MethodResult(
+        method,
+        [record.folder.name for record in found],
+        list(records),
+        [float(row_scores(record, split).mean()) for record in found],
+        float(np.mean([score for score, _ in on_validation])) if found else None,
+        float(np.mean([-loss for _, loss in on_validation])) if found else None,
+        float(np.mean(seconds)) if seconds else None,
+        max((peak for peak in peaks if peak), default=None),
+        found[0].facts.get("adapt", {}).get("trained") if found else None,
+        _apart(records, baseline, split),
+        failures,
+    )
+
+
+def _apart(one: Mapping[int, RunRecord], other: Mapping[int, RunRecord], split: str) -> Difference | None:
+    """Returns the difference between two methods; None where one has no result."""
+    if not one or not other:
+        return None
+    return difference(*([row_scores(record, split) for record in records.values()] for records in (one, other)))
+
+
+def _spared(
+    records: Mapping[str, Mapping[int, RunRecord]], results: Sequence[MethodResult], split: str
+) -> Spared | None:
+    pretrained = [result for result in results if result.method != SCRATCH and result.scores]
+    if len(pretrained) < 2:
+        return None
+    simplest, *_, dearest = sorted(pretrained, key=lambda result: METHODS.index(result.method))
+    found = _apart(records[dearest.method], records[simplest.method], split)
+    return Spared(simplest.method, dearest.method, found) if found else None
+
+
+def _validation(record: RunRecord) -> tuple[float, float]:
+    """Returns what a run is chosen by, larger is better: the compared metric on validation, then the loss there."""
+    answers = next(iter(record.answers.values()), None)  # of any split: all are measured by the same metric
+    score, loss = (record.metrics.get(f"validation/{name}") for name in (answers.metric if answers else "", "loss"))
+    return (-np.inf if score is None else score), (-np.inf if loss is None else -loss)
+
+
+def _on_validation(result: MethodResult) -> tuple[float, float, int]:
+    """As `_validation`, of a method; of equal ones the simplest."""
+    loss = np.inf if result.validation_loss is None else result.validation_loss
+    return -np.inf if result.validation is None else result.validation, -loss, -METHODS.index(result.method)
+
+
+def _finite(value: Any) -> Any:
+    """Returns JSON values: None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,45 @@
+"""One training of a comparison, by the same verbs as a recipe; it leaves a run folder and nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from hftl.config.schema import RunConfig
+
+
+def train(run: RunConfig, task: str) -> None:
+    """Trains, measures and publishes one run, without a page of its own (`hftl report RUN` draws it).
+
+    Args:
+        run: Where `resume` is auto, a complete run is left as it is.
+        task: Where the task class is, as `module:name`.
+
+    Raises:
+        HftlError: As in a recipe.
+    """
+    from hftl.adaptation.apply import adapt
+    from hftl.artifacts.save_run import Outcome, publish
+    from hftl.errors import RunComplete
+    from hftl.evaluation.evaluate import evaluate
+    from hftl.models.build import build_model
+    from hftl.run.setup import prepare, start
+    from hftl.run_folder.folder import get_run_folder
+    from hftl.training.fit import fit
+
+    run, splits, bound = prepare(run, find_task(task))
+    try:
+        accelerator = start(run)
+    except RunComplete:
+        return
+    model = build_model(run, bound.head)
+    report = adapt(model, run.adapt)
+    history = fit(accelerator, model, bound, splits, run)
+    metrics = evaluate(accelerator, model, bound, splits, run, get_run_folder(run) / "predictions.parquet")
+    publish(accelerator, model, bound, splits, run, Outcome(report, history, metrics), page=False)
+
+
+def find_task(place: str) -> Any:
+    """Returns the task class at `module:name`."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)

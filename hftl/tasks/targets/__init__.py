@@ -1,0 +1,1 @@
+"""Training targets, one package per kind of label."""

@@ -1,0 +1,67 @@
+"""AdamW (Loshchilov and Hutter 2019) over backbone and head, and schedules counted in steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from hftl.config.schema import Schedule, TrainConfig
+from hftl.models.task_model import TaskModel
+
+
+def make_optimizer(model: TaskModel, config: TrainConfig, device: torch.device) -> AdamW:
+    """Returns AdamW on the parameters that learn, in up to four groups.
+
+    Backbone (or adapters) at `config.lr`, head at `config.head_lr`; biases and norms without weight decay.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "head" if model.in_head(name) else "backbone"
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    rates = {"head": config.head_lr, "backbone": config.lr}
+    settings: list[dict[str, Any]] = [
+        {
+            "name": part,
+            "params": params,
+            "lr": rates[part],
+            "peak_lr": rates[part],
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (part, decays), params in groups.items()
+    ]
+    return AdamW(settings, fused=device.type in ("cpu", "cuda", "xpu", "mps"))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
+    """Sets every group's learning rate for `step` (from 0) and returns them by part: `head`, `backbone`.
+
+    They are a pure function of the step, so nothing about them has to be remembered. The backbone's schedule begins
+    after the share `config.head_first` of the steps; until then only the head learns (LP-FT, Kumar et al. 2022,
+    https://arxiv.org/abs/2202.10054).
+    """
+    alone = int((config.head_first or 0.0) * total_steps)
+    rates = {}
+    for group in optimizer.param_groups:
+        waits = alone if group["name"] == "backbone" else 0
+        rest = total_steps - waits
+        warmup = math.ceil(config.warmup_ratio * rest)
+        factor = lr_factor(step - waits, config.schedule, rest, warmup) if step >= waits else 0.0
+        group["lr"] = rates[group["name"]] = group["peak_lr"] * factor
+    return rates
+
+
+def lr_factor(step: int, kind: Schedule, total_steps: int, warmup_steps: int) -> float:
+    """Returns the share of the peak learning rate used in step `step` (from 0), in [0, 1]."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if kind == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    if kind == "linear":
+        return max(1.0 - progress, 0.0)
+    return 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
