@@ -6,8 +6,9 @@ Names load when they are first used: `import hftl` imports no torch.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from hftl.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from hftl.adaptation.apply import adapt
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
         RunConfig,
         TrainConfig,
     )
-    from hftl.data.source import Splits, load_splits
+    from hftl.data.source import load_splits
+    from hftl.data.splits import Splits
     from hftl.errors import HftlError
     from hftl.evaluation.evaluate import evaluate
     from hftl.inference.predictor import Predictor, load
@@ -143,11 +145,6 @@ __all__ = [
     "run_recipe",
     "start",
 ]
-
-try:
-    __version__ = version("hftl")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

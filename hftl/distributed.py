@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from hftl.errors import HftlError, PeerError, first_line
+from hftl.errors import HftlError, PeerError, disk_error, first_line
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
 BEAT_S = 2.0
@@ -236,3 +237,40 @@ def _read(store: Any, key: str, peer: int, what: str) -> bytes:
     if isinstance(answer, torch.distributed.DistNetworkError):
         raise PeerError(_sentence(f"lost its connection to the main process while it waited ({what})")) from answer
     raise PeerError(_sentence(f"has not heard of process {peer} for {_limit()} ({what})")) from answer
+
+
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T], folder: object = "the run folder") -> T:
+    """Returns, on all processes, what `action` returns on the main one.
+
+    Without this a disk that fails there would leave the others waiting.
+
+    Args:
+        accelerator: From `start`.
+        action: Reads or writes files; what it returns is sent to all.
+        folder: Where it writes, for an error that does not say it.
+
+    Raises:
+        HftlError: The one that `action` raised, or for the disk's failure; on all processes.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    done: list[Any] = [None, None]
+    with together("work of the main process"):
+        if accelerator.is_main_process:
+            try:
+                done[0] = action()
+            except HftlError as error:
+                done[1] = error
+            except Exception as error:
+                done[1] = disk_error(error, folder)
+                if done[1] is None:
+                    raise
+    if accelerator.num_processes > 1:
+        done = broadcast_object_list(done)
+    if done[1] is not None:
+        done[1].agreed = True
+        raise done[1]
+    return done[0]

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 import hftl
 from hftl.models.task_model import HeadSpec
 from hftl.run.testing import check_task
-from hftl.tasks.metrics import ClassificationMetrics
 from hftl.tasks.registry import ImageInputs
+from hftl.tasks.targets.single_label.metrics import ClassificationMetrics
 
 ANSWERS = {"parity": ("even", "odd"), "size": ("small", "medium", "large")}
 PARTS = {"parity": slice(0, 2), "size": slice(2, 5)}  # of the outputs [B, 5]

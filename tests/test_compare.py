@@ -18,8 +18,7 @@ from hftl.evaluation.evaluate import TableWriter
 from hftl.reporting import compare_reports, write_report
 from hftl.reporting.run_record import RunRecord
 from hftl.run.child_process import Failed, in_child
-from hftl.selection.results import Failure, judge
-from hftl.selection.words import table
+from hftl.selection.results import Failure, format_comparison, judge
 from hftl.statistics.score_difference import difference, needed
 
 # the statistics
@@ -196,7 +195,7 @@ def test_test_rows_do_not_choose_and_the_simplest_is_named_where_it_does_as_well
     (warning,) = found.warnings
     assert warning.startswith("The simplest method is within the noise of the dearest: full minus frozen is")
     assert "1,000 trained parameters and 4.0 s a run against 10 trained parameters and 2.0 s" in warning
-    lines = table(found).splitlines()
+    lines = format_comparison(found).splitlines()
     assert [line.split()[0] for line in lines[1:5]] == ["scratch", "frozen", "lora", "full"]
 
 

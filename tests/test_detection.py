@@ -121,7 +121,7 @@ def test_an_image_does_not_know_its_neighbours_and_may_be_empty(width):
 def test_a_rare_category_may_fall_into_the_validation_cut():
     from datasets import Dataset
 
-    from hftl.data.source import Splits
+    from hftl.data.splits import Splits
 
     def rows(*names):
         return Dataset.from_list([{"objects": {"bbox": [[0.0, 0.0, 5.0, 5.0]], "category": [name]}} for name in names])

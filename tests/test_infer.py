@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
 import hftl
 from hftl.config.schema import DataConfig, RunConfig
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.registry import TASKS

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from hftl.statistics.confidence_intervals import PROPORTIONS, confusion_intervals, metric_intervals, wilson
-from hftl.tasks.metrics import BUILT_IN
+from hftl.statistics.confidence_intervals import wilson
+from hftl.tasks.targets.single_label.metrics import BUILT_IN, PROPORTIONS, confusion_intervals, metric_intervals
 
 
 def noisy(rows: int, num_classes: int = 4, seed: int = 0):

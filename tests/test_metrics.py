@@ -8,7 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from hftl.tasks.metrics import BUILT_IN, ClassificationMetrics, EvaluateMetric, MeanLoss, metric_problems
+from hftl.tasks.metrics import EvaluateMetric, MeanLoss, metric_problems
+from hftl.tasks.targets.single_label.metrics import BUILT_IN, ClassificationMetrics
 
 
 def random_case(seed, rows, classes, present):

@@ -16,7 +16,7 @@ from hftl.models.task_model import HeadSpec
 from hftl.selection.bootstrap_ranks import compare_scores
 from hftl.selection.candidate import source_probabilities
 from hftl.selection.ranking import candidate_names, rank
-from hftl.selection.ranking_table import short_names
+from hftl.selection.ranking_report import short_names
 from hftl.tasks.registry import ImageInputs
 
 

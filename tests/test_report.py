@@ -17,7 +17,7 @@ from hftl.config.parse import dump
 from hftl.errors import ArtifactError, ConfigError
 from hftl.evaluation.evaluate import TableWriter
 from hftl.reporting import compare_reports, write_report
-from hftl.tasks.metrics import ClassificationMetrics
+from hftl.tasks.targets.single_label.metrics import ClassificationMetrics
 
 HOSTILE = ["<script>alert(1)</script>", "$x_$ & </style> --> ]]>", "\" onmouseover='alert(1)' 中文"]
 TEXT = '<img src=x onerror=alert(1)> <a href="https://example.com">{number}</a> </blockquote>'

@@ -4,7 +4,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 import hftl
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import DataError
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.registry import MultiLabel, Regression, SingleLabel

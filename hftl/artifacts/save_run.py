@@ -18,9 +18,9 @@ from hftl.artifacts.push import push_once
 from hftl.artifacts.save_model import save_artifact
 from hftl.atomic_files import write_text
 from hftl.config.schema import RunConfig
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import left_out
-from hftl.distributed import together
+from hftl.distributed import on_main, together
 from hftl.errors import first_line
 from hftl.hub_client import redacted
 from hftl.loading.loader import Rows
@@ -31,7 +31,6 @@ from hftl.reporting.run_record import RunRecord
 from hftl.run_folder.folder import get_run_folder
 from hftl.run_folder.history import History, finite
 from hftl.tasks.task import Task
-from hftl.training.sync import on_main
 
 if TYPE_CHECKING:
     import torch

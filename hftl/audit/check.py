@@ -20,10 +20,12 @@ from hftl.audit.report import Shown, write_findings
 from hftl.audit.scan import ImageSurvey, TextSurvey, words_as_texts
 from hftl.config.schema import DataConfig
 from hftl.data.columns import NAMES, find_column, find_text_columns
-from hftl.data.source import Splits, load_splits
+from hftl.data.source import load_splits
+from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, nearest
 from hftl.logging import say
 from hftl.redaction import redacted
+from hftl.version import __version__
 
 SERIOUS = ("unreadable", "unlabelled", "leaks", "conflicts")
 """Findings that `--fail_on` without names means: those that break a run or the figures it prints."""
@@ -216,8 +218,6 @@ def _write_table(
     failed: Sequence[str],
     left_out: dict[str, dict[int, str]],
 ) -> None:
-    import hftl
-
     table = {
         "data": redacted(splits.config.source),
         "model": model,
@@ -225,7 +225,7 @@ def _write_table(
         "failed": list(failed),
         "findings": [finding.state() for finding in findings],
         "left_out": left_out,
-        "hftl": hftl.__version__,
+        "hftl": __version__,
     }
     try:
         write_text(path, json.dumps(table, indent=1, ensure_ascii=False) + "\n")

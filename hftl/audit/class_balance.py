@@ -9,7 +9,7 @@ import numpy as np
 
 from hftl.audit.finding import Entry, Finding, Numbering
 from hftl.data.columns import arrow_column, find_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import DataError, shorten
 from hftl.logging import muted
 from hftl.tasks.targets.label_target import SINGLE, choose_problem

@@ -20,7 +20,7 @@ from hftl.audit.duplicates import Groups, conflicting
 from hftl.audit.finding import Numbering
 from hftl.data.class_names import FILE as LABELS
 from hftl.data.columns import find_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, disk_error
 
 if TYPE_CHECKING:

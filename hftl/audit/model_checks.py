@@ -12,7 +12,7 @@ from hftl.audit.label_errors import FOLDS, likely_wrong, out_of_fold
 from hftl.audit.outliers import FENCE, NEIGHBOUR, REFERENCE, distances, far_limit, reference_rows
 from hftl.audit.text_normalization import text_rows
 from hftl.config.schema import ModelConfig, RunConfig
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import FeatureError
 from hftl.features.cache import compute_features
 from hftl.logging import muted

@@ -16,7 +16,7 @@ from hftl.audit.finding import Numbering, spoken
 from hftl.audit.text_normalization import text_keys
 from hftl.data.columns import arrow_column
 from hftl.data.layouts.in_memory import GIVEN
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import shorten
 from hftl.tasks.inputs import ImageInputs, TextInputs
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from hftl.audit.class_balance import Labels
 from hftl.audit.finding import FINDINGS, Address, Entry, Finding, Numbering, spoken
 from hftl.audit.image_stats import pictures_at
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.html.blocks import Card, Comparison, Comparisons, Note, Section, Table, Tiles
 from hftl.html.page import write_page
 from hftl.reporting.examples import shortened, thumbnail

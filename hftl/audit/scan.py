@@ -15,7 +15,7 @@ from hftl.audit.finding import Entry, Finding, Numbering
 from hftl.audit.image_stats import FLAT, drawn, look_at, odd_images, pictures_at
 from hftl.audit.text_normalization import BATCH, key_of, normalised_pair, text_rows, verbatim_pair
 from hftl.data.columns import find_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import DataError
 from hftl.logging import muted, say
 from hftl.preprocessing.sliding_windows import words_in

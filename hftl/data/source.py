@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
 from hftl.data.class_names import FILES as LABELS
 from hftl.data.class_names import check_labels, names_beside
-from hftl.data.columns import find_column, label_codes
 from hftl.data.layouts.detection_folders import open_box_folders
 from hftl.data.layouts.in_memory import GIVEN, given_rows
 from hftl.data.layouts.mask_folders import open_mask_folders
 from hftl.data.paths import IMAGES, check_stored, with_images
-from hftl.data.splits import SPLIT_NAMES, first_word, split_folders, split_of
+from hftl.data.splits import SPLIT_NAMES, Splits, cut_validation, first_word, keep_few, split_folders, split_of
 from hftl.data.tables.table_files import TABLES, files_of_split, open_tables
 from hftl.data.validation import without
 from hftl.errors import DataError, first_line, nearest, shorten
@@ -28,34 +26,6 @@ if TYPE_CHECKING:
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 EMBEDDED = ("digits",)
-
-
-@dataclass(frozen=True)
-class Splits(Mapping[str, "Dataset"]):
-    """Rows by split name (`train`, `validation`, `test`; the last two may be absent), and how they were asked for."""
-
-    sets: dict[str, Dataset]
-    config: DataConfig
-    class_names: list[str] | None = None
-    """Names of integer labels where they stand beside the tables (labels.json), else None."""
-    cut: bool = False
-    """Whether the source has no validation split, so that it was cut from train."""
-    lenient: bool = False
-    """Rows that cannot be used are no reason for a task to refuse these: they will be looked for and left out."""
-
-    @property
-    def labelled_by_source(self) -> tuple[str, ...]:
-        """The splits whose labels are those to learn: a rare one may stand in the validation cut alone."""
-        return ("train", "validation") if self.cut else ("train",)
-
-    def __getitem__(self, split: str) -> Dataset:
-        return self.sets[split]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sets)
-
-    def __len__(self) -> int:
-        return len(self.sets)
 
 
 def load_splits(
@@ -96,8 +66,8 @@ def load_splits(
     if "train" in sets:
         check_labels(sets["train"], config.label_column, splits.class_names)
     if "train" in sets:
-        sets = _cut_validation(splits)
-        sets["train"] = _keep_few(sets["train"], config)
+        sets = cut_validation(splits)
+        sets["train"] = keep_few(sets["train"], config)
     order = [name for name in SPLIT_NAMES if name in sets]
     say("data: " + ", ".join(f"{name} {len(sets[name])}" for name in order) + f" rows from {config.source}")
     cut = "validation" in {*sets} - given
@@ -275,49 +245,3 @@ def _folder_of(source: str) -> Path | None:
     if source.startswith("embedded:") or not path.exists():
         return None
     return path if path.is_dir() else path.parent
-
-
-def _cut_validation(splits: Splits) -> dict[str, Dataset]:
-    """Returns the splits with a validation part cut from train where it was missing."""
-    import numpy as np
-    from sklearn.model_selection import train_test_split
-
-    config, sets = splits.config, dict(splits.sets)
-    if "validation" in sets or config.validation_fraction == 0:
-        return sets
-    rows = sets["train"]
-    codes = _codes(rows, config)
-    # a class with a single row cannot stand on both sides
-    stratify = codes if codes is not None and np.unique(codes, return_counts=True)[1].min() > 1 else None
-    size = max(round(len(rows) * config.validation_fraction), 1 if stratify is None else len(np.unique(stratify)))
-    try:
-        kept, cut = train_test_split(np.arange(len(rows)), test_size=size, random_state=config.seed, stratify=stratify)
-    except ValueError as error:
-        raise DataError(
-            f"data.validation_fraction: {len(rows)} training rows are too few to cut a validation split ({error}). "
-            "Give a validation split, or --data.validation_fraction 0 to train without one."
-        ) from error
-    how = "stratified by label" if stratify is not None else "at random"
-    say(f"data: no validation split; {size} of {len(rows)} training rows cut off {how} (data.seed {config.seed})")
-    return {**sets, "train": rows.select(np.sort(kept)), "validation": rows.select(np.sort(cut))}
-
-
-def _keep_few(rows: Dataset, config: DataConfig) -> Dataset:
-    """Returns at most `config.train_per_class` rows of each class."""
-    import numpy as np
-
-    codes = _codes(rows, config)
-    if config.train_per_class is None or codes is None:
-        return rows
-    order = np.random.default_rng(config.seed).permutation(len(rows))
-    kept = [order[codes[order] == code][: config.train_per_class] for code in np.unique(codes)]
-    return rows.select(np.sort(np.concatenate(kept)))
-
-
-def _codes(rows: Dataset, config: DataConfig) -> Any:
-    """Returns the label of each row as an integer [N], or None where the labels are not classes."""
-    try:
-        column = find_column("label", rows.features, config.label_column)
-    except DataError:
-        return None  # said later, by the task, with everything else
-    return label_codes(rows, column.name)

@@ -20,7 +20,7 @@ from hftl.logging import say
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from hftl.data.source import Splits
+    from hftl.data.splits import Splits
 
 FILE = "quarantine.jsonl"
 """Name in the run folder. Row numbers there are those of the source's own splits, from 0, before any cut; in

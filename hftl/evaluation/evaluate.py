@@ -11,7 +11,7 @@ import torch
 
 from hftl.atomic_files import PARTIAL, sync
 from hftl.config.schema import RunConfig
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.loading.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
 from hftl.loading.workers import Batches
 from hftl.logging import say

@@ -9,7 +9,8 @@ import numpy as np
 
 from hftl.atomic_files import output_folder, whole_file
 from hftl.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
-from hftl.data.source import Splits, load_splits
+from hftl.data.source import load_splits
+from hftl.data.splits import Splits
 from hftl.distributed import together
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import Layers

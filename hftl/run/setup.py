@@ -17,7 +17,8 @@ from hftl.config.defaults import BY_STEPS, resolve
 from hftl.config.parse import dump
 from hftl.config.schema import AugmentConfig, RunConfig
 from hftl.data.layouts.in_memory import GIVEN, given_rows
-from hftl.data.source import Splits, load_splits
+from hftl.data.source import load_splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRows, Judge, announce, records, refuse_many, write_quarantine
 from hftl.distributed import group_options, together
 from hftl.errors import ConfigError, DataError, HftlError, RunComplete, nearest

@@ -11,7 +11,7 @@ import torch
 
 from hftl.adaptation.apply import adapt
 from hftl.config.schema import RunConfig
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import AdaptError
 from hftl.loading.loader import Rows
 from hftl.models.build import build_model

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hftl.atomic_files import write_text
 from hftl.config.schema import RunConfig, leaves
+from hftl.distributed import on_main
 from hftl.errors import CheckpointError, first_line
 from hftl.logging import say
-from hftl.tasks.task import Task, worth_a_line
-from hftl.training.sync import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,12 +44,6 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-
-
-def not_shown(values: Mapping[str, float], task: Task, metric: str) -> set[str]:
-    """Returns the names of validation's metrics that no line says: neither `metric` nor one that the task shows."""
-    named = {name: name.removeprefix("validation/") for name in values if name.startswith("validation/")}
-    return {name for name, of in named.items() if of != metric and not worth_a_line(of, task)}
 
 
 class Recorder:

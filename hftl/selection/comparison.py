@@ -19,9 +19,8 @@ from hftl.reporting import compare_reports, write_report
 from hftl.reporting.run_record import COMPARISON, RunRecord
 from hftl.run.child_process import in_child
 from hftl.selection.experiment_plan import Plan, make_plan, method_problems
-from hftl.selection.results import Comparison, Failure, judge
+from hftl.selection.results import Comparison, Failure, format_comparison, judge
 from hftl.selection.trial import train
-from hftl.selection.words import table
 
 if TYPE_CHECKING:
     from hftl.tasks.task import SupervisedTask
@@ -134,7 +133,7 @@ def run_plan(plan: Plan) -> Comparison:
             folders[method][seed] = place
             say(f"  {method:<{width}} seed {seed}: {_measured(place, plan.split)}")
     found = judge(folders, plan.split, plan.budget, failures)
-    say("\n" + table(found) + "\n\n" + found.sentence)
+    say("\n" + format_comparison(found) + "\n\n" + found.sentence)
     for warning in found.warnings:
         say(f"Note: {warning}")
     return found

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hftl.atomic_files import output_folder, write_text
 from hftl.config.schema import DataConfig, ModelConfig, RunConfig
-from hftl.data.source import Splits, load_splits
+from hftl.data.source import load_splits
+from hftl.data.splits import Splits
 from hftl.errors import ConfigError, ModelError, nearest, shorten
 from hftl.features.labeled_features import Kind
 from hftl.features.transferability import ESTIMATORS
 from hftl.logging import is_main_process, muted, say
 from hftl.selection.bootstrap_ranks import Score, by_size, compare_scores
 from hftl.selection.candidate import KINDS, LAYER_MEAN, Candidate, look_at
+from hftl.selection.ranking_report import Ranking
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.task import SupervisedTask
 
@@ -24,81 +26,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 REFERENCE = "linear probe"
-MEASURES: dict[Kind, str] = {"classes": "accuracy", "labels": "mean AUC", "values": "R²"}
-"""What the linear probe and k-NN measure, for each kind of labels."""
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Candidates, best first, and what was said of them.
-
-    Attributes:
-        source: Of the rows.
-        task: Its name.
-        kind: What the labels are.
-        rows: Number of training rows that were used.
-        by: Estimator that orders the candidates.
-        place: Where the features that it orders by are read: `head`, or `layer mean`.
-        candidates: Those that could be scored, in order, then the others.
-        scores: Place of the features (`head`; for text `layer mean`) -> estimator -> candidate -> score.
-        by_size: Names by number of parameters, the order that does not look at the data.
-    """
-
-    source: str
-    task: str
-    kind: Kind
-    rows: int
-    by: str
-    place: str
-    candidates: list[Candidate]
-    scores: dict[str, dict[str, dict[str, Score]]]
-    by_size: list[str]
-
-    @property
-    def order(self) -> list[str]:
-        """Returns the names of the candidates that were scored, best first."""
-        return [candidate.name for candidate in self.candidates if not candidate.problem]
-
-    @property
-    def leading(self) -> dict[str, Score]:
-        """Returns the scores that order the candidates, by name."""
-        return self.scores[self.place].get(self.by, {})
-
-    @property
-    def undecided(self) -> list[str]:
-        """Returns the other candidates that may as well be the first: their 95 % of ranks include it."""
-        return [name for name in self.order[1:] if name in self.leading and self.leading[name].ranks[0] == 1]
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns all of it as JSON values."""
-        names = ("source", "task", "kind", "rows", "by", "place", "order", "undecided")
-        about = {name: getattr(self, name) for name in names}
-        candidates = []
-        for candidate in self.candidates:
-            entry = {
-                name: getattr(candidate, name)
-                for name in ("name", "problem", "parameters", "input_size", "source_classes")
-            }
-            entry["features"] = {
-                place: {
-                    "size": view.feature_size,
-                    "forward_seconds": round(view.forward_seconds, 3),
-                    "score_seconds": round(view.score_seconds, 3),
-                    "scores": {
-                        estimator: asdict(found[candidate.name])
-                        for estimator, found in self.scores[place].items()
-                        if candidate.name in found
-                    },
-                }
-                for place, view in candidate.views.items()
-            }
-            candidates.append(entry)
-        cited = {
-            name: {"assumes": each.assumes, "citation": each.citation}
-            for name, each in ESTIMATORS.items()
-            if self.kind in each.kinds
-        }
-        return about | {"baseline": {"by_size": self.by_size}, "candidates": candidates, "estimators": cited}
 
 
 def rank(
@@ -237,9 +164,9 @@ def _ranked(
 
 
 def _show(ranking: Ranking, explain: bool) -> None:
-    from hftl.selection.ranking_table import explanation, table
+    from hftl.selection.ranking_report import explanation, format_ranking
 
-    say("\n" + table(ranking))
+    say("\n" + format_ranking(ranking))
     if ranking.undecided:
         say(f"\nNot distinguishable from the first on these rows: {shorten(ranking.undecided)}.")
     say(f"By size alone, the baseline to beat: {', '.join(ranking.by_size)}.")

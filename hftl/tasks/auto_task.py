@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
 from hftl.data.columns import NAMES, find_column, find_text_columns
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, nearest
 from hftl.logging import muted, say
 from hftl.tasks.registry import TASKS

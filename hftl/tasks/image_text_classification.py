@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.tasks.image_text_inputs import ImageTextInputs
 from hftl.tasks.targets.label_target import LabelTarget, find_target, restore_target
 from hftl.tasks.task import SupervisedTask

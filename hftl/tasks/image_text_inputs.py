@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hftl.config.schema import DataConfig
 from hftl.data.multimodal_columns import MixedColumns, find_mixed, train_categories, train_numbers, with_names
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hftl.config.schema import DataConfig
 from hftl.data.columns import filled_columns, find_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example

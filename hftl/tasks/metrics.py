@@ -14,23 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hftl.errors import first_line
+from hftl.tasks.targets.single_label.metrics import BUILT_IN
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BUILT_IN = (
-    "accuracy",
-    "macro_f1",
-    "micro_f1",
-    "weighted_f1",
-    "macro_precision",
-    "micro_precision",
-    "weighted_precision",
-    "macro_recall",
-    "micro_recall",
-    "weighted_recall",
-    "mcc",
-)
 
 
 class Metric(Protocol):
@@ -77,73 +64,6 @@ class MeanLoss:
         if self.nonfinite or not self.count:
             return {"loss": float("nan")}
         return {"loss": float(self.total / self.count)}
-
-
-class ClassificationMetrics:
-    """Accuracy, F1, precision, recall and MCC from one confusion matrix [K, K] of integers (rows: true class).
-
-    As scikit-learn's `zero_division=0`: a class without true or predicted rows scores 0, and a class
-    with neither is left out of macro averages.
-    """
-
-    shares_of_rows = BUILT_IN[:-1]  # a correlation is none
-    """Numbers whose standard error is that of a share of the rows, exactly or nearly; see `BestSoFar`."""
-
-    def __init__(self, num_classes: int) -> None:
-        self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
-
-    def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Adds logits [B, K] against labels [B]."""
-        predicted = outputs["logits"].argmax(-1).cpu().numpy()
-        np.add.at(self.confusion, (batch["labels"].cpu().numpy(), predicted), 1)
-
-    def merge(self, other: ClassificationMetrics) -> None:
-        """Adds another process's counts."""
-        self.confusion += other.confusion
-
-    def compute(self) -> dict[str, float]:
-        """Returns the metrics named in `BUILT_IN`, each in [0, 1]; `mcc` in [-1, 1]."""
-        confusion = self.confusion
-        return class_scores(confusion.diagonal(), confusion.sum(1), confusion.sum(0))
-
-
-def class_scores(right: Any, true: Any, predicted: Any) -> dict[str, float]:
-    """Returns the metrics named in `BUILT_IN` from the counts of each class.
-
-    Args:
-        right: Rows of the class that were predicted as such [K].
-        true: Rows of the class [K].
-        predicted: Rows predicted as the class [K].
-    """
-    seen = (true + predicted) > 0
-    total = max(int(true.sum()), 1)
-    accuracy = float(right.sum() / total)
-    out = {"accuracy": accuracy}
-    scores = {
-        "f1": _ratio(2 * right, true + predicted),
-        "precision": _ratio(right, predicted),
-        "recall": _ratio(right, true),
-    }
-    for name, score in scores.items():
-        out[f"macro_{name}"] = float(score[seen].mean()) if seen.any() else 0.0
-        # with one label a row, micro averages of all three are the accuracy
-        out[f"micro_{name}"] = accuracy
-        out[f"weighted_{name}"] = float((score * true).sum() / total)
-    return out | {"mcc": _mcc(right, true, predicted)}
-
-
-def _mcc(right: Any, true: Any, predicted: Any) -> float:
-    """Returns Matthews' correlation of true and predicted classes; 0 where all rows are of one class on either side.
-
-    For several classes: Gorodkin 2004, https://doi.org/10.1016/j.compbiolchem.2004.09.006.
-    """
-    total = float(true.sum())
-    scale = (total**2 - float((true * true).sum())) * (total**2 - float((predicted * predicted).sum()))
-    return float((right.sum() * total - (true * predicted).sum()) / scale**0.5) if scale > 0 else 0.0
-
-
-def _ratio(above: Any, below: Any) -> Any:
-    return np.divide(above, below, out=np.zeros(len(above)), where=below > 0)
 
 
 def all_metrics(own: Sequence[Metric], named: Sequence[str]) -> list[Metric]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRows, judge_rows
 from hftl.loading.loader import Example
 from hftl.preprocessing.joint_transforms import GeometryRows, Places

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hftl.statistics.confidence_intervals import confusion_intervals, confusion_matrix
-from hftl.tasks.metrics import class_scores
 from hftl.tasks.targets.multi_label.metrics import multi_label_intervals, multi_label_scores
 from hftl.tasks.targets.regression.metrics import regression_intervals, regression_scores
+from hftl.tasks.targets.single_label.metrics import class_scores, confusion_intervals, confusion_matrix
 
 Intervals = dict[str, tuple[float, float]]
 Batches = Callable[[tuple[str, ...]], Iterator[Any]]

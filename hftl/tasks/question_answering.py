@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.loading.loader import Example, Rows
 from hftl.preprocessing.sliding_windows import OFFSETS, stack
 from hftl.tasks.targets.question_answering.span_search import allowed_tokens

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image as Picture
 
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.loading.loader import Example
 from hftl.preprocessing.joint_transforms import GeometryRows
 from hftl.tasks.inputs import ImageInputs

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRows, judge_rows
 from hftl.errors import DataError
 from hftl.loading.loader import Example, Rows

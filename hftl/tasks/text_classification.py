@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.tasks.inputs import TextInputs
 from hftl.tasks.targets.label_target import LabelTarget, find_target, restore_target
 from hftl.tasks.task import SupervisedTask

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from hftl.data.columns import filled_columns
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.loading.loader import Example
 from hftl.preprocessing.text_pairs import PAIR, TextPairRows
 from hftl.preprocessing.tokenization import token_limit, tokenize

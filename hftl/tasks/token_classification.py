@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.loading.loader import Example, Rows
 from hftl.preprocessing.sliding_windows import HOME, words_in
 from hftl.tasks.targets.tagging.target import WordTags

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hftl.data.columns import arrow_column, find_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example

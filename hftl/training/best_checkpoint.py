@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hftl.atomic_files import whole_file
+from hftl.distributed import on_main
 from hftl.errors import CheckpointError, first_line
 from hftl.models.task_model import TaskModel
 from hftl.tasks.task import Task, is_share_of_rows, larger_is_better
-from hftl.training.sync import on_main
 from hftl.training.training_state import moving, spread
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hftl.config.schema import RunConfig
+from hftl.distributed import on_main
 from hftl.errors import CheckpointError
 from hftl.logging import say
 from hftl.models.oom_retry import RowLimit
@@ -19,7 +20,6 @@ from hftl.models.task_model import TaskModel
 from hftl.run_folder.checkpoint import BEST, Checkpoints, read_state
 from hftl.run_folder.history import Recorder
 from hftl.training.best_checkpoint import BestWeights
-from hftl.training.sync import on_main
 from hftl.training.training_state import (
     OPTIMIZER,
     VERSION,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from hftl.config.schema import RunConfig
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.features.cache import compute_features
 from hftl.features.extractor import FeatureReader, linear_head, random_before_head
 from hftl.loading.loader import Rows

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hftl.config.schema import RunConfig
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import Stopped
 from hftl.evaluation.evaluate import Interrupted
 from hftl.loading.loader import Key, Rows, Share, default_workers, make_loader, step_batches

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hftl.atomic_files import write_text
 from hftl.config.schema import RunConfig
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
+from hftl.distributed import on_main
 from hftl.errors import NonfiniteError, Stopped
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import linear_head
@@ -26,14 +27,14 @@ from hftl.logging import say
 from hftl.models.target_scaling import scale_of
 from hftl.models.task_model import TaskModel
 from hftl.run_folder.folder import get_run_folder
-from hftl.run_folder.history import History, Recorder, finite, not_shown
+from hftl.run_folder.history import History, Recorder, finite
 from hftl.tasks.metrics import MeanLoss, all_metrics
 from hftl.tasks.task import Task
 from hftl.training.best_checkpoint import BestSoFar
 from hftl.training.optim import lr_factor
 from hftl.training.signals import StopRequest
-from hftl.training.sync import on_main
 from hftl.training.training_state import spread
+from hftl.training.validation import not_shown
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,7 +10,8 @@ import torch
 from hftl.adaptation.freeze import freeze_backbone
 from hftl.config.schema import RunConfig
 from hftl.data.columns import arrow_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
+from hftl.distributed import on_main
 from hftl.errors import AdaptError, FeatureError, HftlError, shorten
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import linear_head
@@ -24,7 +25,6 @@ from hftl.models.task_model import HeadSpec, TaskModel
 from hftl.run_folder.folder import get_run_folder
 from hftl.run_folder.history import History, Recorder
 from hftl.tasks.task import Task
-from hftl.training.sync import on_main
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -3,54 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import torch
 from torch import Tensor
 
-from hftl.distributed import together
-from hftl.errors import HftlError, NonfiniteError, disk_error, shorten
+from hftl.errors import NonfiniteError, shorten
 from hftl.training.gradient_accumulation import StepLoss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-T = TypeVar("T")
-
-
-def on_main(accelerator: Accelerator, action: Callable[[], T], folder: object = "the run folder") -> T:
-    """Returns, on all processes, what `action` returns on the main one.
-
-    Without this a disk that fails there would leave the others waiting.
-
-    Args:
-        accelerator: From `start`.
-        action: Reads or writes files; what it returns is sent to all.
-        folder: Where it writes, for an error that does not say it.
-
-    Raises:
-        HftlError: The one that `action` raised, or for the disk's failure; on all processes.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    done: list[Any] = [None, None]
-    with together("work of the main process"):
-        if accelerator.is_main_process:
-            try:
-                done[0] = action()
-            except HftlError as error:
-                done[1] = error
-            except Exception as error:
-                done[1] = disk_error(error, folder)
-                if done[1] is None:
-                    raise
-    if accelerator.num_processes > 1:
-        done = broadcast_object_list(done)
-    if done[1] is not None:
-        done[1].agreed = True
-        raise done[1]
-    return done[0]
 
 
 def agree(accelerator: Accelerator, loss: Tensor, *asked: bool) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from hftl.config.schema import RunConfig
@@ -11,8 +11,8 @@ from hftl.evaluation.evaluate import evaluate_rows
 from hftl.loading.loader import Rows
 from hftl.logging import say
 from hftl.models.task_model import TaskModel
-from hftl.run_folder.history import Recorder, not_shown
-from hftl.tasks.task import Task
+from hftl.run_folder.history import Recorder
+from hftl.tasks.task import Task, worth_a_line
 from hftl.training.best_checkpoint import BestWeights
 
 if TYPE_CHECKING:
@@ -85,3 +85,9 @@ class Validation:
         if over:
             say(f"fit: stopped, no better {metric} in {self.best.since} evaluations")
         return over
+
+
+def not_shown(values: Mapping[str, float], task: Task, metric: str) -> set[str]:
+    """Returns the names of validation's metrics that no line says: neither `metric` nor one that the task shows."""
+    named = {name: name.removeprefix("validation/") for name in values if name.startswith("validation/")}
+    return {name for name, of in named.items() if of != metric and not worth_a_line(of, task)}

@@ -196,7 +196,7 @@ def test_rows_of_the_hub_cannot_name_files_of_this_machine(world, monkeypatch):
 
 def test_predicting_a_table_looks_at_its_paths(world, image_run, tmp_path):
     from hftl import ImageClassification as Task
-    from hftl.data.source import Splits
+    from hftl.data.splits import Splits
     from hftl.inference.batch_inference import _rows_to_predict
 
     table(world / "data", ["img/a.png", "img/b.png"])

@@ -7,7 +7,7 @@ from typing import Any
 from hftl.config.schema import ProblemType
 from hftl.data.columns import arrow_column, find_column
 from hftl.data.label_columns import named_columns
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import DataError
 from hftl.logging import say
 from hftl.tasks.targets.multi_label import target as multi_label

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hftl.data.columns import splits_without
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example

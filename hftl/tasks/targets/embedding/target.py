@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hftl.data.columns import arrow_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import nearest, shorten
 from hftl.loading.loader import Example

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hftl.tasks.targets.regression.metrics import draws
+from hftl.statistics.bootstrap import draws
 
 if TYPE_CHECKING:
     from torch import Tensor

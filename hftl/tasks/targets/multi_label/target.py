@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from hftl.data.columns import find_column
 from hftl.data.label_columns import Form, LabelCells, named_columns, unusable
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hftl.statistics.bootstrap import draws
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,8 +20,6 @@ NUMBERS = ("mae", "rmse", "r2", "pearson", "spearman")
 """What `RegressionMetrics` computes."""
 ERRORS = ("mae", "rmse")
 """Those of them that are smaller for better models."""
-_DRAWN_AT_A_TIME = 2_000_000
-"""Weights of resampled rows held at once: 16 MB."""
 
 
 class RegressionMetrics:
@@ -148,14 +148,6 @@ def regression_intervals(
         ends |= {f"{name}_{output}": drawn[k][n] for n, name in enumerate(NUMBERS) for k, output in enumerate(names)}
     found = {name: np.quantile(values, tails) for name, values in ends.items() if np.isfinite(values).all()}
     return {name: (float(low), float(high)) for name, (low, high) in found.items()}
-
-
-def draws(rows: int, resamples: int, seed: int) -> Any:
-    """Yields how often each row is taken in draws of as many rows with replacement, [some, N] float64 at a time."""
-    rng = np.random.default_rng(seed)
-    at_once = max(_DRAWN_AT_A_TIME // rows, 1)
-    for start in range(0, resamples, at_once):
-        yield rng.multinomial(rows, np.full(rows, 1 / rows), min(at_once, resamples - start)).astype(np.float64)
 
 
 def _weighted_scores(labels: Any, predictions: Any, weights: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hftl.data.columns import find_column
 from hftl.data.label_columns import named_columns, read_numbers, unusable
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from hftl.data.columns import Column, splits_without
 from hftl.data.image_decoding import decode_indices, place
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from hftl.data.columns import arrow_column, find_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
-from hftl.tasks.metrics import ClassificationMetrics, Metric
+from hftl.tasks.metrics import Metric
+from hftl.tasks.targets.single_label.metrics import ClassificationMetrics
 from hftl.tasks.targets.single_label.roc_auc import RocAuc
 from hftl.tasks.task import Batch, Outputs
 

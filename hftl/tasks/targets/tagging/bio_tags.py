@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hftl.data.columns import arrow_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.errors import DataError
 
 OUTSIDE = "O"

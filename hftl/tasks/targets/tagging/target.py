@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hftl.data.columns import arrow_column, find_column
-from hftl.data.source import Splits
+from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
