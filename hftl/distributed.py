@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hftl.errors import HftlError, PeerError, disk_error, first_line
+from hftl.errors import HftlError, PeerError, RowError, disk_error, first_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,6 +102,24 @@ def in_turns(what: str) -> Iterator[None]:
         with together(f"{what}, turn {number + 1}"):
             if number == turn:
                 yield
+
+
+def shared_row_error(mine: Sequence[RowError]) -> RowError | None:
+    """Returns one error for the rows that any process cannot use, the same on all; None if there is no such row.
+
+    Args:
+        mine: The errors of this process; all processes call it together.
+    """
+    found = list(mine)
+    if number_of_processes() > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+    if not found:
+        return None
+    error = RowError(*(problem for each in found for problem in each.problems))
+    error.agreed = True
+    return error
 
 
 def readable(error: Exception) -> HftlError | None:

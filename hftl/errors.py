@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from hftl.redaction import shown
 
 EXIT_PEER_LOST = 76
 """Exit status when another process of the run was lost: nothing is wrong with this one, starting again goes on."""
+
+ROW_ADVICE = "Repair it, or leave such rows out with --data.on_error skip; 'hftl check' lists all of them before a run."
+"""What to do about a row of `data.source` that cannot be used."""
+RESUME_ADVICE = "Then run the same command with --resume auto."
+"""How a run continues whose folder holds what it needs."""
 
 
 class HftlError(Exception):
@@ -45,6 +51,27 @@ class ConfigError(HftlError):
 
 class DataError(HftlError):
     """Data that cannot be read or does not fit the task."""
+
+
+class RowError(DataError):
+    """A row that cannot be read or used, found when it is fetched."""
+
+    def with_advice(self, *sentences: str) -> RowError:
+        """Returns the same problems, the last one followed by those of `sentences` that it does not contain yet."""
+        *others, last = self.problems
+        new = [sentence for sentence in sentences if sentence not in last]
+        advised = RowError(*others, " ".join([last, *new]))
+        advised.agreed = self.agreed
+        return advised
+
+
+@contextmanager
+def row_advice(*sentences: str) -> Iterator[None]:
+    """Adds to a `RowError` that leaves the block, or the decorated function, how to continue."""
+    try:
+        yield
+    except RowError as error:
+        raise error.with_advice(*sentences) from error
 
 
 class ModelError(HftlError):

@@ -16,9 +16,11 @@ from hftl.audit.image_stats import FLAT, drawn, look_at, odd_images, pictures_at
 from hftl.audit.text_normalization import BATCH, key_of, normalised_pair, text_rows, verbatim_pair
 from hftl.data.columns import find_column
 from hftl.data.splits import Splits
+from hftl.data.validation import BadRow
 from hftl.errors import DataError
 from hftl.logging import muted, say
 from hftl.preprocessing.sliding_windows import words_in
+from hftl.tasks.targets.segmentation.masks import find_image_and_mask, survey_masks
 
 Pairs = list[tuple[int, int, float]]
 
@@ -150,8 +152,11 @@ class ImageSurvey(Survey):
             for split, pictures in seen.items()
             for row, reason in sorted(pictures.unreadable.items())
         }
+        masks = _invalid_masks(splits, numbering, column)
+        unusable = dict(sorted({**masks, **unusable}.items()))
         entries = tuple(Entry(*numbering.address(number), why) for number, why in unusable.items())
-        unreadable = Finding("unreadable", "Every image was decoded; these could not be.", entries)
+        sentence = "Every image, and every mask if there are masks, was decoded; these could not be used."
+        unreadable = Finding("unreadable", sentence, entries)
         self.hashes = np.concatenate([pictures.hashes for pictures in seen.values()])
         sizes = np.concatenate([pictures.sizes for pictures in seen.values()])
         spread = np.concatenate([pictures.spread for pictures in seen.values()])
@@ -181,6 +186,21 @@ class ImageSurvey(Survey):
     def _picture(self, number: int) -> Any:
         split, row = self.numbering.address(number)
         return drawn(pictures_at(self.splits[split], self.columns[0], [row])[0], self.max_pixels)
+
+
+def _invalid_masks(splits: Splits, numbering: Numbering, image: str) -> dict[int, str]:
+    """Returns the rows whose masks cannot be decoded or do not fit the image, with the reason; {} without masks."""
+    with muted(), suppress(DataError):
+        found, mask = find_image_and_mask(splits["train"].features, splits.config)
+        if found.name == image:
+            return {
+                numbering.of_split(split).start + row: f"{look.reason} (mask {look.path or look.value})"
+                for split, rows in splits.items()
+                if mask.name in rows.features
+                for row, look in enumerate(survey_masks(rows, image, mask.name, split, splits.config.max_pixels))
+                if isinstance(look, BadRow)
+            }
+    return {}
 
 
 def _cut(cut: bool, most: int) -> str:

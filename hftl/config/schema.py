@@ -324,9 +324,12 @@ class RunConfig:
     """Not an option: what the command line got wrong, kept so that it is reported with everything else."""
     quarantine: tuple[dict[str, Any], ...] = field(default=(), repr=False, compare=False)
     """Not an option: the rows that `prepare` left out, kept until `start` has a folder to write them to."""
+    restarts: bool = field(default=False, repr=False, compare=False)
+    """Not an option: whether `resume` auto begins at step 0, because the checkpoints were made with rows that
+    `prepare` left out."""
 
 
-NO_OPTIONS = ("problems", "quarantine")
+NO_OPTIONS = ("problems", "quarantine", "restarts")
 """Fields of `RunConfig` that nobody sets."""
 
 

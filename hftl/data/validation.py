@@ -139,14 +139,12 @@ def records(bad: BadRows) -> tuple[dict[str, Any], ...]:
     )
 
 
-def announce(bad: BadRows, sizes: Mapping[str, int], folder: Path) -> None:
+def announce(bad: BadRows, sizes: Mapping[str, int], folder: Path | None) -> None:
     """Says how many rows of each split are left out, and why."""
     for split, rows in bad.items():
         if rows:
-            say(
-                f"data: {split}: {len(rows)} of {sizes[split]} rows left out ({_counted(rows)}), "
-                f"listed in {folder / FILE}"
-            )
+            listed = f", listed in {folder / FILE}" if folder else ""
+            say(f"data: {split}: {len(rows)} of {sizes[split]} rows left out ({_counted(rows)}){listed}")
 
 
 def write_quarantine(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

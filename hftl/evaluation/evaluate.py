@@ -12,6 +12,8 @@ import torch
 from hftl.atomic_files import PARTIAL, sync
 from hftl.config.schema import RunConfig
 from hftl.data.splits import Splits
+from hftl.distributed import shared_row_error
+from hftl.errors import RESUME_ADVICE, ROW_ADVICE, RowError, row_advice
 from hftl.loading.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
 from hftl.loading.workers import Batches
 from hftl.logging import say
@@ -31,6 +33,7 @@ class Interrupted(Exception):
     """An evaluation was broken off because somebody asked for it."""
 
 
+@row_advice(ROW_ADVICE, RESUME_ADVICE)
 def evaluate(
     accelerator: Accelerator,
     model: TaskModel,
@@ -48,6 +51,9 @@ def evaluate(
         splits: `validation` and `test` are used, as far as they exist.
         run: Uses batch size, workers, text length and extra metrics.
         predictions: Parquet file to write, one row for each evaluated row, in order.
+
+    Raises:
+        RowError: A row cannot be read.
     """
     metrics: dict[str, float] = {}
     with TableWriter(predictions) if predictions and accelerator.is_main_process else nullcontext() as writer:
@@ -91,13 +97,17 @@ def evaluate_rows(
 
     Raises:
         Interrupted: `interrupted` said so.
+        RowError: A row cannot be read; the same error on all processes.
     """
     loss = MeanLoss()
     metrics = all_metrics(task.metrics(), run.train.metrics)
     in_order = _InOrder(writer)
     pending: list[tuple[int, dict[str, Any]]] = []
+    problems: list[RowError] = []
+    count = -(-len(rows) // (run.train.batch_size_per_device * accelerator.num_processes))
     with evaluation_batches(accelerator, task, rows, run) as batches:
-        for number, (outputs, batch) in enumerate(predict(accelerator, model, batches), start=1):
+        predicted = _up_to_problem(predict(accelerator, model, batches), count, problems)
+        for number, (outputs, batch) in enumerate(predicted, start=1):
             if "labels" in batch and len(batch["index"]):
                 loss.update_losses(task.loss(outputs, batch))
                 for metric in metrics:
@@ -112,12 +122,33 @@ def evaluate_rows(
                 raise Interrupted
     if collect:
         in_order.add(_gather(accelerator, pending))
+    problem = shared_row_error(problems)
+    if problem:
+        raise problem
     wholes = [_merged(_gather(accelerator, [mine])) for mine in [loss, *metrics]]
     if not wholes[0].count:
         return {}
     if tune:
         cast(Tunable, task).tune(wholes[1:])
     return {name: value for whole in wholes for name, value in whole.compute().items()}
+
+
+def _up_to_problem(
+    pairs: Iterator[tuple[Outputs, Batch]], count: int, problems: list[RowError]
+) -> Iterator[tuple[Outputs, Batch]]:
+    """Yields `count` pairs; after a row that cannot be used, which goes into `problems`, empty ones.
+
+    So this process still joins what all processes exchange after every few batches.
+    """
+    number = 0
+    try:
+        for pair in pairs:
+            number += 1
+            yield pair
+    except RowError as error:
+        problems.append(error)
+        for _ in range(number, count):
+            yield {}, {"index": torch.empty(0, dtype=torch.long)}
 
 
 def _merged(parts: list[Any]) -> Any:

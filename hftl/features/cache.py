@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from hftl.config.schema import RunConfig
-from hftl.distributed import together
-from hftl.errors import FeatureError, disk_error, shorten
+from hftl.distributed import shared_row_error, together
+from hftl.errors import ROW_ADVICE, FeatureError, RowError, disk_error, row_advice, shorten
 from hftl.evaluation.evaluate import predict
 from hftl.features.cache_key import backbone_identity, code_identity, hashed
 from hftl.features.extractor import FeatureReader, Layers
@@ -27,7 +27,7 @@ from hftl.features.store import Growing, cache_folder, read_whole
 from hftl.loading.loader import Key, Rows, default_workers, make_loader
 from hftl.logging import say
 from hftl.models.task_model import TaskModel
-from hftl.tasks.task import Task
+from hftl.tasks.task import Batch, Outputs, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,6 +52,7 @@ class Features:
     """Whether the logits are one linear layer of these features."""
 
 
+@row_advice(ROW_ADVICE)
 def compute_features(
     accelerator: Accelerator,
     model: TaskModel,
@@ -81,6 +82,7 @@ def compute_features(
 
     Raises:
         FeatureError: A feature is NaN or infinite; the head takes no vector; the cache cannot be written.
+        RowError: A row cannot be read; the same error on all processes.
     """
     reader = FeatureReader(model, layers)
     seed = None if view is None else run.train.seed
@@ -168,12 +170,29 @@ def _passes(
     timeout = run.data.worker_timeout
     loader = make_loader(rows, batches, task.collate, device=device, num_workers=workers, timeout=timeout)
     with loader as ready:
-        for outputs, batch in predict(accelerator, cast(TaskModel, reader), ready):
+        for outputs, batch in _in_step(accelerator, predict(accelerator, cast(TaskModel, reader), ready)):
             parts = {"index": batch["index"], "values": outputs["features"].float()}
             parts |= {"labels": batch["labels"]} if "labels" in batch else {}
             parts = _gathered(accelerator, parts)
             found = {name: part.cpu().numpy() for name, part in parts.items()}
             yield found["index"], found["values"], found.get("labels")
+
+
+def _in_step(accelerator: Accelerator, pairs: Iterator[tuple[Outputs, Batch]]) -> Iterator[tuple[Outputs, Batch]]:
+    """Yields as many pairs on every process; a row that one of them cannot use ends the pass on all."""
+    while True:
+        pair, problems = None, []
+        try:
+            pair = next(pairs, None)
+        except RowError as error:
+            problems.append(error)
+        if not _all(accelerator, not problems):
+            problem = shared_row_error(problems)
+            assert problem is not None, "some process has met such a row"
+            raise problem
+        if pair is None:
+            return
+        yield pair
 
 
 def rows_at_once(run: RunConfig, device: str) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 
 from hftl.atomic_files import output_folder, whole_file
 from hftl.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
-from hftl.data.source import load_splits
 from hftl.data.splits import Splits
+from hftl.data.usable_rows import load_usable_splits
 from hftl.distributed import together
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import Layers
@@ -65,8 +65,8 @@ def write_features(
     run = RunConfig(data, ModelConfig(model), train=TrainConfig(batch_size_per_device=batch_size))
     folder = output_folder(output)
     accelerator = Accelerator()
-    splits = load_splits(run.data)
-    make: Callable[[Splits], Task] = task or infer_task(splits)
+    make: Callable[[Splits], Task] = task or (lambda splits: infer_task(splits)(splits))
+    splits, _ = load_usable_splits(run.data, make)
     made = make(splits)
     net = build_model(run, made.head)
     files = {}

@@ -18,7 +18,7 @@ from hftl.config.schema import AugmentConfig, DataConfig
 from hftl.data.columns import arrow_column
 from hftl.data.image_decoding import Stored, check_header, decode_image, place, quiet_pillow
 from hftl.data.validation import BadRow
-from hftl.errors import DataError, shorten
+from hftl.errors import DataError, RowError, shorten
 from hftl.loading.loader import Example
 from hftl.logging import say
 
@@ -116,7 +116,7 @@ class ImageRows:
         """Returns an `example` for each row.
 
         Raises:
-            DataError: An image, or what belongs to it, cannot be used; with split and row.
+            RowError: An image, or what belongs to it, cannot be used; with split and row.
         """
         table = self.dataset[list(rows)]
         columns = [name for name in table if name != self.column]
@@ -127,7 +127,7 @@ class ImageRows:
                 try:
                     examples.append(self.example(image, {name: table[name][position] for name in columns}))
                 except DataError as error:
-                    raise DataError(f"{self._where(row)}: {error}") from error
+                    raise RowError(f"{self._where(row)}: {error}") from error
         return examples
 
     def example(self, image: Any, values: dict[str, Any]) -> Example:
@@ -149,11 +149,11 @@ class ImageRows:
         return f"{self.split} row {row}".strip()
 
     def _decode(self, stored: Stored, row: int) -> Any:
-        """Returns the PIL image of a row, or raises a `DataError` that names it."""
+        """Returns the PIL image of a row, or raises a `RowError` that names it."""
         try:
             return decode_image(stored, self.mode, self.max_pixels)
         except DataError as error:
-            raise DataError(f"{self._where(row)}: the image ({place(stored)}) cannot be decoded: {error}.") from error
+            raise RowError(f"{self._where(row)}: the image ({place(stored)}) cannot be decoded: {error}.") from error
 
 
 def _files(dataset: Dataset, column: str) -> str:

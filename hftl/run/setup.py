@@ -17,15 +17,16 @@ from hftl.config.defaults import BY_STEPS, resolve
 from hftl.config.parse import dump
 from hftl.config.schema import AugmentConfig, RunConfig
 from hftl.data.layouts.in_memory import GIVEN, given_rows
-from hftl.data.source import load_splits
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRows, Judge, announce, records, refuse_many, write_quarantine
+from hftl.data.usable_rows import load_usable_splits
+from hftl.data.validation import BadRows, records, write_quarantine
 from hftl.distributed import group_options, together
 from hftl.errors import ConfigError, DataError, HftlError, RunComplete, nearest
 from hftl.hub_client import name_problem, redacted, repository_problem
 from hftl.logging import is_main_process, muted, say
 from hftl.models.build import model_name_problem, model_problem, skeleton, trust_problems
 from hftl.models.task_model import HeadSpec
+from hftl.run.restart import restarts
 from hftl.run_folder.folder import (
     MARKER,
     finished_metrics,
@@ -80,8 +81,9 @@ def prepare(
     if run.data.source and not any(problem.startswith("data.max_") for problem in problems):
         try:
             rows = None if rows is None else given_rows(rows)  # once: a stream cannot be read again
-            splits, bad = _open_data(run, make, rows)
+            splits, bad = load_usable_splits(run.data, make, rows, get_run_folder(run))
             task = make(splits)
+            run = replace(run, restarts=restarts(run, bad, rows))
         except HftlError as error:
             problems += error.problems
     stock = getattr(make, "stock", None) or (task.head.stock if task else None)
@@ -164,27 +166,6 @@ def start(run: RunConfig) -> Accelerator:
         f"precision {accelerator.mixed_precision}, run folder {folder}"
     )
     return accelerator
-
-
-def _open_data(run: RunConfig, make_task: Callable[[Splits], Task], rows: Any) -> tuple[Splits, BadRows]:
-    """Returns the splits and, with `data.on_error skip`, the rows that were left out.
-
-    Rows are judged as the source has them, and left out before anything is cut off. Every process judges for itself:
-    there is no process group yet, and a cache could not know whether a file has changed meanwhile.
-    """
-    config = run.data
-    if config.on_error != "skip":
-        return load_splits(config, rows=rows), {}
-    with muted():  # said once, on the rows that remain
-        everything = load_splits(replace(config, validation_fraction=0.0, train_per_class=None), rows=rows)
-        judge = make_task(replace(everything, lenient=True))
-    if not isinstance(judge, Judge):
-        raise ConfigError("data.on_error: this task cannot say which rows are of no use (bad_rows); say raise.")
-    bad = judge.bad_rows(everything)
-    sizes = {split: len(rows) for split, rows in everything.items()}
-    refuse_many(bad, sizes, config.max_skipped)
-    announce(bad, sizes, get_run_folder(run))
-    return load_splits(config, rows=rows, leave_out=bad), bad
 
 
 def _agree(accelerator: Accelerator, run: RunConfig) -> None:

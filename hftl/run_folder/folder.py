@@ -25,11 +25,13 @@ RUN_FILES = ("config.yaml", QUARANTINE, "history.jsonl", "metrics.json", "model"
 MARKER = "config.yaml"
 """Written first: only a folder that has it is ever cleared."""
 MAY_CHANGE = (
-    "checkpoint.", "data.num_workers", "data.worker_timeout", "output_dir", "overwrite", "publish.", "resume",
-    "train.batch_size_per_device", "train.gradient_accumulation_steps", "train.log_every", "train.max_nonfinite",
-    "train.on_", "train.timeout_minutes", "train.trackers",
+    "checkpoint.", "data.max_skipped", "data.num_workers", "data.worker_timeout", "output_dir", "overwrite", "publish.",
+    "resume", "train.batch_size_per_device", "train.gradient_accumulation_steps", "train.log_every",
+    "train.max_nonfinite", "train.on_", "train.timeout_minutes", "train.trackers",
 )  # fmt: skip
 """Settings that may differ when a run goes on. The rows of a step stay as they were, whatever batches it is made of."""
+MAY_BECOME = {"data.on_error": "skip"}
+"""Settings that may have this value when a run resumes, whatever they were."""
 
 
 def get_run_folder(run: RunConfig) -> Path:
@@ -116,7 +118,11 @@ def finished_metrics(run: RunConfig) -> dict[str, float | None] | None:
 
 def resumes(run: RunConfig) -> bool:
     """Whether a run goes on from a checkpoint rather than begins."""
-    return run.resume == "auto" and any((get_run_folder(run) / "checkpoints").glob(f"step-*[0-9]/{MANIFEST}"))
+    return (
+        run.resume == "auto"
+        and not run.restarts
+        and any((get_run_folder(run) / "checkpoints").glob(f"step-*[0-9]/{MANIFEST}"))
+    )
 
 
 def resume_problems(run: RunConfig) -> list[str]:
@@ -132,7 +138,10 @@ def resume_problems(run: RunConfig) -> list[str]:
     changed = [
         f"{name} was {before[name]}, now {value}"
         for name, value in now.items()
-        if value != before[name] and redacted(str(value)) != str(before[name]) and not name.startswith(MAY_CHANGE)
+        if value != before[name]
+        and redacted(str(value)) != str(before[name])
+        and not name.startswith(MAY_CHANGE)
+        and MAY_BECOME.get(name) != value
     ]
     if not changed:
         return []

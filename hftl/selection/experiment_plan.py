@@ -63,7 +63,7 @@ def make_plan(
     Raises:
         ConfigError: Every problem of configuration, data and model, in one message.
     """
-    from hftl.data.source import load_splits
+    from hftl.data.usable_rows import load_usable_splits
     from hftl.run.setup import prepare
     from hftl.run_folder.folder import finished_metrics, resume_problems
     from hftl.tasks.auto_task import infer_task
@@ -71,8 +71,9 @@ def make_plan(
 
     try:
         with muted():
-            splits = load_splits(base.data)
-            kind: Any = find_task(task) if task else TASKS.get(base.task) or infer_task(splits)
+            named: Any = find_task(task) if task else TASKS.get(base.task)
+            splits, _ = load_usable_splits(base.data, lambda splits: (named or infer_task(splits))(splits))
+            kind: Any = named or infer_task(splits)
             bound = kind(splits)
     except HftlError as error:
         raise ConfigError(*base.problems, *value_problems(base), *error.problems) from None

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from hftl.atomic_files import output_folder, write_text
 from hftl.config.schema import DataConfig, ModelConfig, RunConfig
-from hftl.data.source import load_splits
 from hftl.data.splits import Splits
+from hftl.data.usable_rows import load_usable_splits
 from hftl.errors import ConfigError, ModelError, nearest, shorten
 from hftl.features.labeled_features import Kind
 from hftl.features.transferability import ESTIMATORS
@@ -68,8 +68,9 @@ def rank(
     from accelerate import Accelerator
 
     data = DataConfig(source=source) if isinstance(source, str) else source
-    splits = load_splits(data)
-    built = (task or infer_task(splits))(splits)
+    make = task or (lambda splits: infer_task(splits)(splits))
+    splits, _ = load_usable_splits(data, make)
+    built = make(splits)
     kind = KINDS.get(built.head.problem_type or "")
     if kind is None:
         raise ConfigError(

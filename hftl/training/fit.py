@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from hftl.config.schema import RunConfig
 from hftl.data.splits import Splits
-from hftl.errors import Stopped
+from hftl.distributed import shared_row_error
+from hftl.errors import RESUME_ADVICE, ROW_ADVICE, RowError, Stopped, row_advice
 from hftl.evaluation.evaluate import Interrupted
 from hftl.loading.loader import Key, Rows, Share, default_workers, make_loader, step_batches
 from hftl.loading.step_plan import Plan, make_plan
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+@row_advice(ROW_ADVICE, RESUME_ADVICE)
 def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig) -> History:
     """Trains the parameters of `model` that `adapt` chose, and leaves it with the best weights on validation, if any.
 
@@ -55,6 +57,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
         Losses, learning rates and metrics by step.
 
     Raises:
+        RowError: A row cannot be read; a checkpoint of the steps before has been saved, except under DDP.
         NonfiniteError: Loss or gradient is NaN or infinite; the state before that step has been saved.
         Stopped: A signal asked for it; the state has been saved.
         CheckpointError: The state cannot be written, or belongs to another run.
@@ -102,6 +105,9 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
             except Interrupted:
                 keeper.save(training, owes=True, wait=True)
                 raise _stopped(stop, history, plan) from None
+            except RowError as error:  # the same one on all processes
+                keeper.save(training, owes=True, wait=True)
+                raise _resumable(error, history) from error
             finished = over or history.steps == plan.total
             if finished or due:
                 keeper.save(training, finished=finished, wait=finished)
@@ -111,7 +117,12 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
             rates = set_rates(optimizer, config, history.steps, plan.total)
             done = gradient(micro_batches, plan.share.accumulation)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf) or 0.0)
-            loss, asked, due, failed = agree(accelerator, done.total, stop.asked, keeper.due, keeper.failed(training))
+            asks = stop.asked, keeper.due, keeper.failed(training), done.problem is not None
+            loss, asked, due, failed, unusable = agree(accelerator, done.total, *asks)
+            if unusable:
+                gradient.undo()
+                keeper.save(training, wait=True)
+                raise _resumable(shared_row_error([done.problem] if done.problem else []), history)
             usable = math.isfinite(loss) and math.isfinite(norm)
             if usable or scaler_backs_off(accelerator, loss):
                 stepper.step()  # of a gradient that is not finite, fp16's scaler takes a smaller loss scale
@@ -153,6 +164,11 @@ def _stopped(stop: StopRequest, history: History, plan: Plan) -> Stopped:
         f"stopped ({stop.reason or 'as another process was asked to'}) after step {history.steps} of {plan.total}; the "
         "state is in the run folder. The same command with --resume auto goes on from there."
     )
+
+
+def _resumable(error: RowError | None, history: History) -> RowError:
+    assert error is not None, "some process has met such a row"
+    return error.with_advice(ROW_ADVICE, f"The checkpoint after step {history.steps} is saved.", RESUME_ADVICE)
 
 
 def _loader(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, steps: range) -> Batches:

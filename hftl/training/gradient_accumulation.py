@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from hftl.errors import RowError
 from hftl.models.oom_retry import RowLimit
 from hftl.models.task_model import TaskModel
 from hftl.tasks.task import Batch, Task
@@ -33,6 +34,8 @@ class StepLoss:
     """Row numbers, [B] for each piece."""
     losses: list[Tensor] = field(default_factory=list)
     """Their losses, [B] for each piece."""
+    problem: RowError | None = None
+    """A row of this process that cannot be used; then the gradient of the step means nothing."""
 
 
 class StepGradient:
@@ -66,12 +69,15 @@ class StepGradient:
     def __call__(self, micro_batches: Iterator[Batch], count: int) -> StepLoss:
         """Returns the losses of a step. Out of memory, it begins the step again in pieces of half the rows.
 
+        A row that cannot be used becomes the `problem` of the step, so that all processes reach its end.
+
         Args:
             micro_batches: The next `count` ones are taken, on the host.
             count: Micro-batches of a step.
 
         Raises:
             HftlError: Not even one row fits.
+            RowError: A row cannot be used, under DDP, whose exchange this process has to leave unfinished.
         """
         self._before = self._generators(), [buffer.clone() for buffer in self._statistics()]
         taken: list[Batch] = []
@@ -84,7 +90,12 @@ class StepGradient:
         def attempt() -> StepLoss:
             return self._backward(chain(list(taken), fresh()), count)
 
-        done = self.limit.retrying(attempt, lambda: max(len(batch["index"]) for batch in taken), self.undo)
+        try:
+            done = self.limit.retrying(attempt, lambda: max(len(batch["index"]) for batch in taken), self.undo)
+        except RowError as error:
+            if self.accelerator.num_processes > 1 and not self.late:
+                raise
+            done = StepLoss(torch.zeros((), device=self.accelerator.device), problem=error)
         if self.late:
             sum_over_processes(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         return done

@@ -1,0 +1,55 @@
+"""Resuming a run from which `data.on_error skip` leaves rows out that its checkpoints were made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hftl.config.parse import load
+from hftl.config.schema import RunConfig
+from hftl.data.source import load_splits
+from hftl.data.validation import BadRows
+from hftl.errors import HftlError
+from hftl.logging import muted, say
+from hftl.run_folder.checkpoint import Checkpoints, read_state
+from hftl.run_folder.folder import MARKER, finished_metrics, get_run_folder, resumes
+from hftl.training.checkpointer import data_fingerprint
+
+
+def restarts(run: RunConfig, bad: BadRows, rows: Any = None) -> bool:
+    """Whether the run in the folder begins again at step 0, because rows that it trained on are left out now.
+
+    Order of training, validation cut and metrics depend on the rows that remain, so a checkpoint of more training rows
+    cannot be continued exactly. It can if the rows of test are left out, or of a validation split that was never
+    evaluated. A checkpoint of other data is not replaced: `fit` rejects it.
+
+    Args:
+        run: As given, before `resume_problems` has compared its settings.
+        bad: The rows that are left out.
+        rows: Rows from Python in place of `run.data.source`.
+    """
+    folder = get_run_folder(run)
+    counts = {split: len(bad.get(split, ())) for split in ("train", "validation")}
+    if not any(counts.values()) or not resumes(run) or finished_metrics(run) is not None:
+        return False
+    try:
+        if load(folder / MARKER).data.on_error == "skip":
+            return False
+        newest = Checkpoints(folder / "checkpoints", run.checkpoint.keep).newest()
+    except HftlError:
+        return False  # reported by `resume_problems` or `fit`
+    if newest is None:
+        return False
+    state = read_state(newest)
+    history = state.get("recorder", {}).get("history", {})
+    if not counts["train"] and not history.get("best"):
+        return False
+    with muted():
+        before = load_splits(run.data, rows=rows)["train"]
+    if state.get("data") != data_fingerprint(before):
+        return False
+    left_out = " and ".join(f"{count} {split} row(s)" for split, count in counts.items() if count)
+    say(
+        f"resume: {left_out} of the checkpoint after step {history.get('steps')} are left out now "
+        "(data.on_error skip); training restarts from step 0"
+    )
+    return True
