@@ -1,0 +1,271 @@
+"""Images whose header is fine and whose pixels are cut off: found by check and skip, or named when they are fetched."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from boxes import make_coco
+from conftest import with_data
+from launch import flags
+from pair_data import captioned, write_lines
+from pairs import write_pairs
+from PIL import Image
+
+import hftl
+from hftl.data.usable_rows import load_usable_splits
+from hftl.errors import RowError
+from hftl.features.parquet import write_features
+from hftl.loading.loader import Share, train_batches
+
+STEP_ROWS = 8
+
+
+def truncate(file: Path) -> bytes:
+    """Cuts a third off a file, and returns what it was."""
+    content = file.read_bytes()
+    file.write_bytes(content[: -len(content) // 3])
+    return content
+
+
+def row_of_step(step: int, rank: int = 0, world: int = 1) -> int:
+    """Returns a training row that a process first meets in a step, counted from 1."""
+    batches = train_batches(36, None, Share(rank, world, STEP_ROWS // world), 0, 0)
+    return next(row for number, batch in enumerate(batches, 1) if number == step for _, row, _ in batch)
+
+
+def training_file(folder: Path, row: int) -> Path:
+    return folder / "train" / ("blue", "green", "red")[row // 12] / f"{row % 12:02d}.png"
+
+
+def train(run) -> dict[str, float]:
+    """Trains and evaluates as recipes do; leaves the weights out of the run folder."""
+    run, splits, task = hftl.prepare(run, hftl.ImageClassification)
+    accelerator = hftl.start(run)
+    model = hftl.build_model(run, task.head)
+    hftl.adapt(model, run.adapt)
+    history = hftl.fit(accelerator, model, task, splits, run)
+    metrics = hftl.evaluate(accelerator, model, task, splits, run)
+    losses = {f"loss {record['step']}": record["train/loss"] for record in history.records if "train/loss" in record}
+    return metrics | losses
+
+
+@pytest.fixture
+def folder(images, tmp_path) -> Path:
+    return shutil.copytree(images, tmp_path / "images")
+
+
+@pytest.fixture
+def run(folder, image_run):
+    """Ten steps of eight rows, one evaluation after each epoch."""
+    return with_data(image_run(num_epochs=2, log_every=1), source=str(folder), num_workers=0)
+
+
+def fails(run) -> str:
+    with pytest.raises(RowError) as raised:
+        train(run)
+    (problem,) = raised.value.problems
+    assert raised.value.exit_code == 2 and "\n" not in problem
+    assert problem.count("--data.on_error skip") == problem.count("'hftl check'") == 1
+    return problem
+
+
+def resumed(run, capsys) -> tuple[dict[str, float], str]:
+    """Returns the result of the same run with `skip`, and what it logged."""
+    capsys.readouterr()
+    found = train(with_data(replace(run, resume="auto"), on_error="skip", max_skipped=0.5))
+    return found, capsys.readouterr().out
+
+
+def fresh(run, tmp_path, **data) -> dict[str, float]:
+    return train(with_data(replace(run, output_dir=str(tmp_path / "fresh")), **data))
+
+
+def checkpoints(run) -> list[str]:
+    return [path.name for path in sorted(Path(run.output_dir, "checkpoints").glob("step-*"))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_error_names_row_and_saves_checkpoint(workers, run, folder):
+    row = row_of_step(3)
+    file = training_file(folder, row)
+    truncate(file)
+    problem = fails(with_data(run, num_workers=workers))
+    assert problem.startswith(f"train row {row}: the image ({file}) cannot be decoded: truncated image: ")
+    assert "The checkpoint after step 2 is saved. Then run the same command with --resume auto." in problem
+    assert checkpoints(run) == ["step-00000002"]
+
+
+def test_repaired_image_resumes_exactly(run, folder, tmp_path):
+    expected = fresh(run, tmp_path)
+    file = training_file(folder, row_of_step(3))
+    content = truncate(file)
+    fails(run)
+    file.write_bytes(content)
+    assert train(replace(run, resume="auto")) == expected
+
+
+def test_skipped_training_row_restarts_at_step_0(run, folder, tmp_path, capsys):
+    row = row_of_step(3)
+    truncate(training_file(folder, row))
+    fails(run)
+    found, logged = resumed(run, capsys)
+    assert "resume: 1 train row(s) of the checkpoint after step 2 are left out now" in logged
+    assert "restarts from step 0" in logged and found == fresh(run, tmp_path, on_error="skip")
+    assert f'"row": {row}' in Path(run.output_dir, "quarantine.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("split", "step"), [("val", 5), ("test", 10)])
+def test_skipped_held_out_row_resumes_exactly(split, step, run, folder, tmp_path, capsys):
+    file = folder / split / "green" / "01.png"
+    truncate(file)
+    problem = fails(run)
+    name = {"val": "validation"}.get(split, split)
+    assert problem.startswith(f"{name} row 4: the image ({file}) cannot be decoded") and "--resume auto" in problem
+    assert checkpoints(run)[-1] == f"step-{step:08d}"
+    found, logged = resumed(run, capsys)
+    assert f"after step {step} from" in logged and "restarts" not in logged
+    assert found == fresh(run, tmp_path, on_error="skip", max_skipped=0.5)
+
+
+def test_checkpoint_of_other_data_is_not_replaced(run, folder):
+    truncate(training_file(folder, row_of_step(3)))
+    fails(run)
+    (folder / "train/red/new.png").write_bytes((folder / "train/red/01.png").read_bytes())
+    with pytest.raises(hftl.errors.CheckpointError, match="other training rows"):
+        train(with_data(replace(run, resume="auto"), on_error="skip"))
+    assert checkpoints(run) == ["step-00000002"]
+
+
+@pytest.mark.parametrize("method", ["frozen", "probe"])
+def test_feature_pass_names_row(method, run, folder, tmp_path, capsys):
+    run = replace(run, adapt=hftl.AdaptConfig(method=method))
+    file = training_file(folder, 20)
+    truncate(file)
+    problem = fails(run)
+    assert problem.startswith(f"train row 20: the image ({file}) cannot be decoded") and "--resume auto" in problem
+    found, _ = resumed(run, capsys)
+    assert found == fresh(run, tmp_path, on_error="skip")
+
+
+@pytest.mark.parametrize("command", ["rank", "features"])
+def test_rank_and_features_name_row_or_skip_it(command, run, folder, tmp_path):
+    data, name = replace(run.data, max_skipped=0.5), run.model.name
+
+    def act(data):
+        if command == "rank":
+            return hftl.rank(data, [name], output=None).rows
+        return write_features(data, name, output=str(tmp_path / "features"))
+
+    file = training_file(folder, 20)
+    truncate(file)
+    with pytest.raises(RowError, match=r"train row 20: the image .* cannot be decoded.*--data.on_error skip"):
+        act(data)
+    truncate(folder / "test/red/00.png")
+    (folder / "train/red/00.png").write_bytes(b"")
+    found = act(replace(data, on_error="skip"))
+    assert found == 34 if command == "rank" else set(found) == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
+def test_processes_end_with_one_error_and_resume(split, forks, folder, tiny_timm, tmp_path):
+    file = training_file(folder, row_of_step(3, 1, 2)) if split == "train" else folder / "val/green/01.png"
+    truncate(file)
+    settings = {"train__max_steps": 10, "train__batch_size_per_device": 4, "train__trackers": "[]"}
+    settings |= {"data__num_workers": 0, "resume": "auto"}
+    options = {"recipe": "image_classification", "processes": 2, "faults": [("no_pictures", [])]}
+    command = flags(folder, tiny_timm["test_resnet"], tmp_path / "run", **settings)
+    statuses, said = forks.run(command, tmp_path / "logs", **options)
+    assert statuses == [2, 2], said
+    assert f"the image ({file}) cannot be decoded" in said and "is saved. Then run the same command" in said
+    assert not any("Error:" in forks_log.read_text() for forks_log in (tmp_path / "logs").glob("*-1.txt"))
+    skip = [*command, "--data.on_error=skip", "--data.max_skipped=0.5"]
+    statuses, said = forks.run(skip, tmp_path / "logs", **options)
+    assert statuses == [0, 0], said
+    assert ("restarts from step 0" in said) == (split == "train")
+
+
+# hftl check and data.on_error skip
+
+
+def class_folders(folder: Path) -> tuple[type, Path]:
+    for split, count in {"train": 8, "test": 3}.items():
+        for name in ("blue", "red"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                noise(len(name) * 100 + number).save(folder / split / name / f"{number}.png")
+    return hftl.ImageClassification, folder / "train/red/3.png"
+
+
+def parquet(folder: Path) -> tuple[type, Path]:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageColumn
+
+    task, file = class_folders(folder / "files")
+    truncate(file)
+    files = sorted((folder / "files/train").rglob("*.png"))
+    columns = {"image": [{"bytes": each.read_bytes(), "path": None} for each in files]}
+    columns["label"] = [each.parent.name for each in files]
+    features = Features({"image": ImageColumn(), "label": Value("string")})
+    (folder / "table").mkdir()
+    Dataset.from_dict(columns, features=features).to_parquet(folder / "table/train.parquet")
+    return task, folder / "table"
+
+
+def image_and_texts(folder: Path) -> tuple[type, Path]:
+    write_pairs(folder, {"train": 24, "test": 8})
+    return hftl.ImageTextClassification, folder / "images/train011.png"
+
+
+def captions(folder: Path) -> tuple[type, Path]:
+    write_lines(folder, train=captioned(folder / "images", 24))
+    return hftl.ImageTextRetrieval, folder / "images/0-11.png"
+
+
+def boxes(folder: Path) -> tuple[type, Path]:
+    return hftl.ObjectDetection, make_coco(folder) / "images/train/train3.png"
+
+
+def masked(folder: Path) -> tuple[type, Path]:
+    for split, count in {"train": 6, "val": 2}.items():
+        for kind in ("images", "masks"):
+            (folder / split / kind).mkdir(parents=True)
+        for number in range(count):
+            noise(number).save(folder / split / "images" / f"{number}.png")
+            mask = np.random.default_rng(number).integers(0, 3, (24, 24), dtype=np.uint8)
+            Image.fromarray(mask).save(folder / split / "masks" / f"{number}.png")
+    return hftl.SemanticSegmentation, folder / "train/images/3.png"
+
+
+def bad_mask(folder: Path) -> tuple[type, Path]:
+    return masked(folder)[0], folder / "train/masks/3.png"
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8))
+
+
+ROWS = {
+    class_folders: 11,
+    parquet: 11,
+    image_and_texts: 11,
+    captions: 11,
+    boxes: 3,
+    masked: 3,
+    bad_mask: 3,
+}
+
+
+@pytest.mark.parametrize("make", ROWS, ids=lambda make: make.__name__)
+def test_check_and_skip_find_truncated_image(make, tmp_path):
+    task, file = make(tmp_path / "data")
+    source = file if file.is_dir() else tmp_path / "data"
+    if file.is_file():
+        truncate(file)
+    found = hftl.check(str(source), output=tmp_path / "check")["unreadable"]
+    assert [(entry.split, entry.row) for entry in found.entries] == [("train", ROWS[make])]
+    assert found.entries[0].why.startswith("truncated image") and (file.is_dir() or str(file) in found.entries[0].why)
+    data = hftl.DataConfig(source=str(source), on_error="skip", max_skipped=0.5)
+    _, bad = load_usable_splits(data, task)
+    assert {split: list(rows) for split, rows in bad.items() if rows} == {"train": [ROWS[make]]}
