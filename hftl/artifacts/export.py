@@ -15,10 +15,12 @@ from hftl.artifacts.export_checks import SIZES, RealRows, largest_differences, m
 from hftl.artifacts.exporters import FILES, INT8, Compute, format_problem, open_onnx, open_torch, quantize, write
 from hftl.artifacts.labeled_data import labelled_rows
 from hftl.artifacts.locate import artifact_folder, find, rows_left_out, trained_data
-from hftl.artifacts.save_model import load_artifact, refuse_different
+from hftl.artifacts.save_model import load_artifact, read_task, refuse_different
 from hftl.errors import ArtifactError, ConfigError, first_line
 from hftl.logging import muted, say
 from hftl.models.task_model import TaskModel
+from hftl.tasks.capabilities import Capability
+from hftl.tasks.registry import unsupported
 from hftl.tasks.task import Task
 
 REPORT = "export.json"
@@ -66,8 +68,11 @@ def export_folder(
     source_folder = artifact_folder(find(path, revision))
     target = Path(output) if output is not None else _default_folder(source_folder, format)
     _check_folder(target)
+    problem = unsupported(read_task(source_folder), Capability.EXPORT)
+    if problem:
+        raise ConfigError(problem)
     model, task = load_artifact(source_folder)
-    _refuse(model, task, path)
+    _refuse(model, path)
     data = trained_data(source_folder)
     dataset = labelled_rows(task, data, source, split, rows_left_out(source_folder))
     with muted():
@@ -103,12 +108,7 @@ def export_folder(
     return report
 
 
-def _refuse(model: TaskModel, task: Task, path: str | Path) -> None:
-    if not model.exports:
-        raise ConfigError(
-            f"export: '{path}' is a model for {task.name.replace('_', ' ')}; only models that take one image or text "
-            "and give logits [B, K] are exported. It opens as it is with the code in its card."
-        )
+def _refuse(model: TaskModel, path: str | Path) -> None:
     if model.classic is not None:
         raise ConfigError(
             f"export: the head of '{path}' is a {model.classic.kind} of scikit-learn's, which is no part of a graph. "

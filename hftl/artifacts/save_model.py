@@ -25,6 +25,7 @@ from hftl.models.suppress_warnings import quiet
 from hftl.models.target_scaling import fold_scale
 from hftl.models.task_model import HeadSpec, Reader, TaskModel, compared_outputs
 from hftl.reporting.run_record import DESCRIPTION
+from hftl.tasks.capabilities import Capability, capabilities_of
 from hftl.tasks.registry import restore
 from hftl.tasks.task import Task, shown_metrics
 
@@ -166,6 +167,15 @@ def load_artifact(folder: str | Path) -> tuple[TaskModel, Task]:
     return model, task
 
 
+def read_task(folder: str | Path) -> Task:
+    """Returns the task of a saved model without opening its weights.
+
+    Raises:
+        ArtifactError: There is no model that hftl saved, or its description is damaged.
+    """
+    return _read_description(artifact_folder(folder))[2]
+
+
 def fresh_base(folder: Path) -> Any:
     """Returns the stock network that the adapter in `folder` belongs on, by its recorded name and revision.
 
@@ -279,6 +289,7 @@ def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> Non
         "pipeline_tag": getattr(task, "pipeline_tag", "") or task.name.replace("_", "-"),
         "shown": shown_metrics(task),
         "usage": getattr(task, "usage", ""),
+        "capabilities": sorted(Capability(each).value for each in capabilities_of(task)),
         "state": task.state(),
         "head": asdict(model.spec),
         "base_model": base,

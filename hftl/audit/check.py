@@ -23,14 +23,20 @@ from hftl.data.columns import NAMES, find_column, find_text_columns
 from hftl.data.source import load_splits
 from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, nearest
-from hftl.logging import say
+from hftl.logging import muted, say
 from hftl.redaction import redacted
+from hftl.tasks.auto_task import infer_task
+from hftl.tasks.capabilities import Capability
+from hftl.tasks.registry import unsupported
+from hftl.tasks.task import Task
 from hftl.version import __version__
 
 SERIOUS = ("unreadable", "unlabelled", "leaks", "conflicts")
 """Findings that `--fail_on` without names means: those that break a run or the figures it prints."""
 NEED_MODEL = ("overlong", "wrong_labels", "outliers")
 """Findings that are not looked for without a model."""
+NEED_CLASSES = ("unlabelled", "conflicts", "imbalance", "wrong_labels")
+"""Findings that are not looked for where labels are not one class per row."""
 PAGE, TABLE = "check.html", "check.json"
 
 
@@ -71,7 +77,8 @@ def check(
         fail_on: Names of findings that make the result a failure; an empty list means `SERIOUS`, None nothing.
 
     Raises:
-        ConfigError: A name in `fail_on` is unknown or needs a model; a folder cannot be used.
+        ConfigError: A name in `fail_on` is unknown, needs a model, or does not apply to the labels; a folder cannot be
+            used.
         DataError: The data cannot be opened, or hold neither images nor texts.
         ModelError: The model cannot be found or built.
     """
@@ -81,10 +88,12 @@ def check(
     folder = output_folder(output)
     # rows as the source has them: a validation split that hftl would cut is not there yet
     splits = replace(load_splits(replace(config, validation_fraction=0.0, train_per_class=None)), lenient=True)
+    task = _task_of(splits)
+    _refuse_class_checks(fail_on or (), task)
     splits = words_as_texts(splits)
     numbering = Numbering({split: len(rows) for split, rows in splits.items()})
     seen = survey(splits, numbering)
-    labels = read_labels(splits, numbering)
+    labels = read_labels(splits, numbering, task)
     groups = Groups(seen.keys, seen.verbatim, seen.usable, seen.verbatim_is)
     found = [*seen.findings, unlabelled(labels, numbering), imbalance(labels, numbering)]
     found += [make(groups, labels, numbering) for make in (leaks, duplicates, conflicts)]
@@ -118,6 +127,23 @@ def _refuse(names: Sequence[str], model: str | None, fix: str | None, source: st
     place = folder_problem(fix, source) if fix is not None else None
     if problems or place:
         raise ConfigError(*problems, *([place] if place else []))
+
+
+def _task_of(splits: Splits) -> Task | None:
+    """Returns the task that `task: auto` finds for the splits; None where their columns or labels fit none."""
+    try:
+        with muted():
+            return infer_task(splits)(splits)
+    except DataError:  # the findings say what is wrong with the data
+        return None
+
+
+def _refuse_class_checks(names: Sequence[str], task: Task | None) -> None:
+    """Raises ConfigError if `--fail_on` names a finding that the task's labels do not have."""
+    wanted = [name for name in names if name in NEED_CLASSES]
+    unfit = unsupported(task, Capability.CLASS_CHECKS) if wanted and task is not None else ""
+    if unfit:
+        raise ConfigError(f"--fail_on: {', '.join(wanted)}: {unfit}")
 
 
 def survey(splits: Splits, numbering: Numbering) -> TextSurvey | ImageSurvey:

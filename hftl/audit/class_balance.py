@@ -12,8 +12,11 @@ from hftl.data.columns import arrow_column, find_column
 from hftl.data.splits import Splits
 from hftl.errors import DataError, shorten
 from hftl.logging import muted
-from hftl.tasks.targets.label_target import SINGLE, choose_problem
+from hftl.tasks.capabilities import Capability, target_info
+from hftl.tasks.registry import unsupported
+from hftl.tasks.targets.label_target import TARGETS, choose_problem
 from hftl.tasks.targets.single_label.target import SingleLabel
+from hftl.tasks.task import Task
 
 FEW = 5
 """A class with fewer training rows is rare."""
@@ -38,15 +41,19 @@ class Labels:
     """Why labels are no classes, as the end of a sentence; empty where they are."""
 
 
-def read_labels(splits: Splits, numbering: Numbering) -> Labels:
+def read_labels(splits: Splits, numbering: Numbering, task: Task | None = None) -> Labels:
     """Returns the labels of all splits as classes; data without such labels are no error.
 
     Args:
         splits: All rows.
         numbering: Of their rows.
+        task: The task that the splits are for; without one, their label column decides.
     """
     none = Labels(np.full(len(numbering), -1, np.int64), [], 0)
     train, config = splits["train"], splits.config
+    unfit = unsupported(task, Capability.CLASS_CHECKS) if task is not None else ""
+    if unfit:
+        return replace(none, why_not=unfit.rstrip("."))
     if config.label_columns or config.label_separator:
         return replace(none, why_not="a row may have several labels, or numbers")
     try:
@@ -62,7 +69,7 @@ def read_labels(splits: Splits, numbering: Numbering) -> Labels:
     with muted():
         problem, why = choose_problem(splits)
         target = SingleLabel.find(replace(splits, lenient=True))
-    if problem != SINGLE:
+    if Capability.CLASS_CHECKS not in target_info(TARGETS[problem]).capabilities:
         return replace(none, why_not=f"labels are no classes ({why})")
     if len(target.names) > max(_MANY_CLASSES, len(train) / 2):
         return replace(none, why_not=f"column '{column}' has {len(target.names):,} different values, too many to learn")

@@ -51,7 +51,7 @@ def _brief(splits: Splits, task: Any) -> list[str]:
         keys = _image_keys(splits, inputs.column, numbering)
     else:
         return []
-    labels = read_labels(splits, numbering)
+    labels = read_labels(splits, numbering, task)
     groups = Groups(keys, keys, np.ones(len(keys), bool), "")
     said = [*_shared(groups, numbering), *_contradictions(groups, labels, numbering)]
     source = splits.config.source

@@ -113,7 +113,7 @@ def evaluate_rows(
                 for metric in metrics:
                     metric.update(outputs, batch)
             if collect:
-                decoded = _with_labels(task, outputs, batch) if len(batch["index"]) else []
+                decoded = labeled_rows(task, outputs, batch) if len(batch["index"]) else []
                 pending += zip(batch["index"].tolist(), decoded, strict=True)
                 if number % _GATHER_EVERY == 0:
                     in_order.add(_gather(accelerator, pending))
@@ -200,7 +200,7 @@ def _without_filler(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
     return rows_of(dict(outputs), none, count), rows_of(batch, none, count)
 
 
-def _with_labels(task: Task, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
+def labeled_rows(task: Task, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
     """Adds the true label, in the words of the task, to each decoded row."""
     decoded = task.decode(outputs, batch)
     names = task.head.labels

@@ -13,6 +13,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from hftl.artifacts.locate import artifact_folder, find
+from hftl.artifacts.save_model import read_task
 from hftl.data.columns import arrow_column
 from hftl.data.image_decoding import decode_image
 from hftl.data.source import load_splits
@@ -20,6 +22,8 @@ from hftl.errors import ArtifactError, ConfigError, DataError, HftlError, first_
 from hftl.inference.predictor import Predictor, load
 from hftl.logging import muted, say
 from hftl.reporting.run_record import RunRecord
+from hftl.tasks.capabilities import Capability
+from hftl.tasks.registry import unsupported
 from hftl.tasks.task import input_kinds
 
 if TYPE_CHECKING:
@@ -53,12 +57,15 @@ def serve(
 
     Raises:
         ArtifactError: The model does not open.
-        ConfigError: Gradio is not installed, or the address cannot be listened on.
+        ConfigError: Gradio is not installed, the address cannot be listened on, or there is no page for such a task.
     """
     _need_gradio()
     free_port(host, port)  # a taken port is said before a large model is loaded
-    predictor = load(place, revision)
-    _refuse(predictor)
+    folder = artifact_folder(find(place, revision))
+    problem = unsupported(read_task(folder), Capability.DEMO)
+    if problem:
+        raise ConfigError(problem)
+    predictor = load(folder)
     rows, origin = example_rows(predictor, source)
     demo = build_demo(predictor, rows, origin, title=Path(place).resolve().name, about=describe(place, predictor))
     say(f"demo: {start(demo, host, port)}  (Ctrl-C ends it)")
@@ -220,15 +227,6 @@ def _need_gradio() -> None:
 
 def _takes_image(predictor: Predictor) -> bool:
     return list(input_kinds(predictor.task).values()) == ["image"]
-
-
-def _refuse(predictor: Predictor) -> None:
-    kinds = set(input_kinds(predictor.task).values())
-    if predictor.task.head.problem_type != "single_label_classification" or kinds not in ({"image"}, {"text"}):
-        raise ConfigError(
-            f"hftl demo makes pages for models that give one image or text a class; this one is for "
-            f"{predictor.task.name.replace('_', ' ')}. Use hftl predict."
-        )
 
 
 def _is_loopback(host: str) -> bool:

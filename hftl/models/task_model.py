@@ -82,8 +82,6 @@ class TaskModel(nn.Module, ABC):
     """The outputs that must be the same when a saved model is opened again."""
     encoders: Mapping[str, str] = {}
     """Module of each encoder by what it reads (`image`, `text`), where there are several."""
-    exports = False
-    """Whether `hftl export` can make a graph of it: one image, or tokens [B, T] -> `logits`."""
 
     def __init__(
         self,

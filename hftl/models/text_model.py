@@ -41,7 +41,6 @@ class TextModel(TaskModel):
     modality = "text"
     trusted = False
     """Whether the network is of code that the checkpoint brought along."""
-    exports = True
     pools = True
     """Whether a text becomes one vector, in the way that its checkpoint asks for."""
 

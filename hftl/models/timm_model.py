@@ -33,7 +33,6 @@ class TimmModel(TaskModel):
     """A timm network with a new classifier."""
 
     modality = "image"
-    exports = True
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns `logits` [B, K] from `pixel_values` [B, C, H, W]."""

@@ -22,7 +22,6 @@ class WindowModel(TextModel):
     """A stock class with outputs for each token. A row is one text in W windows; those it lacks are all padding."""
 
     pools = False
-    exports = False
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns `logits` [B, W, T, K] from `input_ids`, `attention_mask` [B, W, T]; 0 where there is no window."""

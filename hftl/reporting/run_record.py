@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from hftl.errors import ArtifactError, first_line, nearest
-from hftl.tasks.predictions import Answers, Judged, codes, read_answers
+from hftl.tasks.capabilities import Capability
+from hftl.tasks.predictions import Answers, Judged, codes, needed_columns, read_answers
 
 DESCRIPTION = "hftl.json"
 """In `model/` and `adapter/`: task, labels, head and base model. Written last, so its presence means verified."""
@@ -73,6 +74,12 @@ class RunRecord:
         """The metrics that are named first, in order."""
         return tuple(self.described.get("shown", ("accuracy", "macro_f1")))
 
+    def supports(self, capability: Capability) -> bool:
+        """Whether the task of the run supports a capability that takes its predictions."""
+        listed = self.described.get("capabilities")
+        # 0.1.0 listed none: there every task whose predictions can be read had all of these
+        return bool(needed_columns(self.described.get("head", {}))) if listed is None else capability in listed
+
     @property
     def splits(self) -> list[str]:
         """Splits that were measured, in the order of the metrics."""
@@ -100,7 +107,7 @@ class RunRecord:
 
     def intervals(self, split: str) -> dict[str, tuple[float, float]]:
         """Returns 95 % intervals of the metrics that the predictions on disk give as metrics.json has them."""
-        if split not in self.answers:
+        if split not in self.answers or not self.supports(Capability.INTERVALS):
             return {}
         answers = self.answers[split]
         said = {name: (self.metrics.get(f"{split}/{name}"), value) for name, value in answers.computed().items()}

@@ -7,6 +7,7 @@ from functools import cached_property
 from hftl.html.blocks import Measured
 from hftl.reporting.examples import Rows
 from hftl.reporting.run_record import RunRecord
+from hftl.tasks.capabilities import Capability
 
 CLASSES_LISTED = 200
 """Classes in a table; of more, the ones that matter most to it."""
@@ -22,7 +23,8 @@ class Run:
     @cached_property
     def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
         """Intervals of metrics by split; only of metrics whose value the predictions confirm."""
-        return {split: self.record.intervals(split) for split in self.record.answers}
+        splits = self.record.answers if self.record.supports(Capability.INTERVALS) else ()
+        return {split: self.record.intervals(split) for split in splits}
 
     def measured(self, name: str) -> Measured:
         """Returns a metric as `test/accuracy` with its interval."""

@@ -37,7 +37,9 @@ from hftl.run_folder.folder import (
     resumes,
 )
 from hftl.tasks.auto_task import AUTO, task_of
+from hftl.tasks.capabilities import Capability
 from hftl.tasks.metrics import metric_problems
+from hftl.tasks.registry import unsupported
 from hftl.tasks.task import Task
 from hftl.training.probe import probe_problems
 
@@ -90,7 +92,7 @@ def prepare(
     unknown = model_name_problem(run.model, stock) if stock and run.model.name else None
     if unknown is None and task is not None and run.model.name:
         unknown = model_problem(run.model, task.head)
-    problems += trust_problems(run)
+    problems += trust_problems(run) + _method_problems(run, task)
     if unknown:
         problems.append(unknown)
     elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
@@ -112,6 +114,8 @@ def prepare(
         raise ConfigError(*different)
     for sentence in brief(splits, task) if is_main_process() else ():
         say(f"check: {sentence}")
+    if unsupported(task, Capability.INTERVALS):
+        say(f"report: metrics of {task.name} come without confidence intervals")
     _say_defaults(run, resolved)
     return resolved, splits, task
 
@@ -181,6 +185,12 @@ def _agree(accelerator: Accelerator, run: RunConfig) -> None:
             f"data.on_error: the processes left out different rows (so many each: {counts}); some of the data cannot "
             "be read from everywhere. Look at the disk or the network that holds them, and start again."
         )
+
+
+def _method_problems(run: RunConfig, task: Task | None) -> list[str]:
+    """Asks the task whether a probe can be fitted to its labels."""
+    missing = unsupported(task, Capability.PROBE) if task is not None and run.adapt.method == "probe" else ""
+    return [missing] if missing else []
 
 
 def _target_problems(run: RunConfig, head: HeadSpec) -> list[str]:

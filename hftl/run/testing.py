@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +13,13 @@ from hftl.adaptation.apply import adapt
 from hftl.config.schema import RunConfig
 from hftl.data.splits import Splits
 from hftl.errors import AdaptError
+from hftl.evaluation.evaluate import labeled_rows
 from hftl.loading.loader import Rows
 from hftl.models.build import build_model
 from hftl.models.oom_retry import rows_of
 from hftl.models.task_model import TaskModel
+from hftl.tasks.capabilities import Capability, capabilities_of, target_info
+from hftl.tasks.predictions import needed_columns
 from hftl.tasks.task import Batch, Task
 from hftl.training.optim import make_optimizer
 
@@ -25,7 +28,8 @@ def check_task(task: Task, splits: Splits, run: RunConfig, rows: int = 8) -> Non
     """Checks a task against a real model and its own data.
 
     The head fits the loss; the loss is one finite number per example; metrics of batches equal metrics of the
-    whole; one step changes exactly the parameters that learn; what is saved computes the same.
+    whole; declared capabilities can read the predictions; one step changes exactly the parameters that learn; what is
+    saved computes the same.
 
     Args:
         task: Any object with the members of `hftl.tasks.task.Task`.
@@ -54,6 +58,7 @@ def check_task(task: Task, splits: Splits, run: RunConfig, rows: int = 8) -> Non
     assert len(decoded) == rows, f"decode must return a row per example, {rows}; it returned {len(decoded)}"
     whole["index"] = torch.arange(rows)
     _check_metrics(task, outputs, whole)
+    _check_capabilities(task, outputs, whole)
     for method in ("full", "frozen", "lora"):
         torch.manual_seed(0)
         model = build_model(run, task.head)
@@ -64,6 +69,22 @@ def check_task(task: Task, splits: Splits, run: RunConfig, rows: int = 8) -> Non
             continue
         _check_step(task, model, whole, run, method)
     _check_saved(task, model, encoded, run)
+
+
+def _check_capabilities(task: Task, outputs: dict[str, torch.Tensor], whole: Batch) -> None:
+    """Declared capabilities exist, and predictions have the columns that those which read them need."""
+    known = [each.value for each in Capability]
+    # inputs that lack a misspelled one would hide it
+    declared = capabilities_of(task) | target_info(getattr(task, "target", task)).capabilities
+    unknown = sorted(declared - set(known))
+    assert not unknown, f"capabilities {', '.join(unknown)} do not exist; allowed: {', '.join(known)}"
+    reading = [each.value for each in (Capability.COMPARE, Capability.INTERVALS) if each in declared]
+    needed = needed_columns(asdict(task.head))
+    lacking = sorted(needed - set(labeled_rows(task, outputs, whole)[0]))
+    assert not reading or needed and not lacking, (
+        f"{', '.join(reading)} of {task.name} cannot read its predictions: "
+        + (f"rows lack {', '.join(lacking)}" if needed else f"unknown problem_type {task.head.problem_type}")
+    )
 
 
 def _check_metrics(task: Task, outputs: dict[str, torch.Tensor], whole: Batch) -> None:

@@ -13,6 +13,7 @@ from hftl.config.schema import RunConfig
 from hftl.errors import ConfigError, HftlError, nearest
 from hftl.logging import muted
 from hftl.selection.trial import find_task
+from hftl.tasks.capabilities import Capability
 
 SCRATCH = "scratch"
 """The same architecture with random weights: what transfer is measured against."""
@@ -67,7 +68,7 @@ def make_plan(
     from hftl.run.setup import prepare
     from hftl.run_folder.folder import finished_metrics, resume_problems
     from hftl.tasks.auto_task import infer_task
-    from hftl.tasks.registry import TASKS
+    from hftl.tasks.registry import TASKS, unsupported
 
     try:
         with muted():
@@ -78,7 +79,8 @@ def make_plan(
     except HftlError as error:
         raise ConfigError(*base.problems, *value_problems(base), *error.problems) from None
     base, passes = _with_budget(replace(base, task=bound.name), methods, bound)
-    problems = _split_problems(list(splits))
+    missing = unsupported(bound, Capability.COMPARE)
+    problems = [*([missing] if missing else []), *_split_problems(list(splits))]
     trainings = {
         method: [trial(base, method, base.train.seed + number, folder, overwrite) for number in range(seeds)]
         for method in methods

@@ -6,7 +6,7 @@ from typing import Any
 
 from hftl.data.splits import Splits
 from hftl.tasks.inputs import ImageInputs
-from hftl.tasks.targets.label_target import LabelTarget, find_target, restore_target
+from hftl.tasks.targets.label_target import TARGETS, LabelTarget, find_target, restore_target
 from hftl.tasks.task import SupervisedTask
 
 
@@ -17,6 +17,7 @@ class ImageClassification(SupervisedTask):
     stock = "timm"
 
     inputs_type = ImageInputs
+    target_types = tuple(TARGETS.values())
 
     def __init__(self, splits: Splits) -> None:
         super().__init__(ImageInputs.find(splits), find_target(splits))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from hftl.data.splits import Splits
 from hftl.tasks.image_text_inputs import ImageTextInputs
-from hftl.tasks.targets.label_target import LabelTarget, find_target, restore_target
+from hftl.tasks.targets.label_target import TARGETS, LabelTarget, find_target, restore_target
 from hftl.tasks.task import SupervisedTask
 
 
@@ -19,6 +19,7 @@ class ImageTextClassification(SupervisedTask):
     stock = "ImageTextForClassification"
     shown = ("accuracy", "roc_auc", "macro_f1")
     inputs_type = ImageTextInputs
+    target_types = tuple(TARGETS.values())
     defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "frozen": {"lr": 0.0, "head_lr": 3e-4, "num_epochs": 10},
         "lora": {"lr": 5e-4, "head_lr": 1e-3, "num_epochs": 4},

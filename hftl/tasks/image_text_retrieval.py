@@ -27,6 +27,7 @@ from hftl.preprocessing.captions import (
 from hftl.preprocessing.image_transforms import broken_images, unreadable_images
 from hftl.preprocessing.multimodal import VECTORS
 from hftl.preprocessing.tokenization import token_limit
+from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.embedding.contrastive_losses import Pairs, identity, info_nce, sigmoid_loss
 from hftl.tasks.targets.embedding.metrics import ImageTextRecall
@@ -167,6 +168,7 @@ class Belonging:
     """
 
     best_metric = "mean_recall"
+    info = TargetInfo("captions")
     across_rows = True
 
     def __init__(self, columns: Sequence[str], pair_loss: str) -> None:
@@ -257,6 +259,7 @@ with torch.no_grad():
     zero_shot = True
     """Whether images can be compared with texts that training never saw (`hftl.inference.zero_shot`)."""
     inputs_type = CaptionedImages
+    target_types = (Belonging,)
     target: Belonging
 
     def __init__(self, splits: Splits) -> None:

@@ -17,6 +17,7 @@ from hftl.loading.loader import Example, Rows
 from hftl.logging import say
 from hftl.preprocessing.image_transforms import ImageRows, broken_images, unreadable_images
 from hftl.preprocessing.tokenization import empty_rows, empty_texts, token_limit, tokenize
+from hftl.tasks.capabilities import EVERY_INPUT
 from hftl.tasks.task import check_splits
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class ImageInputs:
     """
 
     modality = "image"
+    capabilities = EVERY_INPUT
 
     def __init__(self, column: str, max_pixels: int = DataConfig.max_pixels) -> None:
         self.column = column
@@ -92,6 +94,7 @@ class TextInputs:
     """One text a row, or a pair -> `input_ids` and `attention_mask` [B, T], padded to the longest of the batch."""
 
     modality = "text"
+    capabilities = EVERY_INPUT
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = list(columns)

@@ -41,6 +41,7 @@ for found in detect("picture.jpg", threshold=0.3):
     print(found["label"], found["score"], found["box"])  # corners in pixels
 """
     inputs_type = ImageInputs
+    target_types = (LabelledBoxes,)
     inputs: ImageInputs
     target: LabelledBoxes
 

@@ -179,8 +179,7 @@ def read_answers(described: dict[str, Any], columns: Sequence[str], batches: Bat
     """
     head = described.get("head", {})
     read = _READERS.get(head.get("problem_type"))
-    needed = {"split", "row", "label", *(read[0] if read else ())}
-    if read is None or not head.get("labels") or not needed <= set(columns):
+    if read is None or not head.get("labels") or not {"split", "row", *needed_columns(head)} <= set(columns):
         return {}
     thresholds = described.get("state", {}).get("target", {}).get("thresholds") or [0.5] * len(head["labels"])
     return read[1](list(head["labels"]), thresholds, batches)
@@ -228,6 +227,12 @@ _READERS: dict[str | None, Any] = {
     "regression": (("prediction",), _numbers),
 }
 """transformers' name of the problem -> columns that are needed, and who reads them."""
+
+
+def needed_columns(head: Mapping[str, Any]) -> frozenset[str]:
+    """Returns the columns that a reader needs, for a head as saved models describe it; empty without a reader."""
+    read = _READERS.get(head.get("problem_type"))
+    return frozenset({"label", *read[0]}) if read else frozenset()
 
 
 def codes(names: Any, classes: Sequence[str]) -> Any:

@@ -45,6 +45,7 @@ class QuestionAnswering(SupervisedTask):
     shown = ("f1", "exact_match")
     usage = _USAGE
     inputs_type = PairInputs
+    target_types = (ContextAnswers,)
     inputs: PairInputs
     target: ContextAnswers
 

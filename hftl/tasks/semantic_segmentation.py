@@ -40,6 +40,7 @@ for found in segment("picture.jpg"):  # for each class in the picture a mask of 
     print(found["label"], found["mask"].size)
 """
     inputs_type = ImageInputs
+    target_types = (PixelClasses,)
     inputs: ImageInputs
     target: PixelClasses
 

@@ -18,6 +18,7 @@ from hftl.data.validation import BadRows, judge_rows
 from hftl.errors import DataError
 from hftl.loading.loader import Example, Rows
 from hftl.models.task_model import HeadSpec
+from hftl.tasks.capabilities import Capability, supported
 from hftl.tasks.metrics import Metric
 
 if TYPE_CHECKING:
@@ -168,6 +169,9 @@ class SupervisedTask:
 
     Inputs and targets that have the method of `hftl.data.validation.Judge` are asked which rows cannot be used.
 
+    What works beyond training and evaluation is what a target declares in its `info` (`TargetInfo` of
+    `hftl.tasks.capabilities`), as far as its inputs have it among their `capabilities`; nothing without an `info`.
+
     Attributes:
         name: What a saved model calls this task.
         stock: The class to build (`HeadSpec.stock`).
@@ -190,6 +194,8 @@ class SupervisedTask:
     usage: str = ""
     inputs_type: ClassVar[Any]
     """Class of the inputs, for tasks that `restore` opens without data."""
+    target_types: ClassVar[tuple[type, ...]] = ()
+    """Classes of targets that the task may have."""
 
     def __init__(self, inputs: Inputs, target: Target) -> None:
         if inputs.problems or target.problems:
@@ -237,6 +243,11 @@ class SupervisedTask:
     def optional(self) -> tuple[str, ...]:
         """Columns of `kinds` that a row may lack when a trained model is used."""
         return tuple(getattr(self.inputs, "optional", ()))
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What works for this target on these inputs, beyond training and evaluation."""
+        return supported(self.target, self.inputs)
 
     @property
     def across_rows(self) -> bool:

@@ -88,6 +88,7 @@ model = SentenceTransformer("{place}")
 embeddings = model.encode(["A dog runs.", "An animal is moving."])
 print(model.similarity(embeddings, embeddings))"""
     inputs_type = TextPairs
+    target_types = (PairScores, PositivePairs)
     target: PairScores | PositivePairs
 
     def __init__(self, splits: Splits) -> None:

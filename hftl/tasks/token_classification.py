@@ -26,6 +26,7 @@ class TokenClassification(SupervisedTask):
     shown = ("f1", "precision", "recall", "macro_f1", "accuracy")
     defaults = {"full": {"lr": 3e-4, "head_lr": 1e-3, "num_epochs": 3}}
     inputs_type = WordInputs
+    target_types = (WordTags,)
     inputs: WordInputs
     target: WordTags
 

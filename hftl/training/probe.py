@@ -122,11 +122,6 @@ def probe_problems(run: RunConfig, head: HeadSpec, splits: Splits | None, task: 
     """
     if run.adapt.method != "probe" or run.adapt.probe.head not in KINDS:
         return []
-    if head.problem_type != "single_label_classification":
-        return [
-            "adapt.method: probe is for one class a row; this task is "
-            f"{(head.problem_type or head.stock).replace('_', ' ')}."
-        ]
     missing = None if KINDS[run.adapt.probe.head].linear else missing_problem()
     problems = [f"adapt.probe.head: {missing}"] if missing else []
     problems += _head_problems(run, head)

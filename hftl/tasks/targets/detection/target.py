@@ -17,6 +17,7 @@ from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.joint_transforms import Places, augment_problems
+from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.detection.bounding_boxes import (
     ObjectColumn,
@@ -50,6 +51,7 @@ class LabelledBoxes:
     """
 
     best_metric = "ap"
+    info = TargetInfo("boxes")
 
     def __init__(self, column: str, names: Sequence[str], numbers: Sequence[int] | None = None) -> None:
         self.column = column

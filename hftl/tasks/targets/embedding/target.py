@@ -16,6 +16,7 @@ from hftl.errors import nearest, shorten
 from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
+from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.embedding.contrastive_losses import Pairs, cosent, identity, info_nce
 from hftl.tasks.targets.embedding.metrics import Agreement, TextRecall
@@ -42,6 +43,7 @@ class PairScores:
     """
 
     best_metric = "spearman"
+    info = TargetInfo("scored pairs")
 
     def __init__(self, column: str, low: float, high: float, pair_loss: str) -> None:
         self.column = column
@@ -99,6 +101,7 @@ class PositivePairs:
     """
 
     best_metric = "mrr"
+    info = TargetInfo("positive pairs")
     across_rows = True
 
     def __init__(self, columns: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
+from hftl.tasks.capabilities import Capability, TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.multi_label.metrics import MultiLabelMetrics, best_thresholds, probabilities
 from hftl.tasks.targets.single_label.target import named_classes
@@ -53,6 +54,7 @@ class MultiLabel:
     """
 
     best_metric = "map"
+    info = TargetInfo("several labels", frozenset({Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}))
     shown = ("map", "macro_f1", "micro_f1", "subset_accuracy")
 
     def __init__(

@@ -18,6 +18,7 @@ from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.sliding_windows import OFFSETS
+from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.question_answering.metrics import Answered, AnswerMetrics
 from hftl.tasks.targets.question_answering.span_search import NO_SCORE, Found, find_spans
@@ -48,6 +49,7 @@ class ContextAnswers:
     """
 
     best_metric = "f1"
+    info = TargetInfo("answer spans")
 
     def __init__(
         self, column: str, context: str, longest: int = 30, null: bool = False, threshold: float = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
+from hftl.tasks.capabilities import Capability, TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.regression.metrics import RegressionMetrics
 from hftl.tasks.task import Batch, Outputs
@@ -45,6 +47,8 @@ class Regression:
         problem_type: Always `PROBLEM`: what tells the state of this target from that of others.
     """
 
+    info = TargetInfo("numbers", frozenset({Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}))
+
     def __init__(
         self, columns: Sequence[str], mean: Sequence[float], std: Sequence[float], problem_type: str = PROBLEM
     ) -> None:
@@ -52,6 +56,7 @@ class Regression:
         self.mean, self.std = tuple(mean), tuple(std)
         self.best_metric = "rmse" if len(self.columns) == 1 else "r2"
         self.shown = ("rmse", "mae", "r2", "pearson", "spearman")
+        self.info = replace(self.info, label_kind="one number" if len(self.columns) == 1 else "several numbers")
         self.problems: list[str] = []
 
     @classmethod

@@ -21,6 +21,7 @@ from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.joint_transforms import Places, augment_problems
+from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.segmentation.masks import MaskClasses, bad_masks_sentence, find_classes, outside, survey_masks
 from hftl.tasks.targets.segmentation.metrics import SegmentationMetrics, resized
@@ -44,6 +45,7 @@ class PixelClasses:
     """
 
     best_metric = "mean_iou"
+    info = TargetInfo("masks")
 
     def __init__(self, column: str, classes: Sequence[str], numbers: Sequence[int], void: Sequence[int]) -> None:
         self.column = column

@@ -16,6 +16,7 @@ from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
+from hftl.tasks.capabilities import Capability, TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.single_label.metrics import ClassificationMetrics
 from hftl.tasks.targets.single_label.roc_auc import RocAuc
@@ -35,6 +36,7 @@ class SingleLabel:
     """
 
     best_metric = "accuracy"
+    info = TargetInfo("one class", frozenset(Capability))
 
     def __init__(self, column: str, names: Sequence[str], values: Sequence[Any]) -> None:
         self.column = column

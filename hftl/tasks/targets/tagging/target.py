@@ -19,6 +19,7 @@ from hftl.loading.loader import Example
 from hftl.logging import say
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.sliding_windows import HOME, words_in
+from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.tagging.bio_tags import OUTSIDE, TagReader, tag_names
 from hftl.tasks.targets.tagging.metrics import EntityMetrics
@@ -39,6 +40,8 @@ class WordTags:
         tags: Names of the tags, in the order of the outputs.
         words: The column of words, which must be as many.
     """
+
+    info = TargetInfo("word tags")
 
     def __init__(self, column: str, tags: Sequence[str], words: str) -> None:
         self.column = column

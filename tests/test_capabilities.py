@@ -1,0 +1,253 @@
+"""Capabilities by kind of label: each is supported, or rejected before training, serving or writing anything."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from boxes import make_coco
+from conftest import WORDS, run_undrawn
+from pair_data import captioned, positive_pairs, scored_pairs, write_lines
+from pairs import write_pairs
+from tagged import write_questions, write_tagged
+from test_segmentation import scene
+
+import hftl
+from hftl.artifacts.export import export_folder
+from hftl.audit.check import NEED_CLASSES
+from hftl.cli.main import main
+from hftl.config.schema import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from hftl.data.source import load_splits
+from hftl.errors import ConfigError, HftlError
+from hftl.inference import demo
+from hftl.run.testing import check_task
+from hftl.selection import comparison
+from hftl.selection.experiment_plan import make_plan
+from hftl.tasks.capabilities import Capability, TargetInfo, capabilities_of, target_info
+from hftl.tasks.predictions import needed_columns
+from hftl.tasks.registry import TASKS, unsupported
+from hftl.tasks.targets.tagging.target import WordTags
+
+FULL = set(Capability)
+NUMERIC = {Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}
+KINDS = {
+    # name: task, words for its labels, what is supported
+    "image_class": ("image_classification", "one class", FULL),
+    "text_class": ("text_classification", "one class", FULL),
+    "several_labels": ("text_classification", "several labels", NUMERIC),
+    "one_number": ("text_classification", "one number", NUMERIC),
+    "several_numbers": ("text_classification", "several numbers", NUMERIC),
+    "word_tags": ("token_classification", "word tags", set()),
+    "answer_spans": ("question_answering", "answer spans", set()),
+    "masks": ("semantic_segmentation", "masks", set()),
+    "boxes": ("object_detection", "boxes", set()),
+    "scored_pairs": ("text_embedding", "scored pairs", set()),
+    "positive_pairs": ("text_embedding", "positive pairs", set()),
+    "captions": ("image_text_retrieval", "captions", set()),
+    "image_text_class": ("image_text_classification", "one class", FULL - {Capability.DEMO, Capability.EXPORT}),
+}
+
+
+def write_masks(folder):
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 6, "val": 3, "test": 3}.items():
+        for kind in ("images", "masks"):
+            (folder / split / kind).mkdir(parents=True)
+        for number in range(count):
+            for kind, picture in zip(("images", "masks"), scene(rng, number), strict=True):
+                picture.save(folder / split / kind / f"{number:02d}.png")
+    (folder / "classes.json").write_text(json.dumps(["ground", "void", "left", "right"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(images, texts, tables, tmp_path_factory):
+    """Data settings by kind of label."""
+    folder = tmp_path_factory.mktemp("kinds")
+    sizes = {"train": 12, "validation": 6, "test": 6}
+
+    def lines(name, make):
+        rows = {split: make(split, count, seed) for seed, (split, count) in enumerate(sizes.items())}
+        return {"source": write_lines(folder / name, **rows)}
+
+    captions = folder / "captions"
+    return {
+        "image_class": {"source": str(images)},
+        "text_class": {"source": str(texts)},
+        "several_labels": {"source": str(tables), "label_columns": tuple(WORDS)},
+        "one_number": {"source": str(tables), "label_column": "length"},
+        "several_numbers": {"source": str(tables), "label_columns": ("length", "weight")},
+        "word_tags": {"source": str(write_tagged(folder / "tags"))},
+        "answer_spans": {"source": str(write_questions(folder / "answers"))},
+        "masks": {"source": str(write_masks(folder / "masks"))},
+        "boxes": {"source": str(make_coco(folder / "boxes"))},
+        "scored_pairs": lines("scored", lambda _, count, seed: scored_pairs(count, seed)),
+        "positive_pairs": lines("positive", lambda _, count, seed: positive_pairs(count, seed)),
+        "captions": lines(
+            "captions", lambda split, count, seed: captioned(captions / split, count, lists=True, seed=seed)
+        ),
+        "image_text_class": {"source": str(write_pairs(folder / "mixed", sizes)), "image_column": "picture"},
+    }
+
+
+@pytest.fixture(scope="module")
+def made(data):
+    """Task and splits by kind of label."""
+    out = {}
+    for kind, (name, _, _) in KINDS.items():
+        splits = load_splits(DataConfig(**data[kind]))
+        out[kind] = TASKS[name](splits), splits
+    return out
+
+
+def saved_without_weights(task, folder):
+    """Writes what a saved model says about itself; a command that opens weights fails on it in other words."""
+    described = {"task": task.name, "state": task.state(), "head": asdict(task.head), "classic_head": None}
+    folder.mkdir(parents=True)
+    (folder / "hftl.json").write_text(json.dumps(described))
+    return folder
+
+
+def run_of(kind, data, method="full", **more):
+    """A run whose model opens nowhere: nothing can be trained."""
+    train = TrainConfig(batch_size_per_device=2, trackers=[])
+    task = KINDS[kind][0]
+    return RunConfig(DataConfig(**data[kind]), ModelConfig("no/model"), AdaptConfig(method), train, task=task, **more)
+
+
+def assert_rejected(text, task, capability):
+    """The text names task, labels and what is supported instead, in the one way there is."""
+    problem = unsupported(task, capability)
+    assert problem and problem in text, text
+    assert f"{task.name} ({target_info(task.target).label_kind}); allowed: " in problem
+    assert "_classification (one class" in problem.partition("allowed: ")[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_capabilities_of_label_kind_match_table(kind, made):
+    task, _ = made[kind]
+    name, words, expected = KINDS[kind]
+    assert (task.name, target_info(task.target).label_kind) == (name, words)
+    assert set(capabilities_of(task)) == expected
+    for capability in Capability:
+        assert bool(unsupported(task, capability)) == (capability not in expected)
+    reads = needed_columns(asdict(task.head))
+    assert bool(reads) == (Capability.COMPARE in expected) == (Capability.INTERVALS in expected)
+
+
+def test_every_built_in_target_is_in_the_table():
+    there = {kind for _, kind, _ in KINDS.values()} | {"numbers"}
+    assert all(target_info(target).label_kind in there for task in TASKS.values() for target in task.target_types)
+    assert {name for name, _, _ in KINDS.values()} == set(TASKS)
+
+
+def test_compare_command_on_tags_trains_nothing(made, data, tiny_bert, tmp_path, capsys, monkeypatch):
+    arguments = ["compare", data["word_tags"]["source"], "--model", tiny_bert, "--methods", "scratch", "full"]
+    config = tmp_path / "short.yaml"
+    config.write_text("train: {max_steps: 1, trackers: [], batch_size_per_device: 4}")
+    arguments += ["--seeds", "1", "--config", str(config), "--output_dir", str(tmp_path / "runs")]
+
+    def in_this_process(work, *values, **_):
+        assert work is not comparison.train, "a training began"
+        return work(*values)
+
+    monkeypatch.setattr(comparison, "in_child", in_this_process)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not (tmp_path / "runs").exists() and "accuracy" not in said.out
+    assert_rejected(said.err, made["word_tags"][0], Capability.COMPARE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_commands_reject_exactly_what_is_unsupported(kind, made, data, tmp_path, monkeypatch):
+    task, _ = made[kind]
+    folder = saved_without_weights(task, tmp_path / "model")
+    monkeypatch.setattr(demo, "_need_gradio", lambda: None)
+    monkeypatch.setattr(demo, "free_port", lambda *_: 0)
+    calls = {
+        Capability.COMPARE: lambda: make_plan(run_of(kind, data), ["scratch", "full"], 1, tmp_path / "runs", False),
+        Capability.PROBE: lambda: hftl.prepare(run_of(kind, data, "probe", output_dir=str(tmp_path / "run"))),
+        Capability.DEMO: lambda: demo.serve(str(folder)),
+        Capability.EXPORT: lambda: export_folder(folder, "torch", tmp_path / "export"),
+    }
+    for capability, call in calls.items():
+        if capability not in capabilities_of(task):
+            with pytest.raises(ConfigError) as caught:
+                call()
+            assert_rejected(str(caught.value), task, capability)
+            continue
+        try:
+            call()
+        except HftlError as error:  # there are no weights
+            assert "does not support" not in str(error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_states_which_checks_do_not_apply(kind, made, data, tmp_path, capsys):
+    task, _ = made[kind]
+    config = DataConfig(**data[kind])
+    checked = hftl.check(config, output=tmp_path / "check")
+    need_classes = [name for name in NEED_CLASSES if name != "wrong_labels"]  # without a model
+    if Capability.CLASS_CHECKS in capabilities_of(task):
+        assert all(checked[name].looked for name in need_classes)
+        return
+    # columns of pairs with scores alone do not tell whether their texts or a number are learned
+    problem = "checks that compare classes do not support "
+    problem += f"{task.name} ({KINDS[kind][1]}); allowed: " if kind != "scored_pairs" else ""
+    assert all(not checked[name].looked and problem in checked[name].sentence for name in need_classes)
+    assert f"(unlabelled, conflicts, imbalance: Not looked for: {problem}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--fail_on: conflicts: ") as caught:
+        hftl.check(config, output=tmp_path / "again", fail_on=["leaks", "conflicts"])
+    assert problem in str(caught.value)
+    assert not hftl.check(config, output=tmp_path / "defaults", fail_on=[]).left_out, "defaults are never rejected"
+
+
+class Undeclared(WordTags):
+    """A target of a user's own."""
+
+    info = None
+
+
+def test_target_without_info_supports_nothing(made):
+    task = made["word_tags"][0]
+    task = type(task).restored(task.state())
+    task.target = Undeclared(task.target.column, task.target.tags, task.target.words)
+    assert not capabilities_of(task)
+    assert "token_classification (Undeclared); allowed: " in unsupported(task, Capability.COMPARE)
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"comparison"}, "comparison do not exist; allowed: compare"),
+        ({Capability.COMPARE}, "cannot read its predictions"),
+    ],
+)
+def test_check_task_rejects_false_capabilities(declared, message, made, data, tiny_bert, monkeypatch):
+    task, splits = made["word_tags"]
+    monkeypatch.setattr(task.target, "info", TargetInfo("word tags", frozenset(declared)), raising=False)
+    run = replace(run_of("word_tags", data), model=ModelConfig(tiny_bert))
+    run, splits, _ = hftl.prepare(replace(run, output_dir="unused"))
+    with pytest.raises(AssertionError, match=message):
+        check_task(task, splits, run)
+
+
+def test_report_asks_for_intervals(images, tiny_timm, tmp_path):
+    from hftl.reporting.run_record import RunRecord
+
+    run = RunConfig(
+        DataConfig(source=str(images)),
+        ModelConfig(tiny_timm["test_resnet"]),
+        train=TrainConfig(max_steps=1, batch_size_per_device=8, trackers=[]),
+        output_dir=str(tmp_path / "run"),
+    )
+    run_undrawn("image_classification", run)
+    assert "accuracy" in RunRecord(tmp_path / "run").intervals("test")
+    file = tmp_path / "run" / "model" / "hftl.json"
+    described = json.loads(file.read_text())
+    assert described["capabilities"] == sorted(Capability)
+    for listed, found in ((["compare"], False), (None, True)):  # None: written by 0.1.0
+        file.write_text(json.dumps(described | {"capabilities": listed}))
+        assert bool(RunRecord(tmp_path / "run").intervals("test")) == found
