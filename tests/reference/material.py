@@ -30,7 +30,8 @@ def write_material(folder: Path) -> None:
 
 
 def write_models(folder: Path) -> None:
-    """Writes `resnet`, `vit` (timm's local-dir layout) and `bert`, with weights drawn by numpy."""
+    """Writes `resnet`, `plain_resnet`, `vit` (timm's local-dir layout) and `bert`, with weights drawn by numpy."""
+    write_timm(folder / "plain_resnet", "test_resnet")
     write_timm(folder / "resnet", "test_resnet", layers=(1, 1, 1, 1), channels=(8, 8, 16, 24), stem_width=8)
     write_timm(folder / "vit", "test_vit", img_size=32, embed_dim=32, depth=2, num_heads=2)
     write_bert(folder / "bert")
@@ -174,7 +175,7 @@ def triplet(rng: random.Random, number: int) -> dict:
 
 
 def write_image_tables(folder: Path) -> None:
-    """Writes tables of images: with several labels and numbers, with captions, with texts, numbers and categories."""
+    """Writes tables of images: multi-label with numbers, with captions, with texts, numbers and categories."""
     pixels, rng = np.random.default_rng(1), random.Random(1)
     for name in ("image_labels", "captions", "mixed"):
         (folder / name / "files").mkdir(parents=True)
