@@ -60,17 +60,7 @@ def export_folder(
         ArtifactError: The model does not open or cannot be exported, or the export computes something else than
             the trained model; then its files stay, without `export.json`.
     """
-    problem = format_problem(format)
-    if problem:
-        raise ConfigError(problem)
-    if output is None and not Path(path).exists():
-        raise ConfigError(f"--output: say which folder receives the export of '{path}'.")
-    source_folder = artifact_folder(find(path, revision))
-    target = Path(output) if output is not None else _default_folder(source_folder, format)
-    _check_folder(target)
-    problem = unsupported(read_task(source_folder), Capability.EXPORT)
-    if problem:
-        raise ConfigError(problem)
+    source_folder, target = _checked_folders(path, revision, format, output)
     model, task = load_artifact(source_folder)
     _refuse(model, path)
     data = trained_data(source_folder)
@@ -106,6 +96,28 @@ def export_folder(
     say(table(report, f"{split}/{task.best_metric}"))
     say(f"export: {folder}")
     return report
+
+
+def _checked_folders(
+    path: str | Path, revision: str | None, format: str, output: str | Path | None
+) -> tuple[Path, Path]:
+    """Returns the folder of the saved model and the one to write, after all checks that need no model.
+
+    Raises:
+        ConfigError: The format, the output or the task does not allow the export.
+    """
+    problem = format_problem(format)
+    if problem:
+        raise ConfigError(problem)
+    if output is None and not Path(path).exists():
+        raise ConfigError(f"--output: say which folder receives the export of '{path}'.")
+    source_folder = artifact_folder(find(path, revision))
+    target = Path(output) if output is not None else _default_folder(source_folder, format)
+    _check_folder(target)
+    problem = unsupported(read_task(source_folder), Capability.EXPORT)
+    if problem:
+        raise ConfigError(problem)
+    return source_folder, target
 
 
 def _refuse(model: TaskModel, path: str | Path) -> None:
