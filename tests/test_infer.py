@@ -2,19 +2,23 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import load_recipe
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as Picture
 
 import hftl
 from hftl.config.schema import DataConfig, RunConfig
+from hftl.data.roles import ROLES, TEXT_PAIRS
 from hftl.data.splits import Splits
-from hftl.errors import ConfigError, DataError
+from hftl.errors import ConfigError, DataError, HftlError
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.registry import TASKS
 
 TEXT, NUMBER = Value("string"), Value("float64")
 BOXES = List({"bbox": List(NUMBER), "category": ClassLabel(names=["a", "b"])})
+PAIR_COLUMNS = {"text_column": "first", "text_pair_column": "second"}
 ANSWERS = {"text": List(TEXT), "answer_start": List(Value("int64"))}
 
 
@@ -54,12 +58,115 @@ def splits(columns, **config):
             {"text_column": "title"},
         ),
         ("image_text_retrieval", "captions", {"image": Image(), "captions": List(TEXT)}, {}),
+        ("image_text_retrieval", "'sentences'", {"image": Image(), "sentences": List(TEXT)}, {}),
+        ("image_text_retrieval", "'description'", {"image": Image(), "description": TEXT}, {}),
+        ("image_text_retrieval", "'Alt_Text'", {"image": Image(), "Alt_Text": TEXT}, {}),
+        ("image_classification", "images", {"image": Image(), "description": TEXT, "label": TEXT}, {}),
+        ("token_classification", "'tags'", {"sentence": List(TEXT), "tags": List(TEXT)}, {}),
+        ("token_classification", "'my_tag'", {"words": List(TEXT), "my_tag": List(TEXT)}, {}),
+        ("question_answering", "'passage'", {"query": TEXT, "passage": TEXT, "answers": ANSWERS}, {}),
+        ("question_answering", "'spans'", {"question": TEXT, "context": TEXT, "spans": ANSWERS}, {}),
     ],
 )
 def test_columns_say_the_task(task, why, columns, config, capsys):
     assert infer_task(splits(columns, **config)) is TASKS[task]
     said = capsys.readouterr().out
     assert f"task: {task} (" in said and why in said
+
+
+@pytest.mark.parametrize("kind", [NUMBER, Value("int64"), TEXT])
+@pytest.mark.parametrize("name", dict.fromkeys(ROLES["label"].usual_names + ROLES["score"].usual_names))
+def test_pairs_with_usual_label_name_are_text_classification(name, kind):
+    pairs = {"sentence1": TEXT, "sentence2": TEXT, name: kind}
+    assert infer_task(splits(pairs)) is hftl.TextClassification
+    assert infer_task(splits({"first": TEXT, "second": TEXT, name: kind}, **PAIR_COLUMNS)) is hftl.TextClassification
+
+
+def test_pairs_ignore_case_of_names():
+    assert infer_task(splits({"Query": TEXT, "Passage": TEXT})) is hftl.TextEmbedding
+    assert infer_task(splits({"Sentence1": TEXT, "Sentence2": TEXT, "Score": NUMBER})) is hftl.TextClassification
+
+
+def test_scores_of_captioned_images_stay_retrieval():
+    # image-text tables come with the similarity that some model gave each pair
+    columns = {"image": Image(), "caption": TEXT, "similarity": NUMBER}
+    assert infer_task(splits(columns)) is TASKS["image_text_retrieval"]
+
+
+def test_answers_without_starts_are_question_answering():
+    columns = {"question": TEXT, "context": TEXT, "answers": TEXT}
+    assert infer_task(splits(columns)) is TASKS["question_answering"]
+    assert infer_task(splits(columns | {"label": TEXT})) is hftl.TextClassification
+
+
+USUAL_ROLES = {
+    "image_classification": ("image", "label"),
+    "semantic_segmentation": ("image", "mask"),
+    "object_detection": ("image", "objects"),
+    "text_classification": ("text", "label"),
+    "token_classification": ("words", "tags"),
+    "question_answering": ("question", "context", "answers"),
+    "image_text_classification": ("image", "text", "label"),
+    "image_text_retrieval": ("image", "captions", "match"),
+}
+BOXED = {"bbox": [[1.0, 1.0, 5.0, 5.0]], "category": ["a"]}
+
+
+def tiny_column(role, count):
+    """Returns `count` values and their type, with two different labels."""
+    pixels = np.random.default_rng(count).integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
+    masks = np.arange(count * 64).reshape(count, 8, 8) % 2
+    texts = [f"row {number} of {count}" for number in range(count)]
+    answers = {"text": ["row"], "answer_start": [0]}
+    return {
+        "image": lambda: ([Picture.fromarray(each) for each in pixels], Image()),
+        "mask": lambda: ([Picture.fromarray(each.astype(np.uint8)) for each in masks], Image()),
+        "objects": lambda: ([BOXED] * count, {"bbox": List(List(NUMBER)), "category": List(TEXT)}),
+        "label": lambda: ((["a", "b"] * count)[:count], TEXT),
+        "words": lambda: ([text.split() for text in texts], List(TEXT)),
+        "tags": lambda: ([["B-x", "O", "O", "O"]] * count, List(TEXT)),
+        "answers": lambda: ([answers] * count, ANSWERS),
+        "match": lambda: (([1, 1, 0, 1] * count)[:count], Value("int64")),
+    }.get(role, lambda: (texts, TEXT))()
+
+
+def tiny_rows(names):
+    """Returns 8 training and 4 validation rows with a column for each role, of the name that `names` gives it."""
+    sets = {}
+    for split, count in {"train": 8, "validation": 4}.items():
+        columns = {name: tiny_column(role, count) for role, name in names.items()}
+        features = Features({name: kind for name, (_, kind) in columns.items()})
+        sets[split] = Dataset.from_dict({name: values for name, (values, _) in columns.items()}, features=features)
+    return DatasetDict(sets)
+
+
+def usual_cells():
+    """Yields task and columns by role, so that each role of each task has each of its usual names once at least."""
+    for task, roles in USUAL_ROLES.items():
+        usual = {role: ROLES[role].usual_names for role in roles}
+        for number in range(max(map(len, usual.values()))):
+            yield task, {role: names[number % len(names)] for role, names in usual.items()}
+    for pair in TEXT_PAIRS:
+        yield "text_embedding", dict(zip(("question", "context"), pair, strict=True))
+
+
+def test_auto_task_accepts_every_usual_name(image_run, tiny_bert):
+    run = replace(image_run(batch_size_per_device=2), task="auto")
+    both = replace(run, model=replace(run.model, text_name=tiny_bert))
+    texts = replace(run, model=replace(run.model, name=tiny_bert))
+    wrong = []
+    for task, names in usual_cells():
+        expected = {task}
+        if names.get("match") == "label":  # a usual name of labels too
+            expected = {"image_text_classification", "image_classification"}
+        model = both if task.startswith("image_text") else run if "image" in names else texts
+        try:
+            found = hftl.prepare(model, rows=tiny_rows(names))[2].name
+        except HftlError as error:
+            found = error.problems[0]
+        if found not in expected:
+            wrong.append((task, names, found))
+    assert not wrong, "\n".join(map(str, wrong))
 
 
 def test_every_task_can_be_found():

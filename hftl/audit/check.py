@@ -19,7 +19,8 @@ from hftl.audit.finding import FINDINGS, Finding, Numbering, spoken
 from hftl.audit.report import Shown, write_findings
 from hftl.audit.scan import ImageSurvey, TextSurvey, words_as_texts
 from hftl.config.schema import DataConfig
-from hftl.data.columns import NAMES, find_column, find_text_columns
+from hftl.data.columns import find_column, find_text_columns
+from hftl.data.roles import is_usual_name
 from hftl.data.source import load_splits
 from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, nearest
@@ -164,7 +165,7 @@ def survey(splits: Splits, numbering: Numbering) -> TextSurvey | ImageSurvey:
         problems += error.problems
     else:
         say(f"check: images from column '{column.name}' ({column.why})")
-        texts = [name for name in features if name.lower() in NAMES["text"]]
+        texts = [name for name in features if is_usual_name("text", name)]
         if texts:
             say(f"check: texts beside them ({', '.join(texts)}) are not looked at: rows of one image are duplicates")
         return ImageSurvey(splits, numbering, column.name)

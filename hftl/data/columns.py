@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from hftl.data.roles import ROLES, is_usual_name, type_name, usual_column, usual_pair
 from hftl.errors import DataError, nearest
 from hftl.logging import say
 
@@ -13,32 +14,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features
 
-NAMES: dict[str, tuple[str, ...]] = {
-    "image": ("image", "img", "picture", "photo", "pixel_values", "image_path", "file_name", "path"),
-    "text": ("text", "sentence", "content", "document", "review", "question", "utterance", "tweet", "comment"),
-    "words": ("tokens", "words", "text", "sentence"),
-    "tags": ("ner_tags", "tags", "ner", "labels", "label", "ner_labels", "pos_tags", "upos", "chunk_tags"),
-    "question": ("question", "query", "question_text"),
-    "context": ("context", "passage", "paragraph", "document", "text"),
-    "answers": ("answers", "answer"),
-    "label": ("label", "labels", "class", "target", "category", "fine_label", "intent", "y", "score", "rating"),
-}
-"""Usual names of columns by role, in the order in which they win over each other."""
-_SETTINGS = {"words": "text", "tags": "label", "question": "text", "context": "text_pair", "answers": "label"}
-"""Roles that are named by the setting of another one."""
 INPUTS = ("input_ids", "token_type_ids", "attention_mask", "pixel_values")
 """What models call their inputs; a label column of such a name would take the place of an input."""
-_PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("question", "context"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-    ("query", "passage"),
-    ("anchor", "positive"),
-)
 
 
 @dataclass(frozen=True)
@@ -61,24 +38,25 @@ def find_column(role: str, features: Features, given: str | None) -> Column:
     Raises:
         DataError: The named column does not exist; no column fits; or several fit equally well.
     """
-    listing = ", ".join(f"{name} ({_type_name(kind)})" for name, kind in features.items())
-    flag = f"data.{_SETTINGS.get(role, role)}_column"
+    listing = ", ".join(f"{name} ({type_name(kind)})" for name, kind in features.items())
+    flag = f"data.{ROLES[role].setting}"
     if given is not None:
-        if _SETTINGS.get(role, role) == "label" and given in INPUTS:
+        if ROLES[role].setting == "label_column" and given in INPUTS:
             raise DataError(f"{flag}: '{given}' is what models call an input; rename the column.")
         if given in features:
             return Column(given, f"named by {flag}")
         raise DataError(f"{flag}: there is no column '{given}'.{nearest(given, features)} Columns: {listing}.")
-    fitting = [name for name, kind in features.items() if _fits(role, kind)]
+    fitting = [name for name, kind in features.items() if ROLES[role].accepts(kind)]
     if role == "text":  # a column of class names holds text too, but is spoken for
-        fitting = [name for name in fitting if name.lower() not in NAMES["label"]]
-    typed = [name for name in fitting if _type_name(features[name]) in ("Image", "ClassLabel")]
-    known = [name for name in NAMES[role] if name in {f.lower() for f in fitting}]
-    by_name = [name for name in fitting if known and name.lower() == known[0]]
+        fitting = [name for name in fitting if not is_usual_name("label", name)]
+    typed = [name for name in fitting if type_name(features[name]) in ("Image", "ClassLabel")]
+    by_name = usual_column(role, {name: features[name] for name in fitting})
+    if role == "label" and by_name is None and not _has_images(features):  # there a score may describe an image
+        by_name = usual_column("score", features)
     if len(typed) == 1:
-        return Column(typed[0], f"the only {_type_name(features[typed[0]])} column")
-    if by_name:
-        return Column(by_name[0], "by its name")
+        return Column(typed[0], f"the only {type_name(features[typed[0]])} column")
+    if by_name is not None:
+        return Column(by_name, "by its name")
     if len(fitting) == 1 and role != "label":
         held = {"image": "images", "words": "words", "tags": "tags", "answers": "answers"}.get(role, "text")
         return Column(fitting[0], f"the only column that can hold {held}")
@@ -98,10 +76,11 @@ def find_text_columns(features: Features, text: str | None, pair: str | None) ->
         DataError: As `find_column`.
     """
     if text is None and pair is None:
-        for first, second in _PAIRS:
-            if first in features and second in features:
-                why = f"'{first}' and '{second}' name a pair"
-                return Column(first, why), Column(second, why)
+        names = usual_pair(features)
+        if names is not None:
+            first, second = names
+            why = f"'{first}' and '{second}' name a pair"
+            return Column(first, why), Column(second, why)
     column = find_column("text", features, text)
     if pair is None:
         return column, None
@@ -168,23 +147,5 @@ def label_codes(rows: Dataset, column: str) -> Any:
     return pc.fill_null(encoded.indices, len(encoded.dictionary)).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _fits(role: str, kind: Any) -> bool:
-    name = _type_name(kind)
-    if role == "image":  # columns of paths are images by now, where their paths may be opened
-        return name == "Image"
-    if role in ("text", "question", "context"):
-        return name in ("string", "large_string")
-    if role == "answers":
-        inner = getattr(kind, "feature", kind)
-        return isinstance(inner, Mapping) and {"text", "answer_start"} <= set(inner)
-    if role in ("words", "tags"):
-        return name in ("List", "LargeList") and _fits("label" if role == "tags" else "text", kind.feature)
-    if _type_name(getattr(kind, "feature", None)) in ("ClassLabel", "string", "large_string", "int32", "int64"):
-        return True  # lists of labels
-    return name == "ClassLabel" or name in ("string", "large_string", "bool", "float32", "float64") or "int" in name
-
-
-def _type_name(kind: Any) -> str:
-    if isinstance(kind, (list, Mapping)):
-        return "nested"
-    return str(kind.dtype) if type(kind).__name__ == "Value" else type(kind).__name__
+def _has_images(features: Features) -> bool:
+    return any(ROLES["image"].accepts(kind) for kind in features.values())

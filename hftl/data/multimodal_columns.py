@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from hftl.config.schema import DataConfig
-from hftl.data.columns import NAMES, arrow_column, find_column, find_text_columns
+from hftl.data.columns import arrow_column, find_column, find_text_columns
+from hftl.data.roles import is_usual_name
 from hftl.errors import DataError, nearest, shorten
 from hftl.logging import say
 
@@ -104,7 +105,7 @@ def _find_texts(found: MixedColumns, left: Any, config: DataConfig, ignored: set
         spoken = {*(config.categorical_columns or ()), *(config.numeric_columns or ())}
         strings = [name for name, kind in left.items() if _is_string(kind) and name not in spoken]
         for name in strings:
-            if name.lower() in NAMES["text"]:
+            if is_usual_name("text", name):
                 found.why[name] = "by its name"
             elif not _few_values(train, name):
                 found.why[name] = "strings with many different values"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
-from hftl.data.columns import NAMES, find_text_columns
+from hftl.data.columns import find_text_columns
+from hftl.data.roles import ROLES, is_usual_name
 from hftl.errors import DataError, shorten
 from hftl.logging import say
 
@@ -155,13 +156,13 @@ def _holds_paths(rows: Dataset, column: str) -> bool:
     """Whether all of the first cells of a column end as image files do."""
     cells = [value for value in rows.select_columns([column])[:_LOOKED_AT][column] if value]
     endings = [value.partition("?")[0].lower().endswith(IMAGES) and len(value) < 1024 for value in cells]
-    named = column.lower() in NAMES["image"]
+    named = is_usual_name("image", column)
     return bool(cells) and (all(endings) or named and any(endings))
 
 
 def _has_texts(rows: Dataset, config: DataConfig, column: str) -> bool:
     """Whether there are texts in other columns, so that the rows may be meant for these."""
-    labels = {config.label_column, *NAMES["label"]}
+    labels = {config.label_column, *ROLES["label"].usual_names}
     features = {name: kind for name, kind in rows.features.items() if name != column and name.lower() not in labels}
     try:
         find_text_columns(features, config.text_column, config.text_pair_column)  # pyright: ignore[reportArgumentType]

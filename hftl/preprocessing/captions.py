@@ -9,6 +9,7 @@ import numpy as np
 
 from hftl.data.columns import Column, arrow_column
 from hftl.data.image_decoding import Stored, quiet_pillow
+from hftl.data.roles import ROLES, usual_column, usual_columns
 from hftl.errors import DataError, nearest
 from hftl.loading.loader import Example
 from hftl.preprocessing.image_transforms import ImageProcessor, ImageRows, untouched_rng
@@ -16,11 +17,6 @@ from hftl.preprocessing.multimodal import VectorRows
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
-
-CAPTIONS = ("captions", "caption", "sentences", "text", "sentence", "description", "alt_text", "title")
-"""Usual names of columns with captions."""
-MATCHES = ("label", "match", "matches")
-"""Usual names of columns that say by 1 or 0 whether image and caption belong together."""
 
 
 class CaptionedRows:
@@ -121,7 +117,7 @@ def captioned_rows(
     split: str,
 ) -> CaptionedRows:
     """Returns rows as `CaptionedRows`, of the kind that the column of captions makes possible."""
-    one = captions is not None and _is_text(dataset.features[captions])
+    one = captions is not None and ROLES["text"].accepts(dataset.features[captions])
     kind = SingleCaptionRows if one and image is not None else CaptionedRows
     return kind(dataset, image, captions, processor, seed, max_pixels, split)
 
@@ -136,16 +132,16 @@ def find_captions(features: Features, given: str | None) -> Column:
     Raises:
         DataError: There is none, or several could be it.
     """
-    fitting = [name for name, kind in features.items() if _is_text(kind) or _is_texts(kind)]
+    fitting = [name for name, kind in features.items() if ROLES["captions"].accepts(kind)]
     listing = ", ".join(features)
     if given is not None:
         if given in fitting:
             return Column(given, "named by data.text_column")
         what = "holds neither texts nor lists of texts" if given in features else "is not there"
         raise DataError(f"data.text_column: '{given}' {what}.{nearest(given, features)} Columns: {listing}.")
-    named = [name for name in CAPTIONS if name in fitting]
-    if named:
-        return Column(named[0], "by its name")
+    named = usual_column("captions", features)
+    if named is not None:
+        return Column(named, "by its name")
     if len(fitting) == 1:
         return Column(fitting[0], "the only column that can hold texts")
     found = f"{' and '.join(fitting)} could each hold the captions" if fitting else "no column holds captions"
@@ -158,7 +154,7 @@ def find_match(rows: Dataset, given: str | None) -> str | None:
     Raises:
         DataError: `given` (`data.label_column`) is not such a column.
     """
-    names = [given] if given is not None else [name for name in MATCHES if name in rows.features]
+    names = [given] if given is not None else usual_columns("match", rows.features)
     for name in names:
         if name not in rows.features:
             raise DataError(
@@ -189,12 +185,3 @@ def without_caption(rows: Dataset, column: str) -> list[int]:
         if not texts or any(not isinstance(text, str) or not text.strip() for text in texts):
             bad.append(row)
     return bad
-
-
-def _is_text(kind: Any) -> bool:
-    return getattr(kind, "dtype", None) in ("string", "large_string")
-
-
-def _is_texts(kind: Any) -> bool:
-    inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
-    return inner is not None and _is_text(inner)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
-from hftl.data.columns import NAMES, find_column, find_text_columns
+from hftl.data.columns import find_column, find_text_columns
+from hftl.data.roles import ROLES, is_usual_name, usual_column
 from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, nearest
 from hftl.logging import muted, say
 from hftl.tasks.registry import TASKS
 from hftl.tasks.targets.detection.bounding_boxes import find_objects
-from hftl.tasks.targets.segmentation.masks import MASK_NAMES
 from hftl.tasks.task import SupervisedTask
 
 if TYPE_CHECKING:
     from datasets import Features
 
 AUTO = "auto"
-_CAPTIONS = ("caption", "captions")
 
 
 def task_of(name: str) -> Callable[[Splits], SupervisedTask]:
@@ -68,42 +67,47 @@ def _object_detection(features: Features, config: DataConfig) -> str:
 
 
 def _semantic_segmentation(features: Features, config: DataConfig) -> str:
-    images = _images(features)
-    given = config.label_column
-    masks = [name for name in images if (name == given if given else name.lower() in MASK_NAMES)]
-    return f"column '{masks[0]}' holds an image for each image" if len(images) == 2 and len(masks) == 1 else ""
+    images = {name: features[name] for name in _images(features)}
+    mask = config.label_column if config.label_column in images else _named("mask", images, config.label_column)
+    return f"column '{mask}' holds an image for each image" if len(images) == 2 and mask else ""
 
 
 def _question_answering(features: Features, config: DataConfig) -> str:
-    wanted = {"question", "context", "answers"}
-    return "columns 'question', 'context' and 'answers'" if wanted <= set(features) else ""
+    question = _named("question", features, config.text_column)
+    context = _named("context", features, config.text_pair_column)
+    answers = _named("answers", features, config.label_column) or _other_answers(features, config)
+    return f"columns '{question}', '{context}' and '{answers}'" if question and context and answers else ""
+
+
+def _other_answers(features: Features, config: DataConfig) -> str:
+    """Returns a column of answers with an unusual name; or with a usual one and a type that its reader rejects."""
+    if config.label_column:
+        return ""
+    typed = [name for name, kind in features.items() if ROLES["answers"].accepts(kind)]
+    named = [name for name in features if is_usual_name("answers", name) and not _labelled(features, config)]
+    return typed[0] if len(typed) == 1 else next(iter(named), "")
 
 
 def _token_classification(features: Features, config: DataConfig) -> str:
-    lists = {name: _inside(kind) for name, kind in features.items()}
-    words = [
-        name for name, inside in lists.items() if inside == "string" and name in (config.text_column, "tokens", "words")
-    ]
-    tags = [name for name, inside in lists.items() if inside and (_is_tags(name) or name == config.label_column)]
-    return f"column '{words[0]}' holds words and '{tags[0]}' a tag for each" if words and tags else ""
-
-
-def _is_tags(name: str) -> bool:
-    return "tag" in name.lower() or name.lower() in NAMES["tags"]
+    words = _named("words", features, config.text_column)
+    lists = {name: kind for name, kind in features.items() if name != words and ROLES["tags"].accepts(kind)}
+    tags = _named("tags", lists, config.label_column)
+    if not (tags or config.label_column):
+        tags = next((name for name in lists if "tag" in name.lower()), "")
+    return f"column '{words}' holds words and '{tags}' a tag for each" if words and tags else ""
 
 
 def _image_text_retrieval(features: Features, config: DataConfig) -> str:
-    captions = [name for name in features if name.lower() in _CAPTIONS]
+    captions = _named("captions", features, config.text_column)
     unlabelled = not _labelled(features, config)
-    return f"images with captions in column '{captions[0]}'" if _images(features) and captions and unlabelled else ""
+    return f"images with captions in column '{captions}'" if _images(features) and captions and unlabelled else ""
 
 
 def _image_text_classification(features: Features, config: DataConfig) -> str:
     if not (_found("image", features, config.image_column) and _labelled(features, config)):
         return ""
-    texts = [name for name, kind in features.items() if _type(kind) == "string" and name.lower() in NAMES["text"]]
-    named = [name for name in (config.text_column,) if name]
-    return f"images, texts in column '{(named + texts)[0]}', and labels" if named + texts else ""
+    text = config.text_column or usual_column("text", features)
+    return f"images, texts in column '{text}', and labels" if text else ""
 
 
 def _image_classification(features: Features, config: DataConfig) -> str:
@@ -125,6 +129,7 @@ def _text_classification(features: Features, config: DataConfig) -> str:
             text, pair = find_text_columns(features, config.text_column, config.text_pair_column)
         except DataError:
             return ""
+    # labels and scores train a classifier of pairs, whatever their column is called
     return f"pairs of texts '{text.name}' and '{pair.name}'" if pair else f"texts in column '{text.name}'"
 
 
@@ -171,16 +176,11 @@ def _text_error(features: Features, config: DataConfig) -> list[str]:
 
 
 def _images(features: Features) -> list[str]:
-    return [name for name, kind in features.items() if _type(kind) == "Image"]
+    return [name for name, kind in features.items() if ROLES["image"].accepts(kind)]
 
 
-def _type(kind: Any) -> str:
-    if type(kind).__name__ != "Value":
-        return type(kind).__name__
-    return "string" if kind.dtype == "large_string" else str(kind.dtype)
-
-
-def _inside(kind: Any) -> str:
-    """Returns the type of the items of a column of lists; empty for other columns."""
-    inner = kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", None)
-    return _type(inner) if inner is not None else ""
+def _named(role: str, features: Mapping[str, Any], given: str | None) -> str:
+    """Returns the column of a role that the configuration or its usual name names; empty where there is none."""
+    if given is not None:
+        return given if given in features and ROLES[role].accepts(features[given]) else ""
+    return usual_column(role, features) or ""

@@ -17,16 +17,13 @@ import numpy as np
 from hftl.data.columns import Column
 from hftl.data.image_decoding import Stored, place, quiet_pillow, upright_size
 from hftl.data.layouts.coco_files import DRAWN_ON
+from hftl.data.roles import OBJECT_FIELDS, item_type, usual_column
 from hftl.data.validation import BadRow
 from hftl.errors import DataError, nearest, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-_BOX = ("bbox", "boxes", "bboxes", "box")
-_CATEGORY = ("category", "categories", "category_id", "label", "labels", "class", "name")
-_CROWD = ("iscrowd", "is_crowd", "crowd")
-_USUAL = ("objects", "annotations", "annotation", "labels", "boxes", "detections")
 _AT_ONCE = 256
 _SHARES = 1 + 1e-6
 """Right and bottom of boxes in shares of the image at most, with the rounding of float32."""
@@ -182,9 +179,9 @@ def find_objects(features: Features, given: str | None) -> tuple[Column, ObjectC
         if given not in fitting:
             raise DataError(f"data.label_column: '{given}' holds no objects: that is {wanted}.")
         return Column(given, "named by data.label_column"), fitting[given]
-    named = [name for usual in _USUAL for name in fitting if name.lower() == usual]
-    if named:
-        return Column(named[0], "by its name"), fitting[named[0]]
+    named = usual_column("objects", {name: features[name] for name in fitting})
+    if named is not None:
+        return Column(named, "by its name"), fitting[named]
     if len(fitting) == 1:
         (name,) = fitting
         return Column(name, "the only column with boxes and categories"), fitting[name]
@@ -196,23 +193,17 @@ def find_objects(features: Features, given: str | None) -> tuple[Column, ObjectC
 def _understood(name: str, kind: Any) -> ObjectColumn | None:
     """Returns how a column of this type is read, or None where it does not hold objects."""
     listed = not isinstance(kind, Mapping)
-    fields = _item(kind) if listed else kind
+    fields = item_type(kind) if listed else kind
     if not isinstance(fields, Mapping):
         return None
-    box, category, crowd = (next((field for field in usual if field in fields), None) for usual in _FIELDS)
+    box, category, crowd = (
+        next((field for field in OBJECT_FIELDS[role] if field in fields), None) for role in ("box", "category", "crowd")
+    )
     if box is None or category is None:
         return None
-    names = getattr(fields[category] if listed else _item(fields[category]), "names", None)
+    names = getattr(fields[category] if listed else item_type(fields[category]), "names", None)
     size = DRAWN_ON if not listed and DRAWN_ON in fields else None
     return ObjectColumn(name, box, category, crowd, listed, tuple(names) if names else None, size)
-
-
-def _item(kind: Any) -> Any:
-    """Returns the type of a list's items, or None where `kind` is no list."""
-    return kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
-
-
-_FIELDS = (_BOX, _CATEGORY, _CROWD)
 
 
 def categories_of(rows: Dataset, column: ObjectColumn) -> dict[Any, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hftl.data.columns import arrow_column
+from hftl.data.roles import ROLES, usual_column
 from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import nearest, shorten
@@ -25,8 +26,6 @@ from hftl.tasks.task import Batch, Outputs
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SCORES = ("score", "similarity", "similarity_score", "relatedness_score", "label", "labels")
-"""Usual names of columns that say how alike a pair is."""
 SCALE = 20.0
 """What cosines of texts are multiplied by before a softmax, as is usual (sentence-transformers)."""
 
@@ -144,14 +143,16 @@ def find_pair_target(splits: Splits, texts: Sequence[str]) -> PairScores | Posit
         texts: The text columns.
     """
     features, config = splits["train"].features, splits.config
-    column = config.label_column or next((name for name in SCORES if name in features and name not in texts), None)
+    others = {name: kind for name, kind in features.items() if name not in texts}
+    column = config.label_column or usual_column("score", others)
     wanted = config.pair_loss
     if column is None:
         found = PositivePairs(texts)
         if wanted not in ("auto", "infonce"):
             found.problems = [
                 f"data.pair_loss: '{wanted}' learns from scores, and there is no column of them (looked for "
-                f"{', '.join(SCORES)}). Say --data.label_column NAME, or infonce for pairs that belong together."
+                f"{', '.join(ROLES['score'].usual_names)}). Say --data.label_column NAME, or infonce for pairs that "
+                "belong together."
             ]
         found.problems += _single_rows(splits)
         say("data: no scores (data.label_column): the texts of each row are taken to belong together")

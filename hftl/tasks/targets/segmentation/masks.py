@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hftl.config.schema import DataConfig
-from hftl.data.columns import NAMES, Column
+from hftl.data.columns import Column
 from hftl.data.image_decoding import Stored, decode_indices, place, quiet_pillow, upright_size
+from hftl.data.roles import usual_column
 from hftl.data.validation import BadRow
 from hftl.errors import DataError, nearest, shorten
 from hftl.logging import say
@@ -22,9 +23,6 @@ from hftl.logging import say
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-MASK_NAMES = ("mask", "masks", "annotation", "segmentation", "seg_map", "semantic", "semantic_mask", "label", "labels",
-              "target", "gt")  # fmt: skip
-"""Usual names of the column with masks, in the order in which they win over each other."""
 VOID = 255
 """What pixels of no class hold by custom (PASCAL VOC, Cityscapes, ADE20k)."""
 _VOID_NAME = re.compile(r"\b(void|ignored?|unlabell?ed)\b", re.IGNORECASE)
@@ -47,11 +45,10 @@ def find_image_and_mask(features: Features, config: DataConfig) -> tuple[Column,
             raise DataError(f"data.{flag}: '{name}' {why}.{nearest(name, images)} Columns: {listing}.")
     chosen = {"image": config.image_column, "mask": config.label_column}
     why = {"image": "named by data.image_column", "mask": "named by data.label_column"}
-    usual = {"image": NAMES["image"], "mask": MASK_NAMES}
     open_roles = [role for role in ("mask", "image") if chosen[role] is None]
     for role in open_roles:
         left = [name for name in images if name not in chosen.values()]
-        chosen[role] = next((name for known in usual[role] for name in left if name.lower() == known), None)
+        chosen[role] = usual_column(role, {name: features[name] for name in left})
         why[role] = "by its name"
     left = [name for name in images if name not in chosen.values()]
     missing = [role for role in open_roles if chosen[role] is None]

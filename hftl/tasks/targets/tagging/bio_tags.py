@@ -10,11 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hftl.data.columns import arrow_column
+from hftl.data.columns import Column, arrow_column, find_column
+from hftl.data.roles import ROLES, usual_column
 from hftl.data.splits import Splits
 from hftl.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 OUTSIDE = "O"
 _PREFIXED = re.compile(r"([BIMESLU])-(.+)", re.DOTALL)
@@ -104,6 +108,19 @@ def _goes_on(before: tuple[str, str] | None, now: tuple[str, str] | None) -> boo
     if before is None or now is None:
         return False
     return before[1] == now[1] and before[0] not in _CLOSES and now[0] not in _OPENS
+
+
+def find_tags(features: Features, given: str | None) -> Column:
+    """Returns the column of tags: named by `data.label_column`, by a usual name, or the only list named like "pos_tag".
+
+    Raises:
+        DataError: As `find_column`.
+    """
+    if given is None and usual_column("tags", features) is None:
+        lists = [name for name, kind in features.items() if ROLES["tags"].accepts(kind) and "tag" in name.lower()]
+        if len(lists) == 1:
+            return Column(lists[0], "the only list with 'tag' in its name")
+    return find_column("tags", features, given)
 
 
 def tag_names(splits: Splits, column: str) -> tuple[list[str], str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hftl.data.columns import arrow_column, find_column
+from hftl.data.columns import arrow_column
 from hftl.data.splits import Splits
 from hftl.data.validation import BadRow, BadRows
 from hftl.errors import DataError, shorten
@@ -21,7 +21,7 @@ from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.sliding_windows import HOME, words_in
 from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
-from hftl.tasks.targets.tagging.bio_tags import OUTSIDE, TagReader, tag_names
+from hftl.tasks.targets.tagging.bio_tags import OUTSIDE, TagReader, find_tags, tag_names
 from hftl.tasks.targets.tagging.metrics import EntityMetrics
 from hftl.tasks.task import Outputs
 
@@ -62,7 +62,7 @@ class WordTags:
         """
         train = splits["train"]
         try:
-            column = find_column("tags", train.features, splits.config.label_column)
+            column = find_tags(train.features, splits.config.label_column)
             tags, origin = tag_names(splits, column.name)
         except DataError as error:
             found = cls("tags", [], words)
