@@ -1,6 +1,7 @@
 """Recipes and commands in real processes of their own that cost no imports: a server imports everything once and forks.
 
-`python tests/forked.py` is the server; `Forks` starts it and asks it for processes.
+`python tests/forked.py FOLDER` is the server; `Forks` starts it and sends requests. Each request has a connection and a
+process of its own that answers it: no answer can be taken for another one, however late it is.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import os
 import runpy
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))
@@ -34,6 +38,12 @@ OURS = (
 """What a recipe or command imports on its way; without it a process begins slower, nothing else."""
 
 
+START_S = 280.0
+"""Seconds that the server may take to import everything: 10 on an idle machine; below the time limit of a test."""
+ANSWER_S = 120.0
+"""Seconds that it may take to fork, or to notice that a killed process has ended."""
+FULL, BARE = "full", "bare"
+"""Sockets of the server and of its twin that has never imported hftl."""
 QUIET = [("no_pictures", [])]
 """Most runs of the fault tests draw no report."""
 
@@ -41,18 +51,64 @@ QUIET = [("no_pictures", [])]
 class Forks:
     """Starts recipes as forked processes. One at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, preload: bool = True) -> None:
+        self.preload = preload
+        self.number = 0
+        self.running: Attempt | None = None
+        self._start_server()
+
+    def _start_server(self) -> None:
         environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
         environment["PYTHONPATH"] = str(TESTS.parent)
+        self.ready = False
+        self.folder = tempfile.TemporaryDirectory(prefix="forks_")
         self.server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, self.folder.name, *([] if self.preload else ["--bare"])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment},
         )
-        self.number = 0
-        self.running: Attempt | None = None
+
+    def _wait_until_ready(self) -> None:
+        """Waits for the message of a server that has just been started; one that fails is replaced next time."""
+        if self.ready:
+            return
+        arrived = select.select([self.server.stdout], [], [], START_S)[0]
+        if not arrived or self.server.stdout.readline() != "ready\n":
+            self.close()
+            raise RuntimeError(f"the fork server did not start within {START_S:.0f} s: status {self.server.returncode}")
+        self.ready = True
+
+    def _request(self, wanted: dict[str, Any]) -> tuple[Connection, list[int]]:
+        """Sends a request, once more if the server was lost; returns its connection and the process ids."""
+        for last in (False, True):
+            if self.server.poll() is not None:
+                self.close()
+                self._start_server()
+            self._wait_until_ready()
+            try:
+                return self._ask(wanted)
+            except (EOFError, ConnectionError):
+                if last:
+                    raise
+                self.server.kill()  # its twin is lost, or it is ending
+                self.server.wait()
+        raise AssertionError("unreachable")
+
+    def _ask(self, wanted: dict[str, Any]) -> tuple[Connection, list[int]]:
+        client = socket.socket(socket.AF_UNIX)
+        try:
+            client.connect(str(Path(self.folder.name, BARE if wanted.get("without_hftl") else FULL)))
+            connection = Connection(client.detach())
+        finally:
+            client.close()
+        try:
+            connection.send(wanted)
+            return connection, receive(connection, ANSWER_S)
+        except BaseException:
+            connection.close()
+            raise
 
     def start(self, flags, logs, processes=1, faults=(), recipe="text_classification", environment=None) -> Attempt:
         """Begins `recipe` with command-line flags on some processes, which share a gloo group.
@@ -86,9 +142,8 @@ class Forks:
             {**shared, **({"RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {})} for r in range(processes)
         ]
         wanted |= {"ranks": ranks, "logs": [*map(str, files)]}
-        self.server.stdin.write(json.dumps(wanted) + "\n")
-        self.server.stdin.flush()
-        self.running = Attempt(self, self.answer("pids", 60), files)
+        connection, pids = self._request(wanted)
+        self.running = Attempt(self, connection, pids, files)
         return self.running
 
     def run(self, flags, logs, timeout=120, **options) -> tuple[list[int], str]:
@@ -104,27 +159,39 @@ class Forks:
 
         `without_hftl`: in a process that has never imported hftl and cannot.
         """
-        wanted = {"command": [*map(str, words)], "cwd": str(cwd), "without_hftl": without_hftl}
-        attempt = self._begin(wanted, logs, processes, {**os.environ, **environment})
+        attempt = self.start_command(words, logs, processes, cwd, without_hftl, **environment)
         statuses = attempt.wait(timeout)
         return statuses, attempt.said()
 
-    def answer(self, name: str, timeout: float) -> list[int]:
-        """Returns what the server says next."""
-        if not select.select([self.server.stdout], [], [], timeout)[0]:
-            raise TimeoutError(name)
-        return json.loads(self.server.stdout.readline())[name]
+    def start_command(self, words, logs, processes=1, cwd=TESTS.parent, without_hftl=False, **environment) -> Attempt:
+        """Begins what `command` runs."""
+        wanted = {"command": [*map(str, words)], "cwd": str(cwd), "without_hftl": without_hftl}
+        return self._begin(wanted, logs, processes, {**os.environ, **environment})
 
     def close(self) -> None:
+        """Ends the server and its twin, which see that their standard input is closed."""
         self.server.stdin.close()
-        self.server.wait(30)
+        try:
+            self.server.wait(30)
+        except subprocess.TimeoutExpired:
+            self.server.kill()
+            self.server.wait()
+        self.server.stdout.close()
+        self.folder.cleanup()
+
+
+def receive(connection: Connection, timeout: float) -> Any:
+    """Returns the next answer to a request."""
+    if not connection.poll(timeout):
+        raise TimeoutError(f"no answer from the fork server for {timeout:.0f} s")
+    return connection.recv()
 
 
 class Attempt:
     """Processes that were started together."""
 
-    def __init__(self, forks: Forks, pids: list[int], files: list[Path]) -> None:
-        self.forks, self.pids, self.files = forks, pids, files
+    def __init__(self, forks: Forks, connection: Connection, pids: list[int], files: list[Path]) -> None:
+        self.forks, self.connection, self.pids, self.files = forks, connection, pids, files
         self.started = time.monotonic()
 
     def send(self, number: int, rank: int | None = None, group: bool = False) -> None:
@@ -150,71 +217,96 @@ class Attempt:
     def wait(self, timeout: float = 120) -> list[int]:
         """Returns the exit statuses when all have ended."""
         try:
-            statuses = self.forks.answer("statuses", timeout)
+            statuses = receive(self.connection, timeout)
         except TimeoutError:
             self.end()
             said = "\n".join(map(self.said, range(len(self.pids))))
             raise AssertionError(f"still running after {timeout} s:\n{said}") from None
-        self.forks.running = None
+        except BaseException:
+            self.end()
+            raise
+        self._leave()
         return statuses
 
     def end(self) -> None:
         """Kills what is left of it."""
         self.send(signal.SIGKILL)
-        self.forks.answer("statuses", 20)
+        with contextlib.suppress(TimeoutError, EOFError, OSError):
+            receive(self.connection, ANSWER_S)
+        self._leave()
+
+    def _leave(self) -> None:
+        self.connection.close()
         self.forks.running = None
 
     def said(self, rank: int = 0) -> str:
         return self.files[rank].read_text(errors="replace")
 
 
-def serve() -> None:
-    """Reads wishes, forks, answers with the process ids and then with their exit statuses.
+def serve(folder: str, preload: bool) -> None:
+    """Imports everything, says so, and answers requests: for processes without hftl in a twin that has not seen it."""
+    listeners = {}
+    for name in (FULL, BARE):
+        listeners[name] = socket.socket(socket.AF_UNIX)
+        listeners[name].bind(str(Path(folder, name)))
+        listeners[name].listen()
+    if preload:
+        import torch
 
-    A second server, forked before hftl is imported, fulfils the wishes for processes without it.
-    """
-    import torch
+        torch.set_num_threads(1)
+        for name in LIBRARIES:
+            importlib.import_module(name)
+        import matplotlib
 
-    torch.set_num_threads(1)
-    for name in LIBRARIES:
-        importlib.import_module(name)
-    import matplotlib
-
-    matplotlib.use("svg")
-    source, sink = os.pipe()
+        matplotlib.use("svg")
     if os.fork() == 0:
-        os.close(sink)
+        listeners[FULL].close()
         sys.modules["hftl"] = None
-        return fulfil(os.fdopen(source))
-    os.close(source)
-    import hftl
+        return answer_requests(listeners[BARE])
+    listeners[BARE].close()
+    if preload:
+        import hftl
 
-    for name in hftl.__all__:
-        getattr(hftl, name)
-    for name in OURS:
-        importlib.import_module(name)
-    fulfil(sys.stdin, os.fdopen(sink, "w"))
+        for name in hftl.__all__:
+            getattr(hftl, name)
+        for name in OURS:
+            importlib.import_module(name)
+    print("ready", flush=True)
+    answer_requests(listeners[FULL])
 
 
-def fulfil(wishes, without_hftl=None) -> None:
-    """Forks what each line of `wishes` asks for, or hands the line on to the server without hftl."""
+def answer_requests(listener: socket.socket) -> None:
+    """Forks a process for each request until the tests have ended; returns in the processes that were asked for."""
     gc.collect()
     gc.freeze()  # or each process would walk through all that was imported
-    for line in wishes:
-        wish = json.loads(line)
-        if wish.get("without_hftl") and without_hftl is not None:
-            print(line, end="", file=without_hftl, flush=True)
-            continue
-        pids = []
-        for rank, (environment, log) in enumerate(zip(wish["ranks"], wish["logs"], strict=True)):
-            pid = os.fork()
-            if pid == 0:
-                return play(wish, rank, environment, log)
-            pids.append(pid)
-        print(json.dumps({"pids": pids}), flush=True)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        print(json.dumps({"statuses": statuses}), flush=True)
-    os._exit(0)  # the libraries' complaints at exit say nothing of the tests
+    while True:
+        arrived, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in arrived:
+            os._exit(0)  # the libraries' complaints at exit say nothing of the tests
+        client, _ = listener.accept()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass  # those that have answered
+        if os.fork() == 0:
+            listener.close()
+            return answer(Connection(client.detach()))
+        client.close()
+
+
+def answer(connection: Connection) -> None:
+    """Forks what a request asks for, and sends the process ids and then their exit statuses."""
+    wish = connection.recv()
+    pids = []
+    for rank, (environment, log) in enumerate(zip(wish["ranks"], wish["logs"], strict=True)):
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            return play(wish, rank, environment, log)
+        pids.append(pid)
+    with contextlib.suppress(OSError):  # who asked may have left
+        connection.send(pids)
+        connection.send([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    os._exit(0)
 
 
 def play(wish, rank: int, environment: dict[str, str], log: str) -> None:
@@ -260,4 +352,4 @@ def execute(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1], preload="--bare" not in sys.argv)
