@@ -119,6 +119,7 @@ FLAGS = [
     "train.max_steps",
     "train.metrics",
     "train.num_epochs",
+    "train.num_threads",
     "train.on_nonfinite",
     "train.on_oom",
     "train.schedule",
@@ -352,7 +353,9 @@ def test_a_dumped_configuration_loads_equal(tmp_path):
             frozen=FrozenConfig(False, 2, [1.0, 1e-9], [0.5], 3),
             probe=ProbeConfig("knn", 3),
         ),
-        TrainConfig(0.5, 7, 1e-30, 3e-4, metrics=["a,b"], trackers=[], schedule="cosine", best_metric="macro_f1"),
+        TrainConfig(
+            0.5, 7, 1e-30, 3e-4, num_threads=3, metrics=["a,b"], trackers=[], schedule="cosine", best_metric="macro_f1"
+        ),
         CheckpointConfig(None, 7, 1),
         output_dir="12",
         overwrite=True,
@@ -408,6 +411,7 @@ def test_every_configuration_that_we_ship_parses():
         ("train.num_epochs", [0.1, None], [0, -1]),
         ("train.head_first", [0, 0.5, None], [-0.1, 1]),
         ("train.max_steps", [1, None], [0]),
+        ("train.num_threads", [1, None], [0, -1, 5000]),
         ("train.lr", [0, 1e-3, None], [-1e-3, math.nan, math.inf]),
         ("train.head_lr", [0, None], [-1e-3, math.nan, math.inf]),
         ("train.weight_decay", [0], [-0.1, math.nan, math.inf]),

@@ -252,6 +252,7 @@ def test_rows_that_are_too_few_for_a_validation_split_are_refused(table):
 def test_an_effective_batch_larger_than_the_data_is_refused(image_run, monkeypatch):
     for batch, accumulation, world in ((37, 1, 1), (8, 5, 1), (10, 2, 2)):
         monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         run = image_run(batch_size_per_device=batch, gradient_accumulation_steps=accumulation)
         problem = the_only(refused(run))
         assert f"effective batch of {batch * accumulation * world}" in problem and "36 training rows" in problem

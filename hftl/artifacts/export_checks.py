@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hftl.artifacts.exporters import Compute
 from hftl.config.schema import DataConfig, RunConfig, TrainConfig
 from hftl.evaluation.evaluate import evaluate_rows
+from hftl.launcher import build_accelerator
 from hftl.loading.loader import Rows
 from hftl.logging import muted
 from hftl.models.oom_retry import RowLimit
@@ -77,12 +78,10 @@ def largest_differences(
 
 def metrics_of(compute: Compute, model: TaskModel, real: RealRows, data: DataConfig) -> dict[str, float]:
     """Returns the metrics of all rows, by the same path as those of the trained model."""
-    from accelerate import Accelerator
-
     run = RunConfig(data=data, train=TrainConfig(batch_size_per_device=32))
     with muted():
         stand_in = cast(TaskModel, _Exported(compute, model.modality))
-        return evaluate_rows(Accelerator(), stand_in, real.task, real.rows, run)
+        return evaluate_rows(build_accelerator(), stand_in, real.task, real.rows, run)
 
 
 def milliseconds(opened: Mapping[str, Compute], real: RealRows) -> dict[str, dict[str, float]]:

@@ -193,6 +193,8 @@ def _command() -> str:
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Returns versions, devices and processes."""
+    import torch
+
     packages = {}
     for name in PACKAGES:
         try:
@@ -205,6 +207,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": _device(accelerator),
         "processes": accelerator.num_processes,
+        "cpu_threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision,
         "distributed": str(accelerator.distributed_type.value),
         "packages": packages,

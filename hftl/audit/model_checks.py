@@ -15,6 +15,7 @@ from hftl.config.schema import ModelConfig, RunConfig
 from hftl.data.splits import Splits
 from hftl.errors import FeatureError
 from hftl.features.cache import compute_features
+from hftl.launcher import build_accelerator
 from hftl.logging import muted
 from hftl.models.build import build_model
 from hftl.models.task_model import HeadSpec, TaskModel
@@ -89,9 +90,7 @@ class ModelLook:
 
     def features(self) -> dict[str, Any] | str:
         """Returns the features of the usable rows of each split [n, D]; a sentence that says why where that failed."""
-        from accelerate import Accelerator
-
-        accelerator = Accelerator()
+        accelerator = build_accelerator()
         found: dict[str, Features] = {}
         model = self.model.to(accelerator.device)
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from hftl.config.schema import DataConfig
 from hftl.distributed import readable
 from hftl.errors import ConfigError, nearest
+from hftl.launcher import threads_option
 from hftl.logging import leave_process_group
 
 
@@ -167,6 +168,7 @@ def run_with_launcher(arguments: list[str]) -> None:
         config = Path("accelerate_config.yaml")
         if "--config_file" not in before and config.is_file():
             before = ["--config_file", str(config), *before]
+        before = [*threads_option(before), *before]
         command = [sys.executable, "-m", "accelerate.commands.launch", *before, str(recipe), *after]
     sys.stdout.flush()
     os.execv(sys.executable, command)

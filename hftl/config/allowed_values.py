@@ -52,6 +52,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "train.log_every": (1, float("inf"), "at least 1"),
     "train.early_stopping_patience": (1, float("inf"), "at least 1"),
     "train.max_nonfinite": (1, float("inf"), "at least 1"),
+    "train.num_threads": (1, 4096, "1 to 4096"),
     "train.timeout_minutes": (1e-3, float("inf"), "above 0"),
     "checkpoint.every_minutes": (1e-9, float("inf"), "above 0"),
     "checkpoint.every_steps": (1, float("inf"), "at least 1"),

@@ -273,6 +273,10 @@ class TrainConfig:
     on_oom: OnOutOfMemory = "halve"
     """Out of memory. halve: run the same step again in micro-batches of half the rows (and exchange gradients after the
     backward pass, so that no process waits for one that tries again). raise: end with an error."""
+    num_threads: int | None = None
+    """CPU threads per process, at least 1. By default those of OMP_NUM_THREADS, or of `accelerate launch
+    --num_cpu_threads_per_process`, or the cores that the process may use, divided by the processes on the machine.
+    Results are bitwise equal for the same number only."""
     timeout_minutes: float = 10.0
     """Time after which a process that waits for another one ends with an error."""
 

@@ -14,6 +14,7 @@ from hftl.data.usable_rows import load_usable_splits
 from hftl.distributed import together
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import Layers
+from hftl.launcher import build_accelerator
 from hftl.logging import say
 from hftl.models.build import build_model
 from hftl.tasks.auto_task import infer_task
@@ -59,12 +60,10 @@ def write_features(
         ModelError: The model does not.
         FeatureError: Features cannot be computed or kept.
     """
-    from accelerate import Accelerator
-
     data = source if isinstance(source, DataConfig) else DataConfig(source)
     run = RunConfig(data, ModelConfig(model), train=TrainConfig(batch_size_per_device=batch_size))
     folder = output_folder(output)
-    accelerator = Accelerator()
+    accelerator = build_accelerator()
     make: Callable[[Splits], Task] = task or (lambda splits: infer_task(splits)(splits))
     splits, _ = load_usable_splits(run.data, make)
     made = make(splits)

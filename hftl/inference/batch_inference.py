@@ -14,6 +14,7 @@ from hftl.errors import DataError, nearest
 from hftl.evaluation.evaluate import TableWriter
 from hftl.inference.predictor import load
 from hftl.inference.zero_shot import Labelled, Ranked, images_alone, prompts
+from hftl.launcher import require_group
 from hftl.logging import muted, say
 from hftl.redaction import shown
 from hftl.tasks.task import Task, input_kinds, optional_columns
@@ -44,6 +45,7 @@ def evaluate_place(
         ArtifactError: The model does not open.
         DataError: The data does not, or has labels that the model does not know.
     """
+    require_group()
     _check_output(output)
     predictor = load(place, revision)
     rows = labelled_rows(predictor.task, predictor.data, source, split, predictor.left_out)
@@ -82,6 +84,7 @@ def predict_to_table(
         DataError: The input does not fit the model, or holds an image that cannot be decoded, which is named: a table
             with a row for each input has no place for one that was not looked at.
     """
+    require_group()
     in_folder = output is not None and not Path(output).suffix
     if not in_folder:
         _check_output(output)

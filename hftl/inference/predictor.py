@@ -13,6 +13,7 @@ from hftl.data.paths import IMAGES
 from hftl.errors import DataError, nearest, shorten
 from hftl.evaluation.evaluate import evaluate_rows
 from hftl.inference.zero_shot import Labelled, Texts, embed_texts, images_alone, prompts
+from hftl.launcher import build_accelerator
 from hftl.loading.loader import Rows
 from hftl.logging import muted
 from hftl.models.task_model import TaskModel
@@ -112,9 +113,7 @@ class Predictor:
         Returns:
             The metrics, where rows have labels.
         """
-        from accelerate import Accelerator
-
-        accelerator = Accelerator()
+        accelerator = build_accelerator()
         mine = writer if accelerator.is_main_process else None
         run = RunConfig(data=self.data, train=TrainConfig(batch_size_per_device=batch_size))
         with muted():

@@ -23,6 +23,7 @@ from hftl.data.validation import BadRows, records, write_quarantine
 from hftl.distributed import group_options, together
 from hftl.errors import ConfigError, DataError, HftlError, RunComplete, nearest
 from hftl.hub_client import name_problem, redacted, repository_problem
+from hftl.launcher import build_accelerator, launch_problem
 from hftl.logging import is_main_process, muted, say
 from hftl.models.build import model_name_problem, model_problem, skeleton, trust_problems
 from hftl.models.task_model import HeadSpec
@@ -70,7 +71,7 @@ def prepare(
     """
     if rows is not None:
         run = replace(run, data=replace(run.data, source=GIVEN + (Path(run.data.source).name or "rows")))
-    problems = [*run.problems, *value_problems(run)]
+    problems = [*run.problems, *value_problems(run), *filter(None, [launch_problem()])]
     splits, task = None, None
     try:
         make = make_task or cast("Callable[[Splits], T]", task_of(run.task))
@@ -131,7 +132,7 @@ def start(run: RunConfig) -> Accelerator:
         ConfigError: Another process trains in the run folder, or the launcher cuts the model over devices.
         DataError: Processes left out different rows.
     """
-    from accelerate import Accelerator
+    import torch
     from accelerate.utils import (
         GradientAccumulationPlugin,
         ProjectConfiguration,
@@ -142,7 +143,8 @@ def start(run: RunConfig) -> Accelerator:
     folder = get_run_folder(run)
     # the loop accumulates; as a plugin, because the launcher's environment overrides a plain number
     accumulation = GradientAccumulationPlugin(1, sync_with_dataloader=False)
-    accelerator = Accelerator(
+    accelerator = build_accelerator(
+        run.train.num_threads,
         gradient_accumulation_plugin=accumulation,
         log_with=[name for name in run.train.trackers if name] or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
@@ -167,7 +169,7 @@ def start(run: RunConfig) -> Accelerator:
     set_seed(run.train.seed)
     say(
         f"start: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}, run folder {folder}"
+        f"{torch.get_num_threads()} CPU thread(s) each, precision {accelerator.mixed_precision}, run folder {folder}"
     )
     return accelerator
 

@@ -27,7 +27,7 @@ MARKER = "config.yaml"
 MAY_CHANGE = (
     "checkpoint.", "data.max_skipped", "data.num_workers", "data.worker_timeout", "output_dir", "overwrite", "publish.",
     "resume", "train.batch_size_per_device", "train.gradient_accumulation_steps", "train.log_every",
-    "train.max_nonfinite", "train.on_", "train.timeout_minutes", "train.trackers",
+    "train.max_nonfinite", "train.num_threads", "train.on_", "train.timeout_minutes", "train.trackers",
 )  # fmt: skip
 """Settings that may differ when a run goes on. The rows of a step stay as they were, whatever batches it is made of."""
 MAY_BECOME = {"data.on_error": "skip"}

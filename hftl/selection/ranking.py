@@ -15,6 +15,7 @@ from hftl.data.usable_rows import load_usable_splits
 from hftl.errors import ConfigError, ModelError, nearest, shorten
 from hftl.features.labeled_features import Kind
 from hftl.features.transferability import ESTIMATORS
+from hftl.launcher import build_accelerator
 from hftl.logging import is_main_process, muted, say
 from hftl.selection.bootstrap_ranks import Score, by_size, compare_scores
 from hftl.selection.candidate import KINDS, LAYER_MEAN, Candidate, look_at
@@ -65,8 +66,6 @@ def rank(
     if by not in ESTIMATORS:
         raise ConfigError(f"--by: '{by}' is not one of {', '.join(ESTIMATORS)}.{nearest(by, ESTIMATORS)}")
     folder = None if output is None else output_folder(output)
-    from accelerate import Accelerator
-
     data = DataConfig(source=source) if isinstance(source, str) else source
     make = task or (lambda splits: infer_task(splits)(splits))
     splits, _ = load_usable_splits(data, make)
@@ -80,7 +79,7 @@ def rank(
     if kind not in ESTIMATORS[by].kinds:
         raise ConfigError(f"--by: {by} is not defined for labels of this kind ({kind}); say {REFERENCE}.")
     used = _some(splits["train"], rows, data.seed)
-    accelerator, candidates = Accelerator(), []
+    accelerator, candidates = build_accelerator(), []
     for number, name in enumerate(names, 1):
         run = RunConfig(data=data, model=replace(model or ModelConfig(), name=name))
         with muted():
