@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from tiny_tables import tiny_rows
 
 from hftl import DataConfig, ImageClassification, TextClassification, check, load_splits, prepare
 from hftl.audit import near_duplicate_images as near_images
@@ -465,12 +466,88 @@ def test_probes_of_few_rows_still_see_every_class(monkeypatch):
     assert known[np.arange(2000), codes][-6:].min() > 0.3
 
 
-def test_a_brief_look_never_ends_a_run(texts):
+def test_failed_quick_check_logs_reason_and_run_continues(text_run, monkeypatch, capsys):
+    from hftl.audit import quick_check
+
+    monkeypatch.setattr(quick_check, "_shared", lambda *_: 1 / 0)
+    prepare(text_run(), TextClassification)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("check: ")]
+    assert said == ["check: failed (ZeroDivisionError: division by zero); the run continues without it"]
+
+
+def test_quick_check_fails_in_one_line_and_skips_custom_tasks(texts):
     splits = load_splits(DataConfig(source=str(texts)))
     task = TextClassification(splits)
     assert brief(splits, object()) == []
     task.inputs.columns = ["gone"]
-    assert brief(splits, task) == []
+    (said,) = brief(splits, task)
+    assert said.startswith("failed (") and "gone" in said and "\n" not in said
+
+
+OTHER = {
+    "label": "b",
+    "tags": ["O", "O", "O", "B-x"],
+    "answers": {"text": ["of"], "answer_start": [6]},
+    "objects": {"bbox": [[2.0, 2.0, 5.0, 5.0]], "category": ["a"]},
+    "mask": Image.fromarray(np.eye(8, dtype=np.uint8)),
+    "score": 0.25,
+}
+"""A second label for the first row of each kind of label."""
+
+
+@pytest.mark.parametrize(
+    ("task", "names"),
+    [
+        ("text_classification", {"text": "text", "label": "label"}),
+        ("text_classification", {"question": "sentence1", "context": "sentence2", "label": "label"}),
+        ("text_embedding", {"question": "sentence1", "context": "sentence2", "score": "score"}),
+        ("image_classification", {"image": "image", "label": "label"}),
+        ("image_text_classification", {"image": "image", "text": "text", "label": "label"}),
+        ("semantic_segmentation", {"image": "image", "mask": "mask"}),
+        ("object_detection", {"image": "image", "objects": "objects"}),
+        ("token_classification", {"words": "tokens", "tags": "ner_tags"}),
+        ("question_answering", {"question": "question", "context": "context", "answers": "answers"}),
+        ("image_text_retrieval", {"image": "image", "captions": "caption"}),
+    ],
+)
+def test_quick_check_covers_every_kind_of_input(task, names):
+    from datasets import concatenate_datasets
+
+    from hftl.data.layouts.in_memory import given_rows
+    from hftl.tasks.registry import TASKS
+
+    sets = tiny_rows(names)
+    first, held = sets["train"].select([0]), sets["validation"]
+    changed = {names[role]: value for role, value in OTHER.items() if role in names}
+    again = first.map(lambda _: changed, features=first.features)
+    if "captions" in names:  # another caption of an image is neither a contradiction nor another image
+        first = again = first.map(lambda _: {"caption": "in other words"}, features=first.features)
+    sets["train"] = concatenate_datasets([sets["train"], again])
+    sets["validation"] = concatenate_datasets([first, held])
+    splits = load_splits(DataConfig(source="rows"), rows=given_rows(sets))
+    said = brief(splits, TASKS[task](splits))
+    assert "1 row of validation also stand in an earlier split" in said[0], said
+    assert ("2 rows of train, 1 row of validation have the same input as another row" in said[0]) == bool(changed), said
+
+
+@pytest.mark.parametrize("task", ["token_classification", "question_answering"])
+def test_quick_check_compares_positions_in_exact_texts_only(task):
+    from hftl.data.layouts.in_memory import given_rows
+    from hftl.tasks.registry import TASKS
+
+    rows = {
+        "token_classification": [
+            {"tokens": ["He", "said"], "tags": ["O", "B-x"]},
+            {"tokens": ["He", "said", "."], "tags": ["O", "B-x", "O"]},
+        ],
+        "question_answering": [
+            {"question": "who", "context": "it is he", "answers": {"text": ["he"], "answer_start": [6]}},
+            {"question": "who", "context": "it is, he", "answers": {"text": ["he"], "answer_start": [7]}},
+        ],
+    }[task]
+    splits = load_splits(DataConfig(source="rows"), rows=given_rows({"train": rows, "validation": rows[:1]}))
+    said = brief(splits, TASKS[task](splits))
+    assert "1 row of validation also stand" in said[0] and "another label" not in said[0]
 
 
 def test_rows_are_numbered_over_all_splits():

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from conftest import load_recipe
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
-from PIL import Image as Picture
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from tiny_tables import ANSWERS, NUMBER, TEXT, tiny_rows
 
 import hftl
 from hftl.config.schema import DataConfig, RunConfig
@@ -16,10 +15,8 @@ from hftl.errors import ConfigError, DataError, HftlError
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.registry import TASKS
 
-TEXT, NUMBER = Value("string"), Value("float64")
 BOXES = List({"bbox": List(NUMBER), "category": ClassLabel(names=["a", "b"])})
 PAIR_COLUMNS = {"text_column": "first", "text_pair_column": "second"}
-ANSWERS = {"text": List(TEXT), "answer_start": List(Value("int64"))}
 
 
 def splits(columns, **config):
@@ -109,35 +106,6 @@ USUAL_ROLES = {
     "image_text_classification": ("image", "text", "label"),
     "image_text_retrieval": ("image", "captions", "match"),
 }
-BOXED = {"bbox": [[1.0, 1.0, 5.0, 5.0]], "category": ["a"]}
-
-
-def tiny_column(role, count):
-    """Returns `count` values and their type, with two different labels."""
-    pixels = np.random.default_rng(count).integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
-    masks = np.arange(count * 64).reshape(count, 8, 8) % 2
-    texts = [f"row {number} of {count}" for number in range(count)]
-    answers = {"text": ["row"], "answer_start": [0]}
-    return {
-        "image": lambda: ([Picture.fromarray(each) for each in pixels], Image()),
-        "mask": lambda: ([Picture.fromarray(each.astype(np.uint8)) for each in masks], Image()),
-        "objects": lambda: ([BOXED] * count, {"bbox": List(List(NUMBER)), "category": List(TEXT)}),
-        "label": lambda: ((["a", "b"] * count)[:count], TEXT),
-        "words": lambda: ([text.split() for text in texts], List(TEXT)),
-        "tags": lambda: ([["B-x", "O", "O", "O"]] * count, List(TEXT)),
-        "answers": lambda: ([answers] * count, ANSWERS),
-        "match": lambda: (([1, 1, 0, 1] * count)[:count], Value("int64")),
-    }.get(role, lambda: (texts, TEXT))()
-
-
-def tiny_rows(names):
-    """Returns 8 training and 4 validation rows with a column for each role, of the name that `names` gives it."""
-    sets = {}
-    for split, count in {"train": 8, "validation": 4}.items():
-        columns = {name: tiny_column(role, count) for role, name in names.items()}
-        features = Features({name: kind for name, (_, kind) in columns.items()})
-        sets[split] = Dataset.from_dict({name: values for name, (values, _) in columns.items()}, features=features)
-    return DatasetDict(sets)
 
 
 def usual_cells():

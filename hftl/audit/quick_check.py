@@ -1,9 +1,10 @@
-"""The least that is said about data before every run: a look that costs less than opening them."""
+"""Check of the data before every run: shared rows, contradicting labels, rare classes."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,50 +14,120 @@ import numpy as np
 from hftl.audit.class_balance import FEW, Labels, class_counts, read_labels
 from hftl.audit.duplicates import Groups, conflicting
 from hftl.audit.finding import Numbering, spoken
-from hftl.audit.text_normalization import text_keys
+from hftl.audit.text_normalization import BATCH, key_of, normalise
 from hftl.data.columns import arrow_column
 from hftl.data.layouts.in_memory import GIVEN
 from hftl.data.splits import Splits
 from hftl.errors import shorten
-from hftl.tasks.inputs import ImageInputs, TextInputs
+from hftl.tasks.targets.detection.target import LabelledBoxes
+from hftl.tasks.targets.question_answering.target import ContextAnswers, answers_in
+from hftl.tasks.targets.segmentation.target import PixelClasses
+from hftl.tasks.task import input_kinds
 
 READ = 64_000_000
 """Bytes of images that are read at most."""
 _AT_ONCE = 500
 """Images whose files are looked at together."""
+ABSENT = np.uint64(2**64 - 1)
+"""Key of an input that a row does not have."""
+_REASON = 300
+"""Characters of an error that are logged."""
 
 
 def brief(splits: Splits, task: Any) -> list[str]:
     """Returns a sentence each for rows that splits share, contradicting labels and rare classes; [] where all is well.
 
     Texts are compared as `hftl check` does; images only where their files are the same. Never raises: a run does not
-    end for what this cannot read.
+    end because its data cannot be checked.
 
     Args:
         splits: All rows.
-        task: Its `inputs` name the columns; of a task without them nothing is said.
+        task: Its `inputs` name the columns. A task without them, such as a custom one, is not checked.
+
+    Returns:
+        Sentences. A check that fails gives a single one with the reason.
     """
     try:
         return _brief(splits, task)
-    except Exception:  # whatever it is, the run's own checks say it better
-        return []
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return [f"failed ({reason[:_REASON]}); the run continues without it"]
 
 
 def _brief(splits: Splits, task: Any) -> list[str]:
     numbering = Numbering({split: len(rows) for split, rows in splits.items()})
-    inputs = getattr(task, "inputs", None)
-    if isinstance(inputs, TextInputs):
-        keys = np.concatenate([text_keys(rows, inputs.columns) for rows in splits.values()])
-    elif isinstance(inputs, ImageInputs):
-        keys = _image_keys(splits, inputs.column, numbering)
-    else:
+    kinds = input_kinds(task)
+    columns = getattr(getattr(task, "inputs", None), "key_columns", tuple(kinds))
+    if not columns:
         return []
-    labels = read_labels(splits, numbering, task)
-    groups = Groups(keys, keys, np.ones(len(keys), bool), "")
-    said = [*_shared(groups, numbering), *_contradictions(groups, labels, numbering)]
+    images = {name: _image_keys(splits, name, numbering) for name in columns if kinds[name] == "image"}
+
+    def group(text_of: Callable[[str], str]) -> Groups:
+        keys = [images[name] if name in images else _cell_keys(splits, name, text_of) for name in columns]
+        usable = (np.stack(keys) != ABSENT).any(0)
+        # numbers of the distinct rows: exact, so columns need no further hash
+        rows = keys[0] if len(keys) == 1 else np.unique(np.stack(keys, 1), axis=0, return_inverse=True)[1].reshape(-1)
+        return Groups(rows, rows, usable, "")
+
+    groups = group(normalise)
+    if task.head.problem_type is not None:
+        labels, alike = read_labels(splits, numbering, task), groups
+    else:  # positions of words and answers hold only for the text as it stands
+        alike = group(str)
+        labels = _cell_labels(splits, getattr(task, "target", None), kinds, alike, numbering)
+    said = [*_shared(groups, numbering), *_contradictions(alike, labels, numbering)]
     source = splits.config.source
     listed = "" if source.startswith(GIVEN) else f"; `hftl check {source}` lists them"
     return [f"{'; '.join(said)}{listed}"] * bool(said) + _rare(labels, numbering)
+
+
+def _cell_keys(splits: Splits, column: str, text_of: Callable[[str], str]) -> Any:
+    """Returns a key for each cell of a column [N] uint64; `ABSENT` where it is empty or its split lacks the column."""
+    keys = []
+    for split, rows in splits.items():
+        if column not in rows.features and split != "train":
+            keys.append(np.full(len(rows), ABSENT))
+            continue
+        for start in range(0, len(rows), BATCH):
+            cells = arrow_column(rows.select(range(start, min(start + BATCH, len(rows)))), column).to_pylist()
+            texts = [cell if isinstance(cell, str) else _as_text(cell) for cell in cells]
+            keys.append(np.array([key_of(text_of(text)) if text.strip() else ABSENT for text in texts], np.uint64))
+    return np.concatenate(keys)
+
+
+def _as_text(cell: Any) -> str:
+    if isinstance(cell, (list, tuple)):
+        return " ".join(map(str, cell))
+    return "" if cell is None else repr(cell)
+
+
+def _cell_labels(splits: Splits, target: Any, kinds: Mapping[str, str], groups: Groups, numbering: Numbering) -> Labels:
+    """Returns what the target learns from each row as a code, of the rows with equal inputs; other rows have none."""
+    codes, known = np.full(len(numbering), -1, np.int64), dict[str, int]()
+    columns = [name for name in getattr(target, "columns", ()) if name not in kinds]
+    grouped = np.sort(np.concatenate(groups.groups)) if groups.groups and columns else ()
+    for split, numbers in numbering.rows(grouped).items():
+        rows = splits[split]
+        if not numbers or columns[0] not in rows.features:
+            continue
+        read = _reader(target, rows)
+        start = numbering.of_split(split).start
+        for number, cell in zip(numbers, arrow_column(rows.select(numbers), columns[0]).to_pylist(), strict=True):
+            if cell is not None:
+                codes[start + number] = known.setdefault(read(cell), len(known))
+    return Labels(codes, [], 0)
+
+
+def _reader(target: Any, rows: Any) -> Callable[[Any], str]:
+    """Returns a function that writes a cell of labels as a text, equal for equal labels."""
+    if isinstance(target, LabelledBoxes):
+        objects = target.reader(rows)
+        return lambda cell: repr(sorted(map(repr, zip(*objects.values(cell), strict=False))))
+    if isinstance(target, ContextAnswers):
+        return lambda cell: repr(sorted(set(map(repr, answers_in(cell) or ()))))
+    if isinstance(target, PixelClasses):
+        return lambda cell: blake2b(_content(cell)).hexdigest()
+    return repr
 
 
 def _shared(groups: Groups, numbering: Numbering) -> list[str]:
@@ -85,6 +156,7 @@ def _image_keys(splits: Splits, column: str, numbering: Numbering) -> Any:
     """Returns a key for each image, equal for equal files; only files of a size that occurs again are read."""
     keys = np.arange(len(numbering)).astype(np.uint64)  # all different
     sizes = np.concatenate([_sizes(rows, column) for rows in splits.values()])
+    keys[sizes == 0] = ABSENT
     _, group, counts = np.unique(sizes, return_inverse=True, return_counts=True)
     again = np.flatnonzero((counts[group] > 1) & (sizes > 0))
     again = again[np.cumsum(sizes[again]) <= READ]
@@ -95,10 +167,15 @@ def _image_keys(splits: Splits, column: str, numbering: Numbering) -> Any:
             numbers = mine[start : start + _AT_ONCE]
             images = arrow_column(rows.select(numbers - span.start), column).combine_chunks()
             for number, image in zip(numbers, images.to_pylist(), strict=True):
-                content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+                content = _content(image)
                 # the top bit keeps hashes apart from the numbers of rows
                 keys[number] = int.from_bytes(blake2b(content, digest_size=8).digest(), "little") | 1 << 63
     return keys
+
+
+def _content(image: Any) -> bytes:
+    """Returns the file of a stored image."""
+    return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
 def _sizes(rows: Any, column: str) -> Any:
@@ -106,6 +183,8 @@ def _sizes(rows: Any, column: str) -> Any:
     import pyarrow.compute as pc
 
     sizes: list[int] = []
+    if column not in rows.features:  # a held-out split may lack an optional input
+        return np.zeros(len(rows), dtype=np.int64)
     for start in range(0, len(rows), _AT_ONCE):
         for chunk in arrow_column(rows.select(range(start, min(start + _AT_ONCE, len(rows)))), column).chunks:
             inside, paths = (

@@ -10,9 +10,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,16 +63,6 @@ def text_rows(rows: Dataset, columns: Sequence[str], numbers: Sequence[int] | No
 def normalised_pair(texts: Sequence[str]) -> str:
     """Returns the texts of a row as one normalised text; the order of a pair counts."""
     return _BETWEEN.join(normalise(text) for text in texts)
-
-
-def text_keys(rows: Dataset, columns: Sequence[str]) -> Any:
-    """Returns the keys of the normalised texts of a split's rows, [N] uint64."""
-    keys = np.empty(len(rows), np.uint64)
-    position = 0
-    for batch in text_rows(rows, columns):
-        keys[position : position + len(batch)] = [key_of(normalised_pair(texts)) for texts in batch]
-        position += len(batch)
-    return keys
 
 
 def verbatim_pair(texts: Sequence[str]) -> str:

@@ -72,6 +72,11 @@ class CaptionedImages:
         """Either column may be lacking when the model is used."""
         return self.image, self.text
 
+    @property
+    def key_columns(self) -> tuple[str, ...]:
+        """Columns that tell one row from another in checks: an image may have many captions, a row each."""
+        return (self.image,)
+
     @classmethod
     def find(cls, splits: Splits) -> CaptionedImages:
         """Detects the columns, reads the header of every image and looks for captions that are missing."""
