@@ -131,10 +131,10 @@ def _copies(data: Path) -> None:
     from PIL import Image
 
     from hftl import check
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
     rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as name, muted():
+    with tempfile.TemporaryDirectory() as name, suppress_logs():
         clean, planted = Path(name, "clean"), Path(name, "planted")
         shutil.copytree(data, clean)
         shutil.copytree(data, planted)
@@ -209,14 +209,14 @@ def _labels(data: str, model: str, seeds: range) -> None:
     from hftl.audit.class_balance import read_labels
     from hftl.audit.duplicates import Groups
     from hftl.audit.finding import Numbering
-    from hftl.audit.model_checks import ModelLook, wrong_labels
+    from hftl.audit.model_checks import ModelChecks, label_errors
 
     splits = replace(load_splits(DataConfig(source=data, validation_fraction=0)), lenient=True)
     numbering = Numbering({split: len(rows) for split, rows in splits.items()})
     seen = survey(splits, numbering)
     twins = Groups(seen.keys, seen.verbatim, seen.usable, seen.verbatim_is).first
     labels = read_labels(splits, numbering)
-    look = ModelLook(splits, model, seen.images, numbering.rows(sorted(seen.unusable)))
+    look = ModelChecks(splits, model, seen.images, numbering.rows(sorted(seen.unusable)))
     features = look.features()
     if isinstance(features, str):
         raise SystemExit(features)
@@ -227,7 +227,7 @@ def _labels(data: str, model: str, seeds: range) -> None:
         planted = rng.choice(rows, round(NOISE * len(rows)), replace=False) + train.start
         codes = labels.codes.copy()
         codes[planted] = (codes[planted] + rng.integers(1, len(labels.names), len(planted))) % len(labels.names)
-        finding = wrong_labels(features, look.usable, replace(labels, codes=codes), numbering, twins)
+        finding = label_errors(features, look.usable, replace(labels, codes=codes), numbering, twins)
         ranked = [entry.row + train.start for entry in finding.entries if entry.split == "train"]
         hits = np.isin(ranked[: len(planted)], planted).sum()
         precisions.append(float(hits / len(planted)))

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 def _trained(run: Any, kind: Any) -> tuple[Any, Any]:
     """Trains for three steps, and returns what the loop saves with, and what it saves."""
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
     from hftl.training import fit as loop
 
     caught: list[Any] = []
@@ -66,9 +66,9 @@ def _trained(run: Any, kind: Any) -> tuple[Any, Any]:
         def check_room(self, training: Any) -> None:
             caught.extend((self, training))
 
-    with muted():
-        run, splits, task = hftl.prepare(replace(run, train=replace(run.train, max_steps=3)), kind)
-        accelerator = hftl.start(run)
+    with suppress_logs():
+        run, splits, task = hftl.setup_run(replace(run, train=replace(run.train, max_steps=3)), kind)
+        accelerator = hftl.create_accelerator(run)
         model = hftl.build_model(run, task.head)
         hftl.adapt(model, run.adapt)
         original, loop.Keeper = loop.Keeper, Caught
@@ -85,7 +85,7 @@ def _round(keeper: Any, training: Any, folder: Path) -> tuple[float, float, floa
     """Returns seconds of standing still, seconds until the state is on disk, and those of a plain save."""
     from safetensors.torch import save_file
 
-    from hftl.training.training_state import moving, optimizer_tensors
+    from hftl.training.training_state import optimizer_tensors, trainable_state
 
     training.recorder.history.steps += 1
     started = time.perf_counter()
@@ -94,7 +94,9 @@ def _round(keeper: Any, training: Any, folder: Path) -> tuple[float, float, floa
     keeper.settle(training)
     on_disk = time.perf_counter() - started
     started = time.perf_counter()
-    for number, tensors in enumerate((moving(training.model), optimizer_tensors(training.model, training.optimizer))):
+    for number, tensors in enumerate(
+        (trainable_state(training.model), optimizer_tensors(training.model, training.optimizer))
+    ):
         save_file({name: each.detach().contiguous() for name, each in tensors.items()}, folder / f"plain{number}")
     return still, on_disk, time.perf_counter() - started
 

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
 
 def _run(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
     from hftl.tasks.auto_task import infer_task
 
     run = hftl.RunConfig(
@@ -85,15 +85,15 @@ def _run(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
         output_dir=str(folder / "run"),
         overwrite=True,
     )
-    with muted():
+    with suppress_logs():
         return run, infer_task(hftl.load_splits(run.data))
 
 
 def _built(run: Any, kind: Any) -> tuple[Any, ...]:
     import hftl
 
-    run, splits, task = hftl.prepare(run, kind)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, kind)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     return run, splits, task, accelerator, model
@@ -101,9 +101,9 @@ def _built(run: Any, kind: Any) -> tuple[Any, ...]:
 
 def _hftl(run: Any, kind: Any) -> tuple[float, float]:
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
-    with muted():
+    with suppress_logs():
         run, splits, task, accelerator, model = _built(run, kind)
         started = time.process_time()
         hftl.fit(accelerator, model, task, splits, run)
@@ -117,9 +117,9 @@ def _trainer(run: Any, kind: Any, folder: Path) -> tuple[float, float]:
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
-    with muted():
+    with suppress_logs():
         run, splits, task, _, model = _built(run, kind)
     rows = {split: task.encode(splits[split], model.processor, None, None) for split in splits}
     config = run.train
@@ -171,10 +171,10 @@ def _pass(run: Any, kind: Any, cache: Path) -> float:
 
     from hftl.features import cache as features
     from hftl.loading.loader import make_loader
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
     os.environ["HFTL_CACHE"] = str(cache)
-    with muted():
+    with suppress_logs():
         run, splits, task, _, model = _built(replace(run, output_dir=str(cache) + "-run"), kind)
         few = splits["train"].select(range(min(PASS_ROWS, len(splits["train"]))))
         rows = task.encode(few, model.processor, None, None)

@@ -2,7 +2,7 @@
 
 White ink on black, warped, cropped, thresholded, averaged down to 8x8, enlarged to 32x32.
 
-Fonts come from these Debian packages, by licence:
+Fonts come from these Debian packages, by license:
   SIL OFL: fonts-averia-sans-gwf fonts-breip fonts-cantarell fonts-comfortaa fonts-comic-neue
     fonts-dancingscript fonts-dkg-handwriting fonts-ecolier-court fonts-humor-sans fonts-lato
     fonts-kaushanscript fonts-liberation2 fonts-lobstertwo fonts-quicksand fonts-tomsontalks

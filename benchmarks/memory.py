@@ -19,12 +19,12 @@ job, source, run, modality, small = sys.argv[1:]
 import hftl
 from hftl.logging import muted
 kind = hftl.TextClassification if modality == "text" else hftl.ImageClassification
-from hftl.inference.batch_inference import evaluate_place, predict_to_table
+from hftl.inference.batch_inference import evaluate_saved, predict_to_file
 with muted():
     if job == "train":
         config = hftl.RunConfig(
             hftl.DataConfig(source=source), hftl.ModelConfig(name=small),
-            train=hftl.TrainConfig(num_epochs=1, trackers=[], log_every=1000), output_dir=run, overwrite=True,
+            train=hftl.TrainConfig(num_epochs=1, trackers=[], logging_steps=1000), output_dir=run, overwrite=True,
         )
         config, splits, task = hftl.prepare(config, kind)
         accelerator = hftl.start(config)
@@ -33,10 +33,10 @@ with muted():
         history = hftl.fit(accelerator, model, task, splits, config)
         hftl.publish(accelerator, model, task, splits, config, hftl.Outcome(report, history, {}))
     elif job == "evaluate":
-        evaluate_place(run, source, "train", output=run + "/evaluated.parquet")
+        evaluate_saved(run, source, "train", output=run + "/evaluated.parquet")
     else:
         given = source if modality == "image" else source + "/train.csv"
-        predict_to_table(run, given, output=run + "/predicted.parquet")
+        predict_to_file(run, given, output=run + "/predicted.parquet")
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 """
 

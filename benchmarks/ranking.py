@@ -59,7 +59,7 @@ def _measured(
 ) -> tuple[int, dict[str, tuple[float, float]], float]:
     """Returns rows used, seconds (forward, all) by the clock and by the processors, and seconds of the scores."""
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
     from hftl.selection import candidate
 
     passes = {"clock": 0.0, "processor": 0.0}
@@ -75,7 +75,7 @@ def _measured(
     candidate.compute_features = timed
     try:
         began = time.perf_counter(), time.process_time()
-        with muted():
+        with suppress_logs():
             ranking = hftl.rank(source, models, rows=rows, output=Path(folder) / "rank")
         ended = time.perf_counter() - began[0], time.process_time() - began[1]
     finally:

@@ -85,29 +85,29 @@ def _recorded(file: Path, key: str, measure: Callable[[], dict[str, float]]) -> 
 def finetune(data: Set, source: str, model: str) -> dict[str, float]:
     """Returns accuracy on validation and test after training all weights, and the seconds it took."""
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
     kind = hftl.ImageClassification if data.modality == "image" else hftl.TextClassification
-    with tempfile.TemporaryDirectory() as folder, muted():
+    with tempfile.TemporaryDirectory() as folder, suppress_logs():
         config = hftl.RunConfig(
             hftl.DataConfig(source=source, num_workers=0),
             hftl.ModelConfig(name=model, image_size=data.image_size),
             # random networks have no statistics to keep, and all candidates are to be treated alike
-            hftl.AdaptConfig(method="full", batch_norm="update"),
+            hftl.AdaptConfig(method="full", batch_norm="train"),
             hftl.TrainConfig(
                 lr=data.rate,
                 head_lr=5 * data.rate,
                 num_epochs=data.epochs,
-                head_first=0.0,
-                eval_every=10_000,
+                freeze_backbone_ratio=0.0,
+                eval_steps=10_000,
                 trackers=[],
             ),
-            checkpoint=hftl.CheckpointConfig(every_minutes=None),
+            checkpoint=hftl.CheckpointConfig(save_minutes=None),
             output_dir=str(Path(folder) / "run"),
         )
         started = time.perf_counter()
-        run, splits, task = hftl.prepare(config, kind)
-        accelerator = hftl.start(run)
+        run, splits, task = hftl.setup_run(config, kind)
+        accelerator = hftl.create_accelerator(run)
         net = hftl.build_model(run, task.head)
         hftl.adapt(net, run.adapt)
         hftl.fit(accelerator, net, task, splits, run)
@@ -122,9 +122,9 @@ def finetune(data: Set, source: str, model: str) -> dict[str, float]:
 
 def _rank(data: Set, source: str, models: dict[str, str], output: Path) -> Any:
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
-    with muted():
+    with suppress_logs():
         config = hftl.DataConfig(source=source, num_workers=0)
         return hftl.rank(
             config, list(models.values()), output=output, model=hftl.ModelConfig(image_size=data.image_size)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import hftl
-from hftl.loading.loader import Rows
+from hftl.loading.loader import Examples
 from hftl.tasks.semantic_segmentation import SemanticSegmentation
 from hftl.tasks.targets.segmentation.target import IGNORED
 
@@ -29,13 +29,13 @@ Predict = Callable[[Tensor], Tensor]
 _COLOURS = 16
 
 
-def batches(task: SemanticSegmentation, rows: Rows, size: int = 16) -> Iterator[dict[str, Any]]:
+def batches(task: SemanticSegmentation, rows: Examples, size: int = 16) -> Iterator[dict[str, Any]]:
     """Yields the rows in order."""
     for start in range(0, len(rows), size):
         yield task.collate(rows.fetch(range(start, min(start + size, len(rows))), 0))
 
 
-def measured(task: SemanticSegmentation, rows: Rows, predict: Predict) -> dict[str, float]:
+def measured(task: SemanticSegmentation, rows: Examples, predict: Predict) -> dict[str, float]:
     """Returns the task's metrics."""
     (metric,) = task.metrics()
     for batch in batches(task, rows):
@@ -50,7 +50,7 @@ def at_input_size(batch: dict[str, Any]) -> Tensor:
     return torch.cat(masks)[:, 0].long()
 
 
-def by_place_and_colour(task: SemanticSegmentation, train: Rows) -> dict[str, Predict]:
+def by_place_and_colour(task: SemanticSegmentation, train: Examples) -> dict[str, Predict]:
     """Returns the two baselines that look at no neighbouring pixel."""
     classes = len(task.target.names)
     places: Any = 0
@@ -95,7 +95,7 @@ class LinearDecoder(nn.Module):
         return self.linear(self.standard(features))
 
 
-def fitted(task: SemanticSegmentation, train: Rows, backbone: Any, epochs: int, seed: int) -> Predict:
+def fitted(task: SemanticSegmentation, train: Examples, backbone: Any, epochs: int, seed: int) -> Predict:
     """Returns a linear decoder that was trained on features computed once."""
     torch.manual_seed(seed)
     decoder = LinearDecoder(backbone, len(task.target.names))
@@ -128,7 +128,7 @@ def main(words: Sequence[str]) -> None:
         data=hftl.DataConfig(source=options.data, augment=hftl.AugmentConfig(1, 0, 0)),
         model=hftl.ModelConfig(name=options.model, image_size=options.image_size),
     )
-    run, splits, task = hftl.prepare(run, SemanticSegmentation)
+    run, splits, task = hftl.setup_run(run, SemanticSegmentation)
     model = hftl.build_model(run, task.head)
     train, test = (task.encode(splits[split], model.processor, None, None) for split in ("train", "test"))
     found = by_place_and_colour(task, train)

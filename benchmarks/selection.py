@@ -56,16 +56,16 @@ def _features() -> tuple[list[Any], Any, Any]:
     import torch
 
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
     shared = Path(os.environ.get("HFTL_SHARED", "../shared")) / "data"
-    with tempfile.TemporaryDirectory() as folder, muted():
+    with tempfile.TemporaryDirectory() as folder, suppress_logs():
         run = hftl.RunConfig(
             hftl.DataConfig(source=str(shared / "image" / "hymenoptera")),
             hftl.ModelConfig(name=f"local-dir:{shared / 'weights' / 'mobilenetv2_100'}"),
             output_dir=str(Path(folder) / "run"),
         )
-        run, splits, task = hftl.prepare(run, hftl.ImageClassification)
+        run, splits, task = hftl.setup_run(run, hftl.ImageClassification)
         model = hftl.build_model(run, task.head).eval()
         net = model.net
 

@@ -67,7 +67,7 @@ def _text(folder: Path) -> tuple[Any, Any]:
     (folder / "train.csv").write_text("\n".join(["text,label", *lines]))
     run = RunConfig(
         DataConfig(source=str(folder / "train.csv"), validation_fraction=0.0),
-        ModelConfig(name=str(folder / "bert"), pooling="stock"),
+        ModelConfig(name=str(folder / "bert"), pooling="default"),
         train=TrainConfig(batch_size_per_device=16, trackers=[]),
         output_dir=str(folder / "run"),
         overwrite=True,
@@ -98,12 +98,12 @@ def _round(run: Any, kind: Any) -> tuple[float, float]:
 
 def _ours(run: Any, kind: Any, steps: int) -> float:
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
-    with muted():
-        run, splits, task = hftl.prepare(replace(run, train=replace(run.train, max_steps=steps)), kind)
+    with suppress_logs():
+        run, splits, task = hftl.setup_run(replace(run, train=replace(run.train, max_steps=steps)), kind)
         splits.sets.pop("validation", None)
-        accelerator = hftl.start(run)
+        accelerator = hftl.create_accelerator(run)
         model = hftl.build_model(run, task.head)
         hftl.adapt(model, run.adapt)
         started = time.process_time()
@@ -119,10 +119,10 @@ def _plain(run: Any, kind: Any, steps: int) -> float:
     from transformers import get_linear_schedule_with_warmup
 
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
-    with muted():
-        run, splits, task = hftl.prepare(run, kind)
+    with suppress_logs():
+        run, splits, task = hftl.setup_run(run, kind)
         model = hftl.build_model(run, task.head)
         hftl.adapt(model, run.adapt)
     rows = task.encode(splits["train"], model.processor, 0, None)

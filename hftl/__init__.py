@@ -13,10 +13,10 @@ from hftl.version import __version__ as __version__
 if TYPE_CHECKING:
     from hftl.adaptation.apply import adapt
     from hftl.artifacts.push import push
-    from hftl.artifacts.save_model import load_artifact
-    from hftl.artifacts.save_run import Outcome, publish
+    from hftl.artifacts.save_model import load_model_and_task
+    from hftl.artifacts.save_run import RunResult, save_run
     from hftl.audit.check import check
-    from hftl.config.parse import parse
+    from hftl.config.parse import parse_config
     from hftl.config.schema import (
         AdaptConfig,
         AugmentConfig,
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
         DataConfig,
         DetectorConfig,
         FrozenConfig,
+        HubConfig,
         LoraConfig,
         ModelConfig,
         ProbeConfig,
-        PublishConfig,
         RunConfig,
         TrainConfig,
     )
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hftl.inference.predictor import Predictor, load
     from hftl.models.build import build_model
     from hftl.run.recipe import run_recipe
-    from hftl.run.setup import prepare, start
+    from hftl.run.setup import create_accelerator, setup_run
     from hftl.run_folder.folder import get_run_folder
     from hftl.selection.comparison import compare
     from hftl.selection.ranking import rank
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from hftl.tasks.token_classification import TokenClassification
     from hftl.training.fit import fit
 
-_HOMES = {
+_EXPORTS = {
     "hftl.config.schema": (
         "AdaptConfig",
         "AugmentConfig",
@@ -65,14 +65,14 @@ _HOMES = {
         "LoraConfig",
         "ModelConfig",
         "ProbeConfig",
-        "PublishConfig",
+        "HubConfig",
         "RunConfig",
         "TrainConfig",
     ),
     "hftl.audit.check": ("check",),
     "hftl.selection.comparison": ("compare",),
     "hftl.selection.ranking": ("rank",),
-    "hftl.config.parse": ("parse",),
+    "hftl.config.parse": ("parse_config",),
     "hftl.errors": ("HftlError",),
     "hftl.data.source": ("Splits", "load_splits"),
     "hftl.models.build": ("build_model",),
@@ -89,15 +89,15 @@ _HOMES = {
     "hftl.tasks.text_embedding": ("TextEmbedding",),
     "hftl.adaptation.apply": ("adapt",),
     "hftl.run_folder.folder": ("get_run_folder",),
-    "hftl.run.setup": ("prepare", "start"),
+    "hftl.run.setup": ("setup_run", "create_accelerator"),
     "hftl.run.recipe": ("run_recipe",),
     "hftl.training.fit": ("fit",),
     "hftl.evaluation.evaluate": ("evaluate",),
-    "hftl.artifacts.save_model": ("load_artifact",),
-    "hftl.artifacts.save_run": ("Outcome", "publish"),
+    "hftl.artifacts.save_model": ("load_model_and_task",),
+    "hftl.artifacts.save_run": ("RunResult", "save_run"),
     "hftl.artifacts.push": ("push",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: home for home, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "AdaptConfig",
@@ -107,18 +107,18 @@ __all__ = [
     "DetectorConfig",
     "FrozenConfig",
     "HftlError",
+    "HubConfig",
     "ImageClassification",
     "ImageTextClassification",
     "ImageTextRetrieval",
     "LoraConfig",
     "ModelConfig",
     "ObjectDetection",
-    "Outcome",
     "Predictor",
     "ProbeConfig",
-    "PublishConfig",
     "QuestionAnswering",
     "RunConfig",
+    "RunResult",
     "SemanticSegmentation",
     "Splits",
     "SupervisedTask",
@@ -131,23 +131,23 @@ __all__ = [
     "build_model",
     "check",
     "compare",
+    "create_accelerator",
     "evaluate",
     "fit",
     "get_run_folder",
     "load",
-    "load_artifact",
+    "load_model_and_task",
     "load_splits",
-    "parse",
-    "prepare",
-    "publish",
+    "parse_config",
     "push",
     "rank",
     "run_recipe",
-    "start",
+    "save_run",
+    "setup_run",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'hftl' has no attribute '{name}'")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

@@ -14,7 +14,7 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
     After a crash at any moment `path` is what it was before or what it was to become. (POSIX: `rename` is atomic
@@ -49,7 +49,7 @@ def output_folder(folder: str | Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text as a whole file."""
-    with whole_file(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """The processes of one run: one that works while the others wait, and what is said when one is lost.
 
 A collective gives up after `train.timeout_minutes`. Between steps that is right: who is late is dead or hangs.
-Where processes work for a time that nobody knows (tokenizing, saving, pushing) they go `together`: each one says
+Where processes work for an unknown time (tokenizing, saving, pushing) they use `heartbeat_barrier`: each one says
 again and again, in the group's store, that it is alive, and the others wait as long as it does.
 """
 
@@ -33,7 +33,7 @@ _rounds = count()
 
 
 def group_options(timeout_minutes: float) -> InitProcessGroupKwargs:
-    """Returns how Accelerate is to build the process group; the timeout holds for `together` too."""
+    """Returns how Accelerate is to build the process group; the timeout holds for `heartbeat_barrier` too."""
     from accelerate.utils import InitProcessGroupKwargs
 
     global _timeout
@@ -50,7 +50,7 @@ def number_of_processes() -> int:
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def heartbeat_barrier(what: str) -> Iterator[None]:
     """Every process enters, works as long as it needs, or not at all, and leaves when all have.
 
     Args:
@@ -84,11 +84,11 @@ def together(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def in_turns(what: str) -> Iterator[None]:
+def main_process_first(what: str) -> Iterator[None]:
     """The main process works first, then the first one of each machine, then the others, which find it done.
 
     Raises:
-        PeerError: As in `together`.
+        PeerError: As in `heartbeat_barrier`.
     """
     local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "0")), number_of_processes()  # 0: the launcher does not say
     rank = int(os.environ.get("RANK", "0"))
@@ -99,7 +99,7 @@ def in_turns(what: str) -> Iterator[None]:
     for number in range(3):
         if (number == 1 and local == world) or (number == 2 and local == 1):
             continue  # nobody's turn
-        with together(f"{what}, turn {number + 1}"):
+        with heartbeat_barrier(f"{what}, turn {number + 1}"):
             if number == turn:
                 yield
 
@@ -124,10 +124,10 @@ def shared_row_error(mine: Sequence[RowError]) -> RowError | None:
 
 def readable(error: Exception) -> HftlError | None:
     """Returns the error of ours that `error` is, or stands for; None where it is neither."""
-    return error if isinstance(error, HftlError) else lost_peer(error)
+    return error if isinstance(error, HftlError) else as_peer_error(error)
 
 
-def lost_peer(error: Exception) -> PeerError | None:
+def as_peer_error(error: Exception) -> PeerError | None:
     """Returns the `PeerError` that an error of torch's communication stands for; None when it is something else.
 
     Gloo raises `RuntimeError` with the place in its source; the store, and the start of a group, raise `DistError`
@@ -260,7 +260,7 @@ def _read(store: Any, key: str, peer: int, what: str) -> bytes:
 T = TypeVar("T")
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], T], folder: object = "the run folder") -> T:
+def run_on_main(accelerator: Accelerator, action: Callable[[], T], folder: object = "the run folder") -> T:
     """Returns, on all processes, what `action` returns on the main one.
 
     Without this a disk that fails there would leave the others waiting.
@@ -276,7 +276,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], T], folder: object = 
     from accelerate.utils import broadcast_object_list
 
     done: list[Any] = [None, None]
-    with together("work of the main process"):
+    with heartbeat_barrier("work of the main process"):
         if accelerator.is_main_process:
             try:
                 done[0] = action()

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from hftl.redaction import shown
+from hftl.redaction import sanitize
 
 EXIT_PEER_LOST = 76
 """Exit status when another process of the run was lost: nothing is wrong with this one, starting again goes on."""
@@ -34,7 +34,7 @@ class HftlError(Exception):
     agreed = False
 
     def __init__(self, *problems: str) -> None:
-        self.problems = list(dict.fromkeys(map(shown, problems)))
+        self.problems = list(dict.fromkeys(map(sanitize, problems)))
         super().__init__(self._message())
 
     def _message(self) -> str:

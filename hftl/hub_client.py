@@ -95,15 +95,15 @@ def explain(error: BaseException, repo: str) -> str:
     """
     causes = list(_chain(error))
     tried = (explained(cause, repo) for explained in (_local, _answered, _connection) for cause in causes)
-    return redacted(next(filter(None, tried), f"{type(error).__name__}: {first_line(error)}"))
+    return redact_tokens(next(filter(None, tried), f"{type(error).__name__}: {first_line(error)}"))
 
 
-def redacted(text: str) -> str:
+def redact_tokens(text: str) -> str:
     """Returns `text` without anything that is, or looks like, a token."""
     from huggingface_hub import get_token
 
     token = get_token()
-    return shown.redacted(text.replace(token, "hf_***") if token else text)
+    return shown.redact(text.replace(token, "hf_***") if token else text)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hftl.redaction import shown
+from hftl.redaction import sanitize
 
 _muted = 0
 
@@ -20,14 +20,14 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(message: str = "") -> None:
+def log(message: str = "") -> None:
     """Prints `message` on the main process, at once (log files must not lag behind)."""
     if is_main_process() and not _muted:
-        print(shown(message), flush=True)
+        print(sanitize(message), flush=True)
 
 
 @contextmanager
-def muted() -> Iterator[None]:
+def suppress_logs() -> Iterator[None]:
     """Drops the lines said inside: for many small runs in one process, which report as a table."""
     global _muted
     _muted += 1

@@ -14,7 +14,7 @@ _NOT_SECRET = 8
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """Returns `text` without tokens of the hub, credentials in addresses, and secrets of the environment.
 
     A secret of the environment is the value of a variable whose name ends in TOKEN, API_KEY, SECRET or PASSWORD.
@@ -25,6 +25,6 @@ def redacted(text: str) -> str:
     return _TOKEN.sub("hf_***", _IN_ADDRESS.sub("***", text))
 
 
-def shown(text: str) -> str:
+def sanitize(text: str) -> str:
     r"""Returns `text` redacted, its control characters as `\\x1b`: a label may hold a command to the terminal."""
-    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), redacted(text))
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), redact(text))

@@ -36,8 +36,8 @@ class Accuracy(ClassificationMetrics):  # accumulators: `update` by batch, `merg
 class TwoQuestions:
     columns, problems, best_metric = ["label"], [], "size_accuracy"
 
-    def head(self, stock):
-        return HeadSpec(stock, 5, sum(ANSWERS.values(), ()), problem_type=None)
+    def head(self, model_class):
+        return HeadSpec(model_class, 5, sum(ANSWERS.values(), ()), problem_type=None)
 
     def labels(self, examples):
         return torch.tensor([[row["label"] % 2, row["label"] // 4] for row in examples])
@@ -60,21 +60,21 @@ class TwoQuestions:
 
 
 class DigitQuestions(hftl.SupervisedTask):
-    name, stock, shown = "digit_questions", "timm", ("parity_accuracy", "size_accuracy")
+    name, model_class, primary_metrics = "digit_questions", "timm", ("parity_accuracy", "size_accuracy")
 
     def __init__(self, splits):
         super().__init__(ImageInputs.find(splits), TwoQuestions())
 
 
 def main(run):
-    run, splits, task = hftl.prepare(run, DigitQuestions)
+    run, splits, task = hftl.setup_run(run, DigitQuestions)
     check_task(task, splits, run)  # the contract that hftl's own tasks pass
-    accelerator = hftl.start(run)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     report = hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
     metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.get_run_folder(run) / "predictions.parquet")
-    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(report, history, metrics))
     return metrics
 
 

@@ -4,7 +4,7 @@ r"""Fine-tune a timm model and a BERT-family checkpoint together on images with 
         --data.source path/to/table.csv --model.name mobilenetv2_100 --model.text_name bert-base-uncased
 
 Columns: images, texts, numbers, categories and a label; any of the inputs may be missing (`--model.modality_dropout`).
-`--adapt.image` and `--adapt.text` adapt each encoder in a way of its own.
+`--adapt.image_method` and `--adapt.text_method` adapt each encoder in a way of its own.
 
 Measured (recipes/configs/flickr8k_itm_image_text.yaml: tf_mobilenetv3_small_100 and MiniLM-L6, both frozen, seeds
 0 / 1 / 2, 2 CPU cores, 2026-11-21; RESULTS.md has commands): does a sentence describe a photograph? accuracy
@@ -18,13 +18,13 @@ DEFAULTS = hftl.RunConfig()
 
 def main(run: hftl.RunConfig) -> dict[str, float]:
     """Trains, measures and saves; returns the metrics of validation and test."""
-    run, splits, task = hftl.prepare(run, hftl.ImageTextClassification)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, hftl.ImageTextClassification)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     report = hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
     metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.get_run_folder(run) / "predictions.parquet")
-    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(report, history, metrics))
     return metrics
 
 

@@ -18,13 +18,13 @@ DEFAULTS = hftl.RunConfig()
 
 def main(run: hftl.RunConfig) -> dict[str, float]:
     """Trains, measures and saves; returns the metrics of validation and test."""
-    run, splits, task = hftl.prepare(run, hftl.QuestionAnswering)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, hftl.QuestionAnswering)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     report = hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
     metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.get_run_folder(run) / "predictions.parquet")
-    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(report, history, metrics))
     return metrics
 
 

@@ -318,14 +318,14 @@ def text_flags(texts, tiny_bert):
     def make(out, **more):
         settings = {
             "train.max_steps": 13,
-            "train.eval_every": 3,
-            "train.log_every": 2,
+            "train.eval_steps": 3,
+            "train.logging_steps": 2,
             "train.lr": 1e-3,
             "train.batch_size_per_device": 6,
             "train.trackers": "[]",
             "model.dropout": 0.1,
             "data.num_workers": 0,
-            "checkpoint.every_steps": 1,
+            "checkpoint.save_steps": 1,
             "resume": "auto",
         }
         return flags(texts, tiny_bert, out, **settings | more)

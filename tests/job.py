@@ -21,7 +21,7 @@ def gradient(spec: dict, out: Path) -> None:
     import hftl
 
     run, splits, task, kind = _open(spec)
-    accelerator = hftl.start(run)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     steps: list[dict[str, torch.Tensor]] = []
@@ -71,10 +71,10 @@ def faulty(spec: dict, out: Path) -> None:
     from safetensors.torch import save_file
 
     import hftl
-    from hftl.training.training_state import moving
+    from hftl.training.training_state import trainable_state
 
     run, splits, task, _ = _open(spec)
-    accelerator = hftl.start(run)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     loss, forward, calls = task.loss, model.forward, []
@@ -100,18 +100,18 @@ def faulty(spec: dict, out: Path) -> None:
         found["error"] = f"{type(error).__name__}: {error}"
     found["rows"] = sorted({rows for training, rows in calls if training})
     (out / f"found{accelerator.process_index}.json").write_text(json.dumps(found))
-    weights = {name: tensor.detach().clone().contiguous() for name, tensor in moving(model).items()}
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in trainable_state(model).items()}
     save_file(weights, out / f"weights{accelerator.process_index}.safetensors")
 
 
 def _open(spec: dict, prepared: bool = True):
     import hftl
-    from hftl.config.parse import parse
+    from hftl.config.parse import parse_config
     from hftl.tasks.registry import TASKS
 
-    run = parse(hftl.RunConfig(), spec["flags"])
+    run = parse_config(hftl.RunConfig(), spec["flags"])
     kind = TASKS[spec["recipe"]]
-    return (*hftl.prepare(run, kind), kind) if prepared else (run, None, None, kind)
+    return (*hftl.setup_run(run, kind), kind) if prepared else (run, None, None, kind)
 
 
 if __name__ == "__main__":

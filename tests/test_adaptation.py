@@ -11,7 +11,7 @@ from hftl.errors import AdaptError, ModelError
 
 
 def built(run, kind):
-    run, splits, task = hftl.prepare(run, kind)
+    run, splits, task = hftl.setup_run(run, kind)
     torch.manual_seed(0)
     return run, splits, task, hftl.build_model(run, task.head)
 
@@ -22,14 +22,14 @@ def trained(run, kind, **adapt_options):
     run, splits, task, model = built(run, kind)
     before = {name: value.clone() for name, value in model.net.state_dict().items()}
     hftl.adapt(model, run.adapt)
-    hftl.fit(hftl.start(run), model, task, splits, run)
+    hftl.fit(hftl.create_accelerator(run), model, task, splits, run)
     return model, before
 
 
 def after(model):
     """Returns the current state by stock name; peft's spare copy of the head left out."""
     state = model.net.state_dict()
-    return {model.stock_name(name): value for name, value in state.items() if ".original_module." not in name}
+    return {model.original_name(name): value for name, value in state.items() if ".original_module." not in name}
 
 
 @pytest.mark.parametrize("net", ["test_resnet", "test_vit", "test_convnext"])
@@ -38,7 +38,7 @@ def test_frozen_leaves_parameters_and_buffers_of_an_image_backbone_bit_for_bit(n
     check_frozen(model, before)
 
 
-@pytest.mark.parametrize("pooling", ["stock", "mean"])
+@pytest.mark.parametrize("pooling", ["default", "mean"])
 def test_frozen_leaves_parameters_and_buffers_of_bert_bit_for_bit(pooling, text_run):
     model, before = trained(text_run("frozen", pooling), hftl.TextClassification)
     check_frozen(model, before)
@@ -53,9 +53,9 @@ def check_frozen(model, before):
     )
 
 
-@pytest.mark.parametrize("case", ["test_resnet", "test_vit", "test_convnext", "stock", "mean"])
+@pytest.mark.parametrize("case", ["test_resnet", "test_vit", "test_convnext", "default", "mean"])
 def test_lora_is_identity_at_the_start_keeps_the_base_and_merges_to_the_same_logits(case, image_run, text_run):
-    text = case in ("stock", "mean")
+    text = case in ("default", "mean")
     run = text_run("lora", case) if text else image_run(case, "lora")
     kind = hftl.TextClassification if text else hftl.ImageClassification
     run, splits, task, model = built(run, kind)
@@ -70,13 +70,13 @@ def test_lora_is_identity_at_the_start_keeps_the_base_and_merges_to_the_same_log
     with torch.no_grad():
         assert torch.equal(model(inputs)["logits"], plain)
 
-    learning = {model.stock_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    learning = {model.original_name(name) for name, p in model.named_parameters() if p.requires_grad}
     adapters = {name for name in learning if ".lora_" in name}
     assert {name.partition(".lora_")[0] for name in adapters} == set(report.targets)
     assert learning - adapters == {name for name in before if model.in_head(name)}
     assert not any(model.in_head(name) for name in report.targets)
 
-    hftl.fit(hftl.start(run), model, task, splits, run)
+    hftl.fit(hftl.create_accelerator(run), model, task, splits, run)
     for name, value in after(model).items():
         if ".lora_" not in name and not model.in_head(name):
             assert torch.equal(value, before[name]), name  # base and its running statistics untouched
@@ -133,7 +133,7 @@ def test_a_checkpoint_with_a_head_of_equal_width_for_other_classes_gets_a_new_he
     """transformers would load the old classes' weights silently when the widths agree."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    run = text_run("full", "stock")
+    run = text_run("full", "default")
     config = AutoConfig.from_pretrained(run.model.name, num_labels=3, id2label={0: "x", 1: "y", 2: "z"})
     old = AutoModelForSequenceClassification.from_pretrained(run.model.name, config=config)
     torch.nn.init.constant_(old.classifier.weight, 7.0)
@@ -150,7 +150,7 @@ def test_a_checkpoint_with_a_head_of_equal_width_for_other_classes_gets_a_new_he
     assert model.net.config.id2label == {0: "animal", 1: "food", 2: "tool"}
 
 
-@pytest.mark.parametrize("pooling", ["stock", "mean"])
+@pytest.mark.parametrize("pooling", ["default", "mean"])
 def test_a_checkpoint_that_names_its_backbone_differently_is_loaded_all_the_same(pooling, text_run, tmp_path):
     """A masked language model holds `bert.…`; loading it under another prefix would train random weights in silence."""
     from shutil import copy
@@ -174,11 +174,11 @@ def test_a_checkpoint_that_lacks_backbone_weights_is_refused(text_run, tmp_path)
 
     from safetensors.torch import load_file, save_file
 
-    run = text_run("full", "stock")
+    run = text_run("full", "default")
     folder = copytree(run.model.name, tmp_path / "cut")
     weights = load_file(folder / "model.safetensors")
     save_file({name: value for name, value in weights.items() if "layer.1." not in name}, folder / "model.safetensors")
-    for pooling in ("stock", "mean"):
+    for pooling in ("default", "mean"):
         cut = replace(run, model=replace(run.model, name=str(folder), pooling=pooling))
         with pytest.raises(ModelError, match="lacks weights of the backbone"):
             built(cut, hftl.TextClassification)
@@ -199,7 +199,7 @@ def test_layers_that_change_their_weight_before_use_get_no_adapter(image_run):
 def test_a_frozen_model_goes_back_to_training_after_an_evaluation(text_run):
     run, splits, task, model = built(text_run("frozen", "mean"), hftl.TextClassification)
     hftl.adapt(model, run.adapt)
-    accelerator = hftl.start(run)
+    accelerator = hftl.create_accelerator(run)
     model.train()
     before = {name: module.training for name, module in model.named_modules()}
     hftl.evaluate(accelerator, model, task, splits, run)

@@ -103,12 +103,12 @@ def test_image_artifacts_open_without_hftl(image_run, images, tmp_path, run_with
 
 
 def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path, run_without_hftl):
-    cases = [("full", "stock"), ("lora", "stock"), ("lora", "mean"), ("frozen", "cls")]
+    cases = [("full", "default"), ("lora", "default"), ("lora", "mean"), ("frozen", "cls")]
     runs = []
     for method, pooling in cases:
         run = replace(text_run(method, pooling), output_dir=str(tmp_path / f"{method}-{pooling}"))
         run_undrawn("text_classification", run)
-        pooled = "no" if pooling == "stock" else "yes"
+        pooled = "no" if pooling == "default" else "yes"
         runs.append([run.output_dir, str(texts / "test.csv"), method, pooled, run.model.name])
     printed = run_without_hftl(TEXT, json.dumps(runs))
     assert printed.count("equal 13") == len(cases)
@@ -134,9 +134,9 @@ def test_a_run_folder_is_complete_and_its_lines_are_short(text_run, tmp_path, ca
         assert (folder / name).is_file(), name
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert {"validation/accuracy", "test/accuracy", "test/macro_f1", "test/loss"} <= set(metrics)
-    from hftl.config.parse import load
+    from hftl.config.parse import load_config
 
-    assert load(folder / "config.yaml").train.lr == 1e-3
+    assert load_config(folder / "config.yaml").train.lr == 1e-3
     records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     said = capsys.readouterr().out
     assert "validation/weighted_f1" in {name for record in records for name in record}

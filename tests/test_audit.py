@@ -9,14 +9,14 @@ import pytest
 from PIL import Image, ImageFilter
 from tiny_tables import tiny_rows
 
-from hftl import DataConfig, ImageClassification, TextClassification, check, load_splits, prepare
+from hftl import DataConfig, ImageClassification, TextClassification, check, load_splits, setup_run
 from hftl.audit import near_duplicate_images as near_images
 from hftl.audit import near_duplicate_texts as near_texts
 from hftl.audit.duplicates import Groups
 from hftl.audit.finding import Numbering
 from hftl.audit.label_errors import confident_joint, likely_wrong, out_of_fold
 from hftl.audit.outliers import NEIGHBOUR, distances
-from hftl.audit.quick_check import brief
+from hftl.audit.quick_check import quick_check
 from hftl.audit.text_normalization import normalise
 from hftl.cli.main import main
 from hftl.errors import ConfigError, DataError
@@ -188,7 +188,7 @@ def test_confident_joint_is_that_of_the_paper():
         assert confident == (max(over, key=lambda k: probabilities[row, k]) if over else -1)
 
 
-def test_planted_wrong_labels_come_first():
+def test_planted_label_errors_come_first():
     rng = np.random.default_rng(0)
     true = rng.integers(0, 3, 600)
     features = rng.normal(0, 1, (600, 20)).astype(np.float32)
@@ -250,7 +250,7 @@ def test_what_is_planted_in_texts_is_found(planted, tmp_path):
     found = check(str(planted), output=tmp_path / "out")
     assert places(found["leaks"]) == [("test", 1), ("test", 10), ("validation", 0), ("validation", 1)]
     assert places(found["duplicates"]) == [("train", 40), ("train", 42), ("train", 47)]
-    assert sorted(places(found["conflicts"])) == [("train", 5), ("train", 42)]
+    assert sorted(places(found["conflicting_labels"])) == [("train", 5), ("train", 42)]
     assert places(found["near_duplicates"]) == [("train", 41)] and found["near_duplicates"].entries[0].other == (
         "train",
         4,
@@ -280,7 +280,7 @@ def test_a_cleaned_copy_has_what_is_left_and_its_test_rows_are_all_there(planted
     kept = [row for number, row in enumerate(old["train"]["text"][:]) if number not in found.left_out["train"]]
     assert new["train"]["text"][:] == kept
     again = check(config, output=tmp_path / "again")
-    assert not any(again[name].entries for name in ("leaks", "duplicates", "conflicts", "empty"))
+    assert not any(again[name].entries for name in ("leaks", "duplicates", "conflicting_labels", "empty"))
     TextClassification(new)  # refuses nothing
 
 
@@ -321,12 +321,12 @@ def test_what_is_planted_in_images_is_found_and_mended(planted_images, tmp_path)
         "train/cat/01.png",
         "train/dog/20.png",
     }  # of one and 21 the later
-    assert names("conflicts") == {"train/cat/02.png", "train/dog/20.png"}
+    assert names("conflicting_labels") == {"train/cat/02.png", "train/dog/20.png"}
     assert names("leaks") == {"test/dog/01.png"} and names("near_leaks") == {"test/dog/02.png"}
     assert names("unreadable") == {"train/dog/23.png"}
-    assert names("odd_images") == {"train/dog/24.png", "train/dog/25.png"}
+    assert names("outlier_images") == {"train/dog/24.png", "train/dog/25.png"}
     assert names("near_duplicates") == {"train/dog/25.png"}  # a grey copy
-    assert set(found.failed) == {"unreadable", "leaks", "conflicts"}
+    assert set(found.failed) == {"unreadable", "leaks", "conflicting_labels"}
     assert "data:image/jpeg" in found.page.read_text()
     clean = load_splits(DataConfig(source=str(tmp_path / "clean"), validation_fraction=0))
     assert {split: len(part) for split, part in clean.items()} == {"train": 26, "validation": 4, "test": 8}
@@ -337,8 +337,11 @@ def test_what_is_planted_in_images_is_found_and_mended(planted_images, tmp_path)
 @pytest.mark.parametrize(
     "lines, unseen",
     [
-        (["text,score", "one two,0.5", "three four,1.5", "one two,2.5"], {"conflicts", "imbalance", "unlabelled"}),
-        (["text", "one two", "three four", "one two"], {"conflicts", "imbalance", "unlabelled"}),
+        (
+            ["text,score", "one two,0.5", "three four,1.5", "one two,2.5"],
+            {"conflicting_labels", "class_imbalance", "unlabelled"},
+        ),
+        (["text", "one two", "three four", "one two"], {"conflicting_labels", "class_imbalance", "unlabelled"}),
         (["text,label", "one two,a", "three four,a", "one two,a"], set()),
         (["text,label", "one two,a", "three four,", "one two,b"], set()),
     ],
@@ -350,8 +353,8 @@ def test_data_without_classes_are_checked_for_the_rest(lines, unseen, tmp_path):
     found = check(config, output=tmp_path / "out")
     assert places(found["duplicates"]) == [("train", 2)]
     not_looked = {finding.name for finding in found.findings if not finding.looked}
-    assert not_looked == unseen | {"overlong", "wrong_labels", "outliers"}
-    told = any("fewer than two classes" in problem for problem in found["imbalance"].problems)
+    assert not_looked == unseen | {"too_long", "label_errors", "outliers"}
+    told = any("fewer than two classes" in problem for problem in found["class_imbalance"].problems)
     assert told == (lines[0] == "text,label" and not any(line.endswith(",b") for line in lines))
 
 
@@ -361,9 +364,9 @@ def test_a_model_looks_for_more(texts, tiny_bert, tmp_path):
     with (data / "train.csv").open("a") as file:
         file.write(f"{'cat ' * 100},animal\n")
     found = check(str(data), tiny_bert, output=tmp_path / "out")
-    assert places(found["overlong"]) == [("train", 60)] and "102 tokens" in found["overlong"].entries[0].why
-    assert found["wrong_labels"].looked and found["outliers"].looked
-    assert all(0 <= (entry.score or 0) < 0.5 for entry in found["wrong_labels"].entries)
+    assert places(found["too_long"]) == [("train", 60)] and "102 tokens" in found["too_long"].entries[0].why
+    assert found["label_errors"].looked and found["outliers"].looked
+    assert all(0 <= (entry.score or 0) < 0.5 for entry in found["label_errors"].entries)
 
 
 def test_a_model_with_broken_weights_costs_only_its_own_findings(images, tiny_timm, tmp_path):
@@ -376,14 +379,14 @@ def test_a_model_with_broken_weights_costs_only_its_own_findings(images, tiny_ti
     file = next(Path(folder).glob("*.safetensors"))
     save_file({name: tensor * float("nan") for name, tensor in load_file(file).items()}, file)
     found = check(str(images), f"local-dir:{folder}", output=tmp_path / "out")
-    assert not found["wrong_labels"].looked and "NaN" in found["wrong_labels"].sentence
+    assert not found["label_errors"].looked and "NaN" in found["label_errors"].sentence
     assert found["duplicates"].looked
 
 
 def test_classes_of_few_rows_are_not_judged(tmp_path, tiny_bert):
     rows = [(text, "abc"[n % 3]) for n, text in enumerate(sentences(12, words=3))]
     found = check(str(write(tmp_path / "data", {"train": rows})), tiny_bert, output=tmp_path / "out")
-    assert not found["wrong_labels"].looked and "5 different rows" in found["wrong_labels"].sentence
+    assert not found["label_errors"].looked and "5 different rows" in found["label_errors"].sentence
     assert not any("far" in problem for problem in found["outliers"].problems)
 
 
@@ -409,7 +412,7 @@ def test_exit_status_is_one_where_a_named_finding_is_there(planted, texts, tmp_p
 
     assert status(planted) == 0
     assert status(planted, "--fail_on", "leaks") == 1 == status(planted, "--fail_on")
-    assert status(planted, "--fail_on", "odd_images", "unreadable") == 0
+    assert status(planted, "--fail_on", "outlier_images", "unreadable") == 0
     assert "conflicts        2 rows of train" in capsys.readouterr().out
 
 
@@ -422,7 +425,7 @@ def test_a_run_says_in_brief_what_it_shares(planted, text_run, capsys, tmp_path)
     shutil.copytree(planted, tmp_path / "good")
     lines = (tmp_path / "good/train.csv").read_text().splitlines()
     (tmp_path / "good/train.csv").write_text("\n".join(line for line in lines if '"  "' not in line) + "\n")
-    prepare(with_data(text_run(), source=str(tmp_path / "good")), TextClassification)
+    setup_run(with_data(text_run(), source=str(tmp_path / "good")), TextClassification)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("check: ")]
     assert len(said) == 1
     assert "2 rows of test, 2 rows of validation also stand in an earlier split" in said[0]
@@ -432,7 +435,7 @@ def test_a_run_says_in_brief_what_it_shares(planted, text_run, capsys, tmp_path)
 def test_in_brief_images_are_the_same_where_their_files_are(planted_images):
     (planted_images / "train/dog/23.png").unlink()
     splits = load_splits(DataConfig(source=str(planted_images)))
-    said = brief(splits, ImageClassification(splits))
+    said = quick_check(splits, ImageClassification(splits))
     assert "1 row of test also stand" in said[0] and "2 rows of train have the same input" in said[0]
 
 
@@ -470,7 +473,7 @@ def test_failed_quick_check_logs_reason_and_run_continues(text_run, monkeypatch,
     from hftl.audit import quick_check
 
     monkeypatch.setattr(quick_check, "_shared", lambda *_: 1 / 0)
-    prepare(text_run(), TextClassification)
+    setup_run(text_run(), TextClassification)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("check: ")]
     assert said == ["check: failed (ZeroDivisionError: division by zero); the run continues without it"]
 
@@ -478,9 +481,9 @@ def test_failed_quick_check_logs_reason_and_run_continues(text_run, monkeypatch,
 def test_quick_check_fails_in_one_line_and_skips_custom_tasks(texts):
     splits = load_splits(DataConfig(source=str(texts)))
     task = TextClassification(splits)
-    assert brief(splits, object()) == []
+    assert quick_check(splits, object()) == []
     task.inputs.columns = ["gone"]
-    (said,) = brief(splits, task)
+    (said,) = quick_check(splits, task)
     assert said.startswith("failed (") and "gone" in said and "\n" not in said
 
 
@@ -513,7 +516,7 @@ OTHER = {
 def test_quick_check_covers_every_kind_of_input(task, names):
     from datasets import concatenate_datasets
 
-    from hftl.data.layouts.in_memory import given_rows
+    from hftl.data.layouts.in_memory import dataset_from_rows
     from hftl.tasks.registry import TASKS
 
     sets = tiny_rows(names)
@@ -524,15 +527,15 @@ def test_quick_check_covers_every_kind_of_input(task, names):
         first = again = first.map(lambda _: {"caption": "in other words"}, features=first.features)
     sets["train"] = concatenate_datasets([sets["train"], again])
     sets["validation"] = concatenate_datasets([first, held])
-    splits = load_splits(DataConfig(source="rows"), rows=given_rows(sets))
-    said = brief(splits, TASKS[task](splits))
+    splits = load_splits(DataConfig(source="rows"), rows=dataset_from_rows(sets))
+    said = quick_check(splits, TASKS[task](splits))
     assert "1 row of validation also stand in an earlier split" in said[0], said
     assert ("2 rows of train, 1 row of validation have the same input as another row" in said[0]) == bool(changed), said
 
 
 @pytest.mark.parametrize("task", ["token_classification", "question_answering"])
 def test_quick_check_compares_positions_in_exact_texts_only(task):
-    from hftl.data.layouts.in_memory import given_rows
+    from hftl.data.layouts.in_memory import dataset_from_rows
     from hftl.tasks.registry import TASKS
 
     rows = {
@@ -545,8 +548,8 @@ def test_quick_check_compares_positions_in_exact_texts_only(task):
             {"question": "who", "context": "it is, he", "answers": {"text": ["he"], "answer_start": [7]}},
         ],
     }[task]
-    splits = load_splits(DataConfig(source="rows"), rows=given_rows({"train": rows, "validation": rows[:1]}))
-    said = brief(splits, TASKS[task](splits))
+    splits = load_splits(DataConfig(source="rows"), rows=dataset_from_rows({"train": rows, "validation": rows[:1]}))
+    said = quick_check(splits, TASKS[task](splits))
     assert "1 row of validation also stand" in said[0] and "another label" not in said[0]
 
 

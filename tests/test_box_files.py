@@ -209,7 +209,7 @@ def test_voc_declares_sizes_too_and_such_rows_can_be_left_out(tmp_path):
     with pytest.raises(DataError, match="row 2 .*boxes of another size: they were drawn on 640 x 48"):
         hftl.ObjectDetection(splits)
     lenient = replace(splits, lenient=True)
-    assert {split: list(bad) for split, bad in hftl.ObjectDetection(lenient).bad_rows(lenient).items()} == {
+    assert {split: list(bad) for split, bad in hftl.ObjectDetection(lenient).invalid_rows(lenient).items()} == {
         "train": [2],
         "validation": [],
         "test": [],
@@ -233,11 +233,11 @@ def test_boxes_that_are_cut_off_are_counted_once_for_each_split(tmp_path, capsys
 
 def test_rows_with_bad_objects_can_be_left_out(tiny_timm, tmp_path):
     folder = spoiled(tmp_path / "data", BAD["empty box"])
-    data = hftl.DataConfig(source=str(folder), on_error="skip", max_skipped=0.5)
-    model = hftl.ModelConfig(name=tiny_timm["test_resnet"], detector=hftl.DetectorConfig(width=32, num_queries=4))
+    data = hftl.DataConfig(source=str(folder), on_error="skip", max_skipped_fraction=0.5)
+    model = hftl.ModelConfig(name=tiny_timm["test_resnet"], detector=hftl.DetectorConfig(d_model=32, num_queries=4))
     train = hftl.TrainConfig(batch_size_per_device=2)
     run = hftl.RunConfig(data, model, train=train, output_dir=str(tmp_path / "run"))
-    run, splits, task = hftl.prepare(run, hftl.ObjectDetection)
+    run, splits, task = hftl.setup_run(run, hftl.ObjectDetection)
     assert len(splits["train"]) == COUNTS["train"] - 1
     (row,) = run.quarantine
     assert (row["split"], row["row"], row["column"]) == ("train", 0, "objects")
@@ -328,7 +328,7 @@ def test_training_needs_boxes_to_measure_by_and_a_test_does_not(split, tmp_path,
         return
     task = hftl.ObjectDetection(lacking)
     assert "test has no column 'objects'; its rows are predicted" in capsys.readouterr().out
-    assert set(task.bad_rows(lacking)) >= {"train", "validation"}
+    assert set(task.invalid_rows(lacking)) >= {"train", "validation"}
 
 
 def test_a_category_that_training_lacks_is_named(tmp_path):

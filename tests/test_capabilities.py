@@ -22,7 +22,7 @@ from hftl.errors import ConfigError, HftlError
 from hftl.inference import demo
 from hftl.run.testing import check_task
 from hftl.selection import comparison
-from hftl.selection.experiment_plan import make_plan
+from hftl.selection.experiment_plan import make_experiment_plan
 from hftl.tasks.capabilities import Capability, TargetInfo, capabilities_of, target_info
 from hftl.tasks.predictions import needed_columns
 from hftl.tasks.registry import TASKS, unsupported
@@ -102,7 +102,7 @@ def made(data):
 
 def saved_without_weights(task, folder):
     """Writes what a saved model says about itself; a command that opens weights fails on it in other words."""
-    described = {"task": task.name, "state": task.state(), "head": asdict(task.head), "classic_head": None}
+    described = {"task": task.name, "state": task.state(), "head": asdict(task.head), "sklearn_head": None}
     folder.mkdir(parents=True)
     (folder / "hftl.json").write_text(json.dumps(described))
     return folder
@@ -151,7 +151,7 @@ def test_compare_command_on_tags_trains_nothing(made, data, tiny_bert, tmp_path,
         assert work is not comparison.train, "a training began"
         return work(*values)
 
-    monkeypatch.setattr(comparison, "in_child", in_this_process)
+    monkeypatch.setattr(comparison, "run_in_child", in_this_process)
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     said = capsys.readouterr()
@@ -166,8 +166,10 @@ def test_commands_reject_exactly_what_is_unsupported(kind, made, data, tmp_path,
     monkeypatch.setattr(demo, "_need_gradio", lambda: None)
     monkeypatch.setattr(demo, "free_port", lambda *_: 0)
     calls = {
-        Capability.COMPARE: lambda: make_plan(run_of(kind, data), ["scratch", "full"], 1, tmp_path / "runs", False),
-        Capability.PROBE: lambda: hftl.prepare(run_of(kind, data, "probe", output_dir=str(tmp_path / "run"))),
+        Capability.COMPARE: lambda: make_experiment_plan(
+            run_of(kind, data), ["scratch", "full"], 1, tmp_path / "runs", False
+        ),
+        Capability.PROBE: lambda: hftl.setup_run(run_of(kind, data, "probe", output_dir=str(tmp_path / "run"))),
         Capability.DEMO: lambda: demo.serve(str(folder)),
         Capability.EXPORT: lambda: export_folder(folder, "torch", tmp_path / "export"),
     }
@@ -189,7 +191,7 @@ def test_check_states_which_checks_do_not_apply(kind, made, data, tmp_path, caps
     task, _ = made[kind]
     config = DataConfig(**data[kind])
     checked = hftl.check(config, output=tmp_path / "check")
-    need_classes = [name for name in NEED_CLASSES if name != "wrong_labels"]  # without a model
+    need_classes = [name for name in NEED_CLASSES if name != "label_errors"]  # without a model
     if Capability.CLASS_CHECKS in capabilities_of(task):
         assert all(checked[name].looked for name in need_classes)
         return
@@ -229,7 +231,7 @@ def test_check_task_rejects_false_capabilities(declared, message, made, data, ti
     task, splits = made["word_tags"]
     monkeypatch.setattr(task.target, "info", TargetInfo("word tags", frozenset(declared)), raising=False)
     run = replace(run_of("word_tags", data), model=ModelConfig(tiny_bert))
-    run, splits, _ = hftl.prepare(replace(run, output_dir="unused"))
+    run, splits, _ = hftl.setup_run(replace(run, output_dir="unused"))
     with pytest.raises(AssertionError, match=message):
         check_task(task, splits, run)
 

@@ -17,9 +17,9 @@ from hftl.errors import ArtifactError, ConfigError, Stopped
 from hftl.evaluation.evaluate import TableWriter
 from hftl.reporting import compare_reports, write_report
 from hftl.reporting.run_record import RunRecord
-from hftl.run.child_process import Failed, in_child
+from hftl.run.child_process import ChildFailedError, run_in_child
 from hftl.selection.results import Failure, format_comparison, judge
-from hftl.statistics.score_difference import difference, needed
+from hftl.statistics.score_difference import difference, required_samples
 
 # the statistics
 
@@ -50,7 +50,7 @@ def test_without_a_true_difference_a_verdict_is_rare(seeds, rows, of_seed):
     wrong, misled = 0, 0
     for number in range(300):
         one, other = drawn(rng, seeds, rows, of_seed=of_seed)
-        wrong += difference(one, other, resamples=2000, seed=number).verdict != "not distinguishable"
+        wrong += difference(one, other, resamples=2000, seed=number).conclusion != "not distinguishable"
         misled += naive(one, other, rng) if rows == 600 and number < 80 else 0
     assert wrong <= 0.08 * 300
     if rows == 600:
@@ -74,7 +74,7 @@ def test_a_true_difference_is_found_and_has_its_sign():
     rng = np.random.default_rng(0)
     one, other = drawn(rng, 3, 600, gain=1.5, of_seed=0.1)
     found, back = difference(one, other), difference(other, one)
-    assert (found.verdict, back.verdict) == ("better", "worse")
+    assert (found.conclusion, back.conclusion) == ("better", "worse")
     assert found.low < found.value < found.high and back.value == -found.value
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low), abs=0.01)
     assert found == difference(one, other)  # equal seeds, equal intervals
@@ -90,7 +90,7 @@ def test_on_one_seed_it_agrees_with_the_exact_test_of_pairs(lost):
         one[0, :gained] = 1
         base = other.copy()
         base[0, rows - lost :] = 1 if lost else 0
-        ours.append(difference(one, base).verdict == "better")
+        ours.append(difference(one, base).conclusion == "better")
         exact.append(gained > lost and binomtest(gained, gained + lost).pvalue < 0.05)
     assert sum(ours) > 5 and sum(a != b for a, b in zip(ours, exact, strict=True)) <= 1
 
@@ -98,8 +98,8 @@ def test_on_one_seed_it_agrees_with_the_exact_test_of_pairs(lost):
 def test_ties_do_not_look_certain():
     right = np.ones((3, 40))
     found = difference(right, right)
-    assert found.value == 0 and found.low < 0 < found.high and found.verdict == "not distinguishable"
-    assert needed(found).rows is None and needed(found).seeds is None
+    assert found.value == 0 and found.low < 0 < found.high and found.conclusion == "not distinguishable"
+    assert required_samples(found).rows is None and required_samples(found).seeds is None
     assert difference(np.ones((3, 40)), np.zeros((3, 40))).high == 1.0  # ends stay where differences can lie
 
 
@@ -107,7 +107,7 @@ def test_scores_without_bounds_and_other_numbers_of_seeds_are_welcome():
     rng = np.random.default_rng(0)
     losses = rng.exponential(1, (2, 400))
     found = difference(-losses, -losses[:1] - 0.7, largest=None)
-    assert found.verdict == "better" and np.isnan(found.seeds_error) and found.seeds == 1
+    assert found.conclusion == "better" and np.isnan(found.seeds_error) and found.seeds == 1
     five = difference(np.tile(-losses, (3, 1))[:5] + 0.7, -losses, largest=None)
     assert five.seeds == 2 and five.seeds_error > 0
     for one, other in (([[1.0]], [[1.0, 0.0]]), ([[]], [[]]), ([1.0], [1.0]), ([[np.nan]], [[1.0]])):
@@ -119,19 +119,19 @@ def test_rows_that_are_needed_are_enough_and_not_far_too_many():
     rng = np.random.default_rng(3)
     one, other = drawn(rng, 1, 100, gain=0.35, of_seed=0)
     found = difference(one, other)
-    rows = needed(found).rows
-    assert found.verdict == "not distinguishable" and rows > 100
+    rows = required_samples(found).rows
+    assert found.conclusion == "not distinguishable" and rows > 100
     more, fewer = (int(np.ceil(share * rows / 100)) for share in (1.25, 0.5))
-    assert difference(np.tile(one, more), np.tile(other, more)).verdict == "better"
-    assert difference(np.tile(one, fewer), np.tile(other, fewer)).verdict == "not distinguishable"
+    assert difference(np.tile(one, more), np.tile(other, more)).conclusion == "better"
+    assert difference(np.tile(one, fewer), np.tile(other, fewer)).conclusion == "not distinguishable"
 
 
 def test_where_seeds_are_what_is_missing_seeds_are_asked_for():
     rng = np.random.default_rng(0)
     one, other = drawn(rng, 3, 5000, gain=0.3, of_seed=0.5)
     found = difference(one, other)
-    asked = needed(found)
-    assert found.verdict == "not distinguishable" and asked.rows is None and asked.seeds > 3
+    asked = required_samples(found)
+    assert found.conclusion == "not distinguishable" and asked.rows is None and asked.seeds > 3
 
 
 # from run folders to sentences
@@ -155,7 +155,7 @@ def measured(folder, method, seed, right, validation=0.5, trained=10, seconds=1.
     metrics = {"validation/accuracy": validation, "validation/loss": 1.0, "test/accuracy": float(np.mean(right))}
     (run / "metrics.json").write_text(json.dumps(metrics))
     facts = json.loads((run / "report.json").read_text())
-    facts["adapt"] |= {"method": method, "trained": trained}
+    facts["adapt"] |= {"method": method, "trainable": trained}
     facts["training"]["seconds"] = seconds
     (run / "report.json").write_text(json.dumps(facts))
     return run
@@ -175,16 +175,18 @@ def compared(folder, shares, rows=300, seeds=3):
 
 def test_the_three_sentences(tmp_path):
     helped, _ = compared(tmp_path / "1", {"scratch": 0.6, "frozen": 0.8, "full": 0.9})
-    assert helped.verdict == "helped" and helped.chosen == "full" and helped.baseline == "scratch"
+    assert helped.conclusion == "helped" and helped.chosen == "full" and helped.baseline == "scratch"
     gain = helped.result("full").score - helped.result("scratch").score
     assert helped.sentence.startswith(f"Transfer helped by {100 * gain:.1f} points of test accuracy (95 % interval ")
     assert not helped.warnings  # full is better than frozen, and nothing else is odd
     hurt, _ = compared(tmp_path / "2", {"scratch": 0.9, "frozen": 0.6})
-    assert hurt.verdict == "hurt" and hurt.sentence.startswith("Transfer hurt by ")
+    assert hurt.conclusion == "hurt" and hurt.sentence.startswith("Transfer hurt by ")
     ends = hurt.result("frozen").difference
     assert f"interval {-100 * ends.high:.1f} to {-100 * ends.low:.1f}" in hurt.sentence and ends.high < 0
     same, _ = compared(tmp_path / "3", {"scratch": 0.8, "frozen": 0.81}, rows=60)
-    assert same.verdict == "not distinguishable" and same.sentence.startswith("Not distinguishable on this test size")
+    assert same.conclusion == "not distinguishable" and same.sentence.startswith(
+        "Not distinguishable on this test size"
+    )
     assert "would be needed" in same.sentence and "60 rows, 3 seeds" in same.sentence
 
 
@@ -201,7 +203,7 @@ def test_test_rows_do_not_choose_and_the_simplest_is_named_where_it_does_as_well
 
 def test_without_scratch_the_simplest_is_the_baseline(tmp_path):
     found, _ = compared(tmp_path, {"full": 0.9, "frozen": 0.6, "lora": 0.9})
-    assert found.baseline == "frozen" and found.verdict == "better"
+    assert found.baseline == "frozen" and found.conclusion == "better"
     assert "better than frozen by" in found.sentence and "not known without scratch" in found.sentence
 
 
@@ -209,14 +211,14 @@ def test_what_failed_is_said_and_the_rest_is_judged(tmp_path):
     found, folders = compared(tmp_path, {"scratch": 0.5, "full": 0.9})
     shutil.rmtree(folders["full"][2])
     again = judge(folders | {"lora": {}}, "test", "a budget", {"lora": [Failure(0, "no room (lora-s0.log)")]})
-    assert again.verdict == "helped" and len(again.result("full").scores) == 2
+    assert again.conclusion == "helped" and len(again.result("full").scores) == 2
     assert "lora, seed 0, failed: no room (lora-s0.log)" in again.warnings
     assert any(warning.startswith("full, seed 2, failed: there is no run folder") for warning in again.warnings)
     other = measured(tmp_path / "other", "full", 1, np.ones(299))
     strange = judge(folders | {"full": {0: folders["full"][0], 1: other}}, "test", "a budget", {})
     assert any("not measured on the same rows" in warning for warning in strange.warnings)
     alone = judge({"scratch": folders["scratch"], "full": {}}, "test", "a budget", {})
-    assert alone.verdict is None and alone.sentence.startswith("No verdict")
+    assert alone.conclusion is None and alone.sentence.startswith("No verdict")
     with pytest.raises(ArtifactError, match="no training of the comparison has a result: full, seed 0: broken"):
         judge({"full": {}}, "test", "a budget", {"full": [Failure(0, "broken")]})
 
@@ -251,7 +253,7 @@ def test_the_verdict_is_on_the_page_of_the_comparison_and_of_the_kept_run(tmp_pa
 def quick(images, tiny_timm, tmp_path_factory):
     """A comparison of two methods with two seeds on the coloured images; its folder and how it was called."""
     folder = tmp_path_factory.mktemp("compared") / "runs"
-    train = hftl.TrainConfig(num_epochs=2, batch_size_per_device=12, trackers=[], eval_every=6)
+    train = hftl.TrainConfig(num_epochs=2, batch_size_per_device=12, trackers=[], eval_steps=6)
     call = {"methods": ["scratch", "frozen"], "seeds": 2, "run": hftl.RunConfig(train=train), "output_dir": folder}
     return hftl.compare(str(images), tiny_timm["test_resnet"], **call), folder, call
 
@@ -290,7 +292,7 @@ def test_complete_runs_are_read_again_and_other_settings_refused(quick, images, 
 
 def test_a_training_that_cannot_begin_is_a_line_and_no_verdict_is_given(quick, images, tmp_path, capsys):
     """test_vit has weights on the hub alone, which is not reached."""
-    arguments = ["compare", images, "--model", "test_vit", "--methods", "scratch", "full", "--seeds", "1"]
+    arguments = ["compare", images, "--model", "test_vit", "--methods", "scratch", "full", "--num_seeds", "1"]
     config = tmp_path / "short.yaml"
     config.write_text("{model: {image_size: 32}, train: {max_steps: 1, trackers: []}}")
     arguments += ["--config", config, "--output_dir", tmp_path / "runs"]
@@ -315,7 +317,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(images, t
         "'forzen' is not one of scratch, probe, frozen, lora, full. Did you mean 'frozen'?" in said and "seeds" in said
     )
     assert "name at least two" in refused(data, model, ["full", "full"])
-    pushing = hftl.RunConfig(publish=hftl.PublishConfig(push_to_hub="user/name"))
+    pushing = hftl.RunConfig(hub=hftl.HubConfig(repo_id="user/name"))
     assert "makes many runs and pushes none" in refused(data, model, run=pushing)
     assert "not as both" in refused(data, model, run=pushing, config="some.yaml")
     said = refused(str(tmp_path / "nowhere"), model)
@@ -332,35 +334,35 @@ def test_a_stop_is_passed_on_and_keeps_what_is_complete(quick, images, tiny_timm
     from hftl.selection import comparison
 
     _, folder, call = quick
-    real = comparison.in_child
+    real = comparison.run_in_child
 
     def stopping(work, *arguments, **options):
         if work is comparison.train:
             raise Stopped("stopped (SIGTERM) after step 3 of 9; the state is in the run folder. The same command …")
         return real(work, *arguments, **options)
 
-    monkeypatch.setattr(comparison, "in_child", stopping)
+    monkeypatch.setattr(comparison, "run_in_child", stopping)
     more = call | {"methods": ["scratch", "full"]}
     with pytest.raises(Stopped, match=r"full, seed 0: stopped \(SIGTERM\) after step 3 of 9\. Complete runs are kept"):
         hftl.compare(str(images), tiny_timm["test_resnet"], **more)
     assert (folder / "scratch-s0" / "model").is_dir()
-    monkeypatch.setattr(comparison, "in_child", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(comparison, "run_in_child", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Stopped, match="the same call goes on"):
         hftl.compare(str(images), tiny_timm["test_resnet"], **more)
 
 
 def test_a_child_returns_or_says_how_it_ended(tmp_path, capfd):
     log = tmp_path / "log"
-    assert in_child(os.path.join, "a", "b") == "a/b"
-    with pytest.raises(Failed, match=r"was killed \(by the system where memory was short"):
-        in_child(signal.raise_signal, int(signal.SIGKILL), log=log)
-    with pytest.raises(Failed, match="status 3 and no answer"):
-        in_child(os._exit, 3)
-    with pytest.raises(Failed, match="ZeroDivisionError"):
-        in_child(divmod, 1, 0, log=log)
+    assert run_in_child(os.path.join, "a", "b") == "a/b"
+    with pytest.raises(ChildFailedError, match=r"was killed \(by the system where memory was short"):
+        run_in_child(signal.raise_signal, int(signal.SIGKILL), log=log)
+    with pytest.raises(ChildFailedError, match="status 3 and no answer"):
+        run_in_child(os._exit, 3)
+    with pytest.raises(ChildFailedError, match="ZeroDivisionError"):
+        run_in_child(divmod, 1, 0, log=log)
     assert "Traceback" in log.read_text()
     with pytest.raises(ArtifactError, match="no run folder"):
-        in_child(RunRecord, tmp_path / "nothing")
+        run_in_child(RunRecord, tmp_path / "nothing")
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -370,6 +372,6 @@ def test_a_script_needs_no_guard_and_trainings_no_torch_here(tmp_path):
     script.write_text(
         "import sys, os\nprint('once')\nfrom hftl.selection.comparison import compare\n"
         "from hftl.selection import isolated\nisolated._IMPORTS = ()\n"
-        "assert isolated.in_child(os.getpid) != os.getpid()\nassert 'torch' not in sys.modules\n"
+        "assert isolated.run_in_child(os.getpid) != os.getpid()\nassert 'torch' not in sys.modules\n"
     )
     assert run_python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')").split() == ["once"]

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from hftl.config.allowed_values import value_problems
 from hftl.config.defaults import resolve
-from hftl.config.parse import dump, load, parse
+from hftl.config.parse import dump_config, load_config, parse_config
 from hftl.config.schema import (
     AdaptConfig,
     AugmentConfig,
@@ -35,21 +35,21 @@ FLAGS = [
     "adapt.batch_norm",
     "adapt.frozen.cache",
     "adapt.frozen.lr_factors",
-    "adapt.frozen.seeds",
-    "adapt.frozen.views",
+    "adapt.frozen.num_seeds",
+    "adapt.frozen.num_views",
     "adapt.frozen.weight_decays",
-    "adapt.image",
+    "adapt.image_method",
     "adapt.lora.alpha",
     "adapt.lora.dropout",
     "adapt.lora.r",
     "adapt.lora.target_modules",
     "adapt.method",
-    "adapt.probe.folds",
-    "adapt.probe.head",
-    "adapt.text",
-    "checkpoint.every_minutes",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
+    "adapt.probe.num_folds",
+    "adapt.probe.classifier",
+    "adapt.text_method",
+    "checkpoint.save_minutes",
+    "checkpoint.save_steps",
+    "checkpoint.total_limit",
     "data.augment.auto_augment",
     "data.augment.color_jitter",
     "data.augment.crop_scale",
@@ -64,11 +64,11 @@ FLAGS = [
     "data.max_answer_length",
     "data.max_length",
     "data.max_pixels",
-    "data.max_skipped",
+    "data.max_skipped_fraction",
     "data.num_workers",
     "data.numeric_columns",
     "data.on_error",
-    "data.pair_loss",
+    "train.pair_loss",
     "data.problem_type",
     "data.revision",
     "data.seed",
@@ -78,51 +78,51 @@ FLAGS = [
     "data.text_column",
     "data.text_pair_column",
     "data.text_template",
-    "data.train_per_class",
+    "data.max_train_samples_per_class",
     "data.validation_fraction",
     "data.worker_timeout",
-    "model.decoder_size",
+    "model.decoder_channels",
     "model.detector.decoder_layers",
-    "model.detector.levels",
+    "model.detector.num_feature_levels",
     "model.detector.num_queries",
-    "model.detector.width",
+    "model.detector.d_model",
     "model.dropout",
     "model.fusion",
-    "model.fusion_size",
+    "model.fusion_dim",
     "model.image_size",
     "model.modality_dropout",
     "model.name",
     "model.pooling",
     "model.pretrained",
-    "model.projection_size",
+    "model.projection_dim",
     "model.revision",
     "model.text_name",
     "model.trust_remote_code",
     "output_dir",
     "overwrite",
-    "publish.private",
-    "publish.push_to_hub",
-    "publish.verify",
+    "hub.private",
+    "hub.repo_id",
+    "hub.verify",
     "resume",
     "task",
     "train.batch_size_per_device",
-    "train.best_metric",
+    "train.metric_for_best_model",
     "train.early_stopping_patience",
-    "train.eval_every",
+    "train.eval_steps",
     "train.gradient_accumulation_steps",
-    "train.head_first",
+    "train.freeze_backbone_ratio",
     "train.head_lr",
-    "train.log_every",
+    "train.logging_steps",
     "train.lr",
     "train.max_grad_norm",
-    "train.max_nonfinite",
+    "train.max_nonfinite_steps",
     "train.max_steps",
     "train.metrics",
     "train.num_epochs",
     "train.num_threads",
     "train.on_nonfinite",
     "train.on_oom",
-    "train.schedule",
+    "train.lr_scheduler_type",
     "train.seed",
     "train.timeout_minutes",
     "train.trackers",
@@ -143,7 +143,7 @@ def yaml_file(tmp_path):
 def refused(*argv: str) -> list[str]:
     """Returns the problems that the arguments are refused with."""
     with pytest.raises(ConfigError) as caught:
-        parse(RunConfig(), list(argv))
+        parse_config(RunConfig(), list(argv))
     for problem in caught.value.problems:
         assert problem in str(caught.value)
     return caught.value.problems
@@ -158,49 +158,51 @@ def test_the_flags_are_the_ones_we_promise():
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(yaml_file):
-    defaults = replace(RunConfig(), train=TrainConfig(lr=1.0, seed=1, log_every=1))
-    run = parse(defaults, [yaml_file("train: {lr: 2.0, seed: 2}"), "--train.seed", "3"])
-    assert (run.train.log_every, run.train.lr, run.train.seed) == (1, 2.0, 3)
+    defaults = replace(RunConfig(), train=TrainConfig(lr=1.0, seed=1, logging_steps=1))
+    run = parse_config(defaults, [yaml_file("train: {lr: 2.0, seed: 2}"), "--train.seed", "3"])
+    assert (run.train.logging_steps, run.train.lr, run.train.seed) == (1, 2.0, 3)
 
 
 def test_flags_win_over_yaml_wherever_they_stand(yaml_file):
     file = yaml_file("train: {lr: 2.0, seed: 2}")
-    before = parse(RunConfig(), ["--train.seed", "3", file])
-    assert before == parse(RunConfig(), [file, "--train.seed", "3"])
-    assert before == parse(RunConfig(), ["--train.seed=3", "--config", file.partition("=")[2]])
+    before = parse_config(RunConfig(), ["--train.seed", "3", file])
+    assert before == parse_config(RunConfig(), [file, "--train.seed", "3"])
+    assert before == parse_config(RunConfig(), ["--train.seed=3", "--config", file.partition("=")[2]])
     assert before.train.seed == 3
 
 
 def test_a_later_file_wins_over_an_earlier_one_key_by_key(yaml_file):
-    run = parse(RunConfig(), [yaml_file("train: {lr: 1, seed: 1}", "a.yaml"), yaml_file("train: {lr: 2}", "b.yaml")])
+    run = parse_config(
+        RunConfig(), [yaml_file("train: {lr: 1, seed: 1}", "a.yaml"), yaml_file("train: {lr: 2}", "b.yaml")]
+    )
     assert (run.train.lr, run.train.seed) == (2.0, 1)
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003", "3E-04"])
 def test_a_learning_rate_in_yaml_is_the_number_a_reader_sees(text, yaml_file):
-    lr = parse(RunConfig(), [yaml_file(f"train:\n  lr: {text}\n")]).train.lr
+    lr = parse_config(RunConfig(), [yaml_file(f"train:\n  lr: {text}\n")]).train.lr
     assert isinstance(lr, float) and lr == 3e-4
-    assert parse(RunConfig(), ["--train.lr", text]).train.lr == 3e-4
+    assert parse_config(RunConfig(), ["--train.lr", text]).train.lr == 3e-4
 
 
 def test_a_path_is_spelled_the_same_in_python_nested_yaml_and_flags(yaml_file):
     wanted = RunConfig(adapt=AdaptConfig(method="lora", lora=LoraConfig(r=3, target_modules=["qkv", "fc.*"])))
     nested = "adapt:\n  method: lora\n  lora:\n    r: 3\n    target_modules: [qkv, 'fc.*']\n"
     flags = ["--adapt.method=lora", "--adapt.lora.r", "3", "--adapt.lora.target_modules", "[qkv,fc.*]"]
-    assert parse(RunConfig(), [yaml_file(nested)]) == parse(RunConfig(), flags) == wanted
+    assert parse_config(RunConfig(), [yaml_file(nested)]) == parse_config(RunConfig(), flags) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "# train:\n", "train:\n  # lr: 1\ndata:\n  augment:\n"])
 def test_yaml_with_everything_commented_out_changes_nothing(text, yaml_file):
-    assert parse(RunConfig(), [yaml_file(text)]) == RunConfig()
+    assert parse_config(RunConfig(), [yaml_file(text)]) == RunConfig()
 
 
 @pytest.mark.parametrize(("given", "text"), [("2024", "2024"), ("1e3", "1e3"), ("1234567", "1234567"), ("en", "en")])
 def test_text_settings_take_what_looks_like_a_number(given, text, yaml_file):
     """Commit hashes may be all digits, subsets are often years."""
-    run = parse(RunConfig(), [yaml_file(f"data: {{subset: {given}}}\nmodel: {{revision: {given}}}")])
+    run = parse_config(RunConfig(), [yaml_file(f"data: {{subset: {given}}}\nmodel: {{revision: {given}}}")])
     assert run.data.subset == run.model.revision == text
-    assert parse(RunConfig(), [f"--data.subset={given}", "--model.revision", given]) == run
+    assert parse_config(RunConfig(), [f"--data.subset={given}", "--model.revision", given]) == run
 
 
 @pytest.mark.parametrize(
@@ -267,17 +269,21 @@ def test_a_value_for_a_whole_group_names_the_settings_in_it(argv, yaml_file):
 
 
 def test_every_problem_is_in_one_message_and_what_was_fine_is_not(yaml_file):
-    file = yaml_file("train: {lr: fast, batchsize: 8, log_every: 5}\ndata: {augment: {hflp: 1, hflip: 0}}\nfoo: 3\n")
+    file = yaml_file(
+        "train: {lr: fast, batchsize: 8, logging_steps: 5}\ndata: {augment: {hflp: 1, hflip: 0}}\nfoo: 3\n"
+    )
     problems = refused("--train.seed", "x", file, "--model.name", "resnet18", "stray", "--train.num_epoch=3")
     named = ["'fast'", "'train.batchsize'", "'data.augment.hflp'", "'foo'", "'x'", "'stray'", "'train.num_epoch'"]
     assert len(problems) == len(named)
     for name in named:
         assert sum(name in problem for problem in problems) == 1, name
-    assert not any("log_every" in problem or "resnet18" in problem for problem in problems)
+    assert not any("logging_steps" in problem or "resnet18" in problem for problem in problems)
 
 
 def test_problems_can_wait_for_those_of_data_and_model(yaml_file):
-    run = parse(RunConfig(), [yaml_file("train: {lr: fast, seed: 7}"), "--data.nope=1", "--data.seed=3"], defer=True)
+    run = parse_config(
+        RunConfig(), [yaml_file("train: {lr: fast, seed: 7}"), "--data.nope=1", "--data.seed=3"], defer=True
+    )
     assert len(run.problems) == 2
     assert (run.train.seed, run.data.seed) == (7, 3)
 
@@ -301,9 +307,9 @@ def test_a_missing_file_is_named_with_its_nearest_sibling(yaml_file, tmp_path):
 
 def test_a_switch_needs_no_value():
     for argv in (["--overwrite"], ["--overwrite", "--train.seed", "0"], ["--overwrite", "true"], ["--overwrite=true"]):
-        assert parse(RunConfig(), argv).overwrite is True
-    assert parse(RunConfig(overwrite=True), ["--overwrite", "false"]).overwrite is False
-    assert parse(RunConfig(), ["--model.pretrained=false", "--overwrite"]).model.pretrained is False
+        assert parse_config(RunConfig(), argv).overwrite is True
+    assert parse_config(RunConfig(overwrite=True), ["--overwrite", "false"]).overwrite is False
+    assert parse_config(RunConfig(), ["--model.pretrained=false", "--overwrite"]).model.pretrained is False
 
 
 def test_a_dumped_configuration_loads_equal(tmp_path):
@@ -320,7 +326,7 @@ def test_a_dumped_configuration_loads_equal(tmp_path):
             label_separator="|",
             problem_type="regression",
             validation_fraction=1e-7,
-            train_per_class=3,
+            max_train_samples_per_class=3,
             seed=4,
             max_length=5,
             augment=AugmentConfig(1, 0, 0.5, "rand-m9"),
@@ -328,7 +334,7 @@ def test_a_dumped_configuration_loads_equal(tmp_path):
             worker_timeout=1.5,
             max_pixels=1000,
             on_error="skip",
-            max_skipped=0.5,
+            max_skipped_fraction=0.5,
             ignore_columns=["1", "a,b"],
             ignore_index=-1,
             text_template="{a}: {b}",
@@ -345,7 +351,7 @@ def test_a_dumped_configuration_loads_equal(tmp_path):
             trust_remote_code=True,
             text_name="true/1",
             fusion="gated",
-            fusion_size=64,
+            fusion_dim=64,
         ),
         AdaptConfig(
             method="lora",
@@ -354,7 +360,15 @@ def test_a_dumped_configuration_loads_equal(tmp_path):
             probe=ProbeConfig("knn", 3),
         ),
         TrainConfig(
-            0.5, 7, 1e-30, 3e-4, num_threads=3, metrics=["a,b"], trackers=[], schedule="cosine", best_metric="macro_f1"
+            0.5,
+            7,
+            1e-30,
+            3e-4,
+            num_threads=3,
+            metrics=["a,b"],
+            trackers=[],
+            lr_scheduler_type="cosine",
+            metric_for_best_model="macro_f1",
         ),
         CheckpointConfig(None, 7, 1),
         output_dir="12",
@@ -364,19 +378,19 @@ def test_a_dumped_configuration_loads_equal(tmp_path):
     untouched = [name for name, value in leaves(run).items() if value == leaves(RunConfig())[name]]
     assert len(untouched) < len(FLAGS) / 3
     for each in (run, RunConfig(), resolve(valid(), "image")):
-        (tmp_path / "config.yaml").write_text(dump(each))
-        assert load(tmp_path / "config.yaml") == each
+        (tmp_path / "config.yaml").write_text(dump_config(each))
+        assert load_config(tmp_path / "config.yaml") == each
 
 
 @pytest.mark.parametrize("text", ["123", "12345e7", "true", "yes", "0x10", "2024-01-01", "[a]", "'q'", "a\nb", ""])
 def test_text_that_looks_like_another_type_survives_the_file(text, tmp_path):
     run = RunConfig(DataConfig(source=text, subset=text), output_dir=text)
-    (tmp_path / "config.yaml").write_text(dump(run))
-    assert load(tmp_path / "config.yaml") == run
+    (tmp_path / "config.yaml").write_text(dump_config(run))
+    assert load_config(tmp_path / "config.yaml") == run
 
 
 def test_what_was_refused_is_not_dumped():
-    assert "problems" not in yaml.safe_load(dump(parse(RunConfig(), ["--nope=1"], defer=True)))
+    assert "problems" not in yaml.safe_load(dump_config(parse_config(RunConfig(), ["--nope=1"], defer=True)))
 
 
 def test_every_configuration_that_we_ship_parses():
@@ -385,7 +399,7 @@ def test_every_configuration_that_we_ship_parses():
     on_disk = [name for _, _, names in os.walk(folder) for name in names if name.endswith((".yaml", ".yml"))]
     assert len(files) == len(on_disk) > 0
     for file in files:
-        run = load(file)  # the data are the user's own in most of them
+        run = load_config(file)  # the data are the user's own in most of them
         run = replace(run, data=replace(run.data, source=run.data.source or "data"))
         assert not value_problems(replace(run, model=replace(run.model, name=run.model.name or "model"))), file
 
@@ -397,19 +411,19 @@ def test_every_configuration_that_we_ship_parses():
         ("data.augment.hflip", [0, 1], [-0.01, 1.01]),
         ("data.augment.color_jitter", [0, 2], [-0.1]),
         ("data.validation_fraction", [0, 0.99], [1, -0.1]),
-        ("data.train_per_class", [1, None], [0, -1]),
+        ("data.max_train_samples_per_class", [1, None], [0, -1]),
         ("data.seed", [0, 2**32 - 1], [-1, 2**32]),
         ("data.max_length", [2, None], [1, 0]),
         ("data.num_workers", [0, None], [-1]),
         ("model.image_size", [8, None, [180, 240]], [7, 0, -224, [8], [8, 7], [8, 8, 8], [8.5, 9]]),
-        ("model.detector.width", [32, 256], [0, 16, 100]),
-        ("model.detector.levels", [1, 3], [0, 4]),
+        ("model.detector.d_model", [32, 256], [0, 16, 100]),
+        ("model.detector.num_feature_levels", [1, 3], [0, 4]),
         ("model.dropout", [0, 0.99, None], [1, -0.1]),
         ("adapt.lora.r", [1], [0, -8]),
         ("adapt.lora.alpha", [1e-3], [0, -1]),
         ("adapt.lora.dropout", [0], [1, -0.1]),
         ("train.num_epochs", [0.1, None], [0, -1]),
-        ("train.head_first", [0, 0.5, None], [-0.1, 1]),
+        ("train.freeze_backbone_ratio", [0, 0.5, None], [-0.1, 1]),
         ("train.max_steps", [1, None], [0]),
         ("train.num_threads", [1, None], [0, -1, 5000]),
         ("train.lr", [0, 1e-3, None], [-1e-3, math.nan, math.inf]),
@@ -420,14 +434,14 @@ def test_every_configuration_that_we_ship_parses():
         ("train.max_grad_norm", [0], [-1, math.nan]),
         ("train.warmup_ratio", [0, 1], [-0.1, 1.1]),
         ("train.seed", [0, 2**32 - 1], [-1, 2**32]),
-        ("train.eval_every", [1, None], [0]),
-        ("train.log_every", [1], [0]),
+        ("train.eval_steps", [1, None], [0]),
+        ("train.logging_steps", [1], [0]),
         ("train.early_stopping_patience", [1, None], [0]),
         ("train.lr", [], ["3e-4", True]),
         ("model.pooling", ["cls"], ["max"]),
         ("adapt.method", ["lora"], ["loar"]),
-        ("adapt.batch_norm", ["keep"], ["freeze"]),
-        ("train.schedule", ["cosine"], ["cosin"]),
+        ("adapt.batch_norm", ["frozen"], ["freeze"]),
+        ("train.lr_scheduler_type", ["cosine"], ["cosin"]),
         ("data.source", ["images"], [""]),
         ("model.name", ["resnet18"], [""]),
     ],
@@ -441,7 +455,7 @@ def test_a_value_out_of_its_range_is_named_with_the_range(name, good, bad):
 
 
 def test_each_value_out_of_range_is_a_problem_of_its_own():
-    run = valid(train=TrainConfig(lr=-1, seed=-1, schedule="cosin"), model=ModelConfig())
+    run = valid(train=TrainConfig(lr=-1, seed=-1, lr_scheduler_type="cosin"), model=ModelConfig())
     problems = value_problems(run)
     assert len(problems) == 4 and any("Did you mean 'cosine'?" in problem for problem in problems)
 
@@ -471,7 +485,9 @@ def test_open_defaults_depend_on_method_and_modality():
 
 
 def test_given_values_are_kept_and_only_open_ones_are_filled_in():
-    given = valid(train=TrainConfig(lr=0.125, head_lr=0.5, num_epochs=2, head_first=0, seed=5), output_dir="here")
+    given = valid(
+        train=TrainConfig(lr=0.125, head_lr=0.5, num_epochs=2, freeze_backbone_ratio=0, seed=5), output_dir="here"
+    )
     assert resolve(given, "image") == given
     half = valid(train=TrainConfig(num_epochs=2))
     filled = resolve(half, "text")
@@ -551,4 +567,4 @@ def test_the_help_of_a_recipe_lists_every_flag_with_its_explanation():
 def test_print_config_prints_the_configuration_that_would_run(tmp_path):
     out = run_quick(RECIPE, "recipes/text_classification.py", "--print_config", "--train.lr", "3e-4", "--data.source=x")
     (tmp_path / "printed.yaml").write_text(out)
-    assert load(tmp_path / "printed.yaml") == RunConfig(DataConfig(source="x"), train=TrainConfig(lr=3e-4))
+    assert load_config(tmp_path / "printed.yaml") == RunConfig(DataConfig(source="x"), train=TrainConfig(lr=3e-4))

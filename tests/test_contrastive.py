@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from hftl.models.oom_retry import RowLimit
-from hftl.tasks.targets.embedding.contrastive_losses import Pairs, cosent, identity, info_nce, sigmoid_loss
-from hftl.tasks.targets.embedding.metrics import Agreement, ImageTextRecall, TextRecall, best_ranks
+from hftl.models.oom_retry import MicroBatchLimit
+from hftl.tasks.targets.embedding.contrastive_losses import Pairs, content_id, cosent, info_nce, sigmoid_loss
+from hftl.tasks.targets.embedding.metrics import ImageTextRecall, SimilarityCorrelation, TextRecall, best_ranks
 
 
 def unit(rows, size=8, seed=0):
@@ -64,8 +64,8 @@ def test_what_shares_an_image_or_a_text_and_what_counts_nothing_is_no_negative(l
 
 
 def test_identity_tells_contents_apart_and_fits_int64():
-    found = {identity(f"caption {number}") for number in range(1000)}
-    assert len(found) == 1000 and identity("a") == identity(b"a")
+    found = {content_id(f"caption {number}") for number in range(1000)}
+    assert len(found) == 1000 and content_id("a") == content_id(b"a")
     assert torch.tensor(sorted(found)).dtype == torch.int64
 
 
@@ -152,7 +152,7 @@ def test_correlations_are_scipys_on_any_batches():
 
     first, second, scores = unit(50, seed=5), unit(50, seed=6), torch.rand(50).round(decimals=1)
     cosines = (first.double() * second.double()).sum(-1)
-    metric, other = Agreement(), Agreement()
+    metric, other = SimilarityCorrelation(), SimilarityCorrelation()
     for start, end, into in ((0, 7, metric), (7, 8, other), (8, 40, other), (40, 50, metric)):
         outputs = {"embedding": first[start:end], "pair_embedding": second[start:end]}
         into.update(outputs, {"labels": scores[start:end]})
@@ -160,7 +160,7 @@ def test_correlations_are_scipys_on_any_batches():
     found = metric.compute()
     assert found["spearman"] == pytest.approx(spearmanr(cosines, scores).statistic, abs=1e-6)
     assert found["pearson"] == pytest.approx(pearsonr(cosines, scores).statistic, abs=1e-6)
-    assert math.isnan(Agreement().compute()["spearman"])
+    assert math.isnan(SimilarityCorrelation().compute()["spearman"])
 
 
 def test_rows_that_are_compared_are_not_taken_fewer_at_a_time():
@@ -168,4 +168,4 @@ def test_rows_that_are_compared_are_not_taken_fewer_at_a_time():
         raise torch.OutOfMemoryError("out of memory (injected)")
 
     with pytest.raises(Exception, match="compares the rows of a batch"):
-        RowLimit("training", whole=True).retrying(attempt, lambda: 8)
+        MicroBatchLimit("training", whole=True).retrying(attempt, lambda: 8)

@@ -347,7 +347,7 @@ def test_validation_is_cut_from_train_alone_and_keeps_the_shares_of_the_classes(
 
 def test_cuts_depend_on_the_data_seed_alone(tmp_path):
     source = uneven(tmp_path)
-    options = {"validation_fraction": 0.2, "train_per_class": 5}
+    options = {"validation_fraction": 0.2, "max_train_samples_per_class": 5}
     for part in ("train", "validation"):
         first, again, other = (load(source, seed=seed, **options)[part]["id"][:] for seed in (0, 0, 1))
         assert first == again != other
@@ -370,7 +370,10 @@ def test_too_few_rows_for_a_cut_are_refused_with_the_way_out(tmp_path):
 @pytest.mark.parametrize("kept", [1, 20, 1000])
 def test_few_label_experiments_keep_that_many_rows_of_each_class_and_the_validation_rows(kept, tmp_path):
     source = uneven(tmp_path)
-    whole, few = load(source, validation_fraction=0.2), load(source, validation_fraction=0.2, train_per_class=kept)
+    whole, few = (
+        load(source, validation_fraction=0.2),
+        load(source, validation_fraction=0.2, max_train_samples_per_class=kept),
+    )
     counts = Counter(whole["train"]["label"])
     assert Counter(few["train"]["label"]) == {label: min(count, kept) for label, count in counts.items()}
     assert set(few["train"]["id"]) <= set(whole["train"]["id"])
@@ -381,7 +384,7 @@ def test_few_label_experiments_keep_that_many_rows_of_each_class_and_the_validat
 def test_few_rows_are_part_of_more_rows(tmp_path):
     """Otherwise a curve over the number of labels would also be one over luck."""
     source = uneven(tmp_path)
-    few, more, most = (set(load(source, train_per_class=count)["train"]["id"]) for count in (2, 5, 10))
+    few, more, most = (set(load(source, max_train_samples_per_class=count)["train"]["id"]) for count in (2, 5, 10))
     assert few < more < most
 
 
@@ -391,7 +394,7 @@ def test_rows_stay_on_disk(kind, tmp_path):
     file = write(tmp_path / f"train.{kind}", rows)
     load(file)  # prepares the cache
     before = pa.total_allocated_bytes()
-    splits = load(file, validation_fraction=0.1, train_per_class=500)
+    splits = load(file, validation_fraction=0.1, max_train_samples_per_class=500)
     task = TextClassification(splits)
     assert pa.total_allocated_bytes() - before < sum(len(row["text"]) for row in rows) / 10
     assert all(rows.cache_files for rows in splits.values()) and task.head.num_outputs == 3
@@ -508,7 +511,7 @@ SIZES = [((40, 30), "RGB"), ((17, 61), "RGB"), ((32, 32), "L"), ((50, 20), "RGBA
 
 
 @pytest.fixture(scope="module")
-def odd_images(tmp_path_factory) -> Path:
+def outlier_images(tmp_path_factory) -> Path:
     """Images of several sizes and modes."""
     folder = tmp_path_factory.mktemp("odd")
     for number, (size, mode) in enumerate(SIZES):
@@ -528,12 +531,12 @@ def pixels(rows, numbers=None, epoch=0):
     return torch.stack([example["pixel_values"] for example in rows.fetch(list(numbers or range(len(rows))), epoch)])
 
 
-def test_evaluation_pixels_are_those_of_timm_and_of_transformers(processor, tiny_timm, odd_images):
+def test_evaluation_pixels_are_those_of_timm_and_of_transformers(processor, tiny_timm, outlier_images):
     import timm
     from timm.data import create_transform, resolve_data_config
     from transformers import AutoImageProcessor
 
-    dataset = load(odd_images)["train"]
+    dataset = load(outlier_images)["train"]
     ours = pixels(ImageRows(dataset, "image", processor, None))
     opened = [PILImage.open(path).convert("RGB") for path in paths(dataset)]
     name = tiny_timm["test_resnet"]
@@ -544,8 +547,8 @@ def test_evaluation_pixels_are_those_of_timm_and_of_transformers(processor, tiny
     assert torch.equal(ours, torch.cat([theirs(image, return_tensors="pt")["pixel_values"] for image in opened]))
 
 
-def test_evaluation_pixels_do_not_depend_on_epoch_batch_or_global_state(processor, odd_images):
-    dataset = load(odd_images)["train"]
+def test_evaluation_pixels_do_not_depend_on_epoch_batch_or_global_state(processor, outlier_images):
+    dataset = load(outlier_images)["train"]
     first = pixels(ImageRows(dataset, "image", processor, None))
     torch.manual_seed(9)
     random.seed(9)
@@ -566,8 +569,8 @@ def test_pictures_are_turned_the_way_the_camera_was_held(processor, tmp_path):
     assert torch.equal(found[0], processor.transform(False)(upright))
 
 
-def test_training_pixels_depend_on_seed_epoch_and_row_alone(processor, odd_images):
-    dataset = load(odd_images)["train"]
+def test_training_pixels_depend_on_seed_epoch_and_row_alone(processor, outlier_images):
+    dataset = load(outlier_images)["train"]
     rows = ImageRows(dataset, "image", processor, 3)
     first = pixels(rows)
     random.seed(7)
@@ -579,12 +582,12 @@ def test_training_pixels_depend_on_seed_epoch_and_row_alone(processor, odd_image
         assert all(not torch.equal(one, two) for one, two in zip(first, changed, strict=True))
 
 
-def test_augmentation_leaves_the_global_random_state_alone(processor, odd_images):
+def test_augmentation_leaves_the_global_random_state_alone(processor, outlier_images):
     def state():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = state()
-    pixels(ImageRows(load(odd_images)["train"], "image", processor, 3))
+    pixels(ImageRows(load(outlier_images)["train"], "image", processor, 3))
     assert before == state()
 
 
@@ -633,7 +636,7 @@ def test_an_image_that_breaks_while_training_is_named(processor, tmp_path):
         ImageRows(dataset, "image", processor, None).fetch([1, 0], 0)
 
 
-def test_a_model_of_one_channel_reads_grey(odd_images):
+def test_a_model_of_one_channel_reads_grey(outlier_images):
     config = {"input_size": (1, 16, 16), "interpolation": "bilinear", "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
-    rows = ImageRows(load(odd_images)["train"], "image", ImageProcessor(config, AugmentConfig()), None)
+    rows = ImageRows(load(outlier_images)["train"], "image", ImageProcessor(config, AugmentConfig()), None)
     assert pixels(rows).shape == (len(SIZES), 1, 16, 16)

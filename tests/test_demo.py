@@ -54,7 +54,7 @@ def pages(predictors):
     for kind, predictor in predictors.items():
         examples, origin = demo.example_rows(predictor)
         page = demo.build_demo(predictor, examples, origin)
-        made[kind] = SimpleNamespace(url=demo.start(page), examples=examples, origin=origin, page=page)
+        made[kind] = SimpleNamespace(url=demo.launch(page), examples=examples, origin=origin, page=page)
     yield made
     for served in made.values():
         served.page.close(verbose=False)
@@ -149,7 +149,7 @@ def test_it_listens_on_loopback_unless_told_otherwise(pages, predictors, capsys)
         assert reaches("127.0.0.1", served.url) and not reaches("127.0.0.2", served.url)
     capsys.readouterr()
     page = demo.build_demo(predictors["text"])
-    url = demo.start(page, "0.0.0.0")
+    url = demo.launch(page, "0.0.0.0")
     try:
         assert reaches("127.0.0.2", url)
         assert "warning: on 0.0.0.0, anyone who reaches port" in capsys.readouterr().out

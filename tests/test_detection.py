@@ -28,7 +28,7 @@ def detection_run(tiny_timm, tmp_path):
 
     def make(method="full", name=None, **train):
         options = {"num_epochs": 1, "lr": 1e-3, "head_lr": 1e-3, "batch_size_per_device": 4, "trackers": []} | train
-        detector = hftl.DetectorConfig(width=32, levels=2, decoder_layers=2, num_queries=10)
+        detector = hftl.DetectorConfig(d_model=32, num_feature_levels=2, decoder_layers=2, num_queries=10)
         return hftl.RunConfig(
             data=hftl.DataConfig(source=str(make_coco(tmp_path / "data"))),
             model=hftl.ModelConfig(name=name or tiny_timm["test_resnet"], image_size=SIZE, detector=detector),
@@ -78,20 +78,20 @@ def test_the_loss_of_an_image_is_that_of_the_stock_detectors():
         one = {name: value[row : row + 1] for name, value in outputs.items()}
         layers = [torch.cat([one[f"layer_{kind}"], one[last][:, None]], 1) for kind, last in KINDS]
         # the stock loss takes the proposals of the encoder apart, as one more layer
-        stock = RTDetrForObjectDetectionLoss(
+        model_class = RTDetrForObjectDetectionLoss(
             one["logits"], [label], "cpu", one["pred_boxes"], config, layers[0][:, 1:], layers[1][:, 1:],
             enc_topk_logits=layers[0][:, 0], enc_topk_bboxes=layers[1][:, 0],
         )  # fmt: skip
-        torch.testing.assert_close(ours[row], stock[0])
+        torch.testing.assert_close(ours[row], model_class[0])
 
     outputs = random_outputs(3, 12, 5)
     ours = set_loss(outputs, labels, 4)
     for row in (0, 2):  # of an image without boxes the stock loss is the same but for its mean
-        stock = ForObjectDetectionLoss(
+        model_class = ForObjectDetectionLoss(
             outputs["logits"][row : row + 1], [labels[row]], "cpu", outputs["pred_boxes"][row : row + 1],
             DetrConfig(id2label=names),
         )  # fmt: skip
-        torch.testing.assert_close(ours[row], stock[0])
+        torch.testing.assert_close(ours[row], model_class[0])
 
 
 KINDS = (("logits", "logits"), ("boxes", "pred_boxes"))
@@ -152,7 +152,7 @@ def test_a_backbone_with_channels_last_is_refused(task, image_run):
     run = image_run()
     run = replace(run, model=hftl.ModelConfig(name="mambaout_femto", pretrained=False, image_size=64))
     with pytest.raises(hftl.HftlError, match="channels last"):
-        build_model(run, HeadSpec(task.stock, 2, ("a", "b"), None))
+        build_model(run, HeadSpec(task.model_class, 2, ("a", "b"), None))
 
 
 def random_scenes(count, classes, rng):
@@ -283,15 +283,15 @@ def test_detections_are_those_of_the_stock_processors(width):
     kind = RTDetrImageProcessor if width == 3 else YolosImageProcessor
     wanted = kind().post_process_object_detection(SimpleNamespace(**outputs), threshold=0.0, target_sizes=sizes)
     found = LabelledBoxes("objects", ["a", "b", "c"]).detections(outputs, sizes)
-    for (boxes, classes, scores), stock in zip(found, wanted, strict=True):
-        order = stock["scores"].sort(descending=True, stable=True).indices
-        torch.testing.assert_close(scores, stock["scores"][order])
-        assert classes.tolist() == stock["labels"][order].tolist()
-        torch.testing.assert_close(boxes, stock["boxes"][order], atol=1e-3, rtol=1e-4)
+    for (boxes, classes, scores), model_class in zip(found, wanted, strict=True):
+        order = model_class["scores"].sort(descending=True, stable=True).indices
+        torch.testing.assert_close(scores, model_class["scores"][order])
+        assert classes.tolist() == model_class["labels"][order].tolist()
+        torch.testing.assert_close(boxes, model_class["boxes"][order], atol=1e-3, rtol=1e-4)
 
 
 def test_object_detection_passes_the_contract(detection_run):
-    run, splits, task = hftl.prepare(detection_run(), hftl.ObjectDetection)
+    run, splits, task = hftl.setup_run(detection_run(), hftl.ObjectDetection)
     assert task.head.labels == ("blue", "red") and task.head.num_outputs == 2
     check_task(task, splits, run, rows=6)
 
@@ -345,9 +345,9 @@ def test_detectors_of_transformers_get_new_class_layers_and_keep_the_rest(kind, 
     from transformers import AutoModelForObjectDetection
 
     name = make_detector(kind, tmp_path / "detector")
-    run, splits, task = hftl.prepare(detection_run(name=name), hftl.ObjectDetection)
+    run, splits, task = hftl.setup_run(detection_run(name=name), hftl.ObjectDetection)
     model = hftl.build_model(run, task.head)
-    assert set(model.head_modules) == head and model.stock_labels() == ["blue", "red"]
+    assert set(model.head_modules) == head and model.original_labels() == ["blue", "red"]
     before = AutoModelForObjectDetection.from_pretrained(name).state_dict()
     kept = {key: value for key, value in model.net.state_dict().items() if not model.in_head(key)}
     assert kept and all(torch.equal(value, before[key]) for key, value in kept.items())
@@ -407,9 +407,9 @@ def test_names_that_are_no_detector_are_refused(detection_run, tiny_timm, tiny_b
         "./nowhere/at/all": "does not exist",
     }.items():
         with pytest.raises(hftl.HftlError, match=message):
-            hftl.prepare(detection_run(name=name), hftl.ObjectDetection)
+            hftl.setup_run(detection_run(name=name), hftl.ObjectDetection)
     run = detection_run(name=tiny_timm["test_vit"])
-    _, _, task = hftl.prepare(detection_run(), hftl.ObjectDetection)
+    _, _, task = hftl.setup_run(detection_run(), hftl.ObjectDetection)
     with pytest.raises(hftl.HftlError, match="feature maps of the strides"):
         hftl.build_model(run, task.head)
     many = replace(run.model, name=tiny_timm["test_resnet"], detector=hftl.DetectorConfig(num_queries=100))
@@ -420,7 +420,7 @@ def test_names_that_are_no_detector_are_refused(detection_run, tiny_timm, tiny_b
 
 
 def test_two_processes_train_and_one_measures_the_same(detection_run, forks, tmp_path):
-    from hftl.inference.batch_inference import evaluate_place
+    from hftl.inference.batch_inference import evaluate_saved
 
     run = detection_run()
     options = flags(run.data.source, run.model.name, run.output_dir, model__image_size=64, train__num_epochs=1)
@@ -428,5 +428,5 @@ def test_two_processes_train_and_one_measures_the_same(detection_run, forks, tmp
     options += ["--train.batch_size_per_device=2", "--train.lr=1e-3", "--train.head_lr=1e-3"]
     launch(2, [("recipe", {"recipe": "object_detection", "flags": options}, tmp_path)], forks=forks, logs=tmp_path)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    alone = evaluate_place(run.output_dir, batch_size=2)
+    alone = evaluate_saved(run.output_dir, batch_size=2)
     assert alone and alone == pytest.approx({name: metrics[name] for name in alone}, abs=1e-6)

@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 
 from hftl.errors import DataError, FeatureError
-from hftl.features.labeled_features import Sample
-from hftl.features.transferability import ESTIMATORS, h_score, knn, leep, linear_probe, logme, nce, score_predictions
+from hftl.features.labeled_features import LabeledFeatures
+from hftl.features.transferability import (
+    TRANSFERABILITY_SCORES,
+    h_score,
+    knn,
+    leep,
+    linear_probe,
+    logme,
+    nce,
+    score_predictions,
+)
 
 PEER = """
 import json, sys
@@ -47,14 +56,14 @@ def digits():
     import torch
 
     import hftl
-    from hftl.logging import muted
+    from hftl.logging import suppress_logs
 
     features = []
     for pretrained in (True, False):
         torch.manual_seed(0)
         model = hftl.ModelConfig(name="embedded:letters", pretrained=pretrained)
         run = hftl.RunConfig(hftl.DataConfig(source="embedded:digits"), model)
-        with muted(), torch.no_grad():
+        with suppress_logs(), torch.no_grad():
             task = hftl.ImageClassification(splits := hftl.load_splits(run.data))
             built = hftl.build_model(run, task.head).eval()
             batch = task.collate(task.encode(splits["train"], built.processor, None, None).fetch(range(300), 0))
@@ -97,10 +106,10 @@ def greatest_evidence(features, target):
 @pytest.mark.parametrize("case", [*CASES[:-1], pytest.param(CASES[-1], marks=pytest.mark.slow)])
 def test_logme_is_the_greatest_evidence_of_the_gaussian_model(case, digits):
     features, labels = cases(digits, rows=80)[case]  # the density is of size rows x rows
-    sample = Sample(features, labels)
+    sample = LabeledFeatures(features, labels)
     targets = sample.targets[:, :2]  # each is an optimisation of its own
     expected = np.mean([greatest_evidence(features, target) for target in targets.T])
-    assert logme(Sample(features, targets, "values")).value == pytest.approx(expected, abs=1e-6)
+    assert logme(LabeledFeatures(features, targets, "values")).value == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "numbers"])
@@ -112,14 +121,14 @@ def test_h_score_with_an_explicit_inverse_and_scikit_learns_shrinkage(case, digi
     means = np.stack([features[labels == label].mean(0) for label in labels])
     between = np.cov(means, rowvar=False)
     expected = np.trace((1 - shrunk.shrinkage_) * np.linalg.inv(shrunk.covariance_) @ between)
-    assert h_score(Sample(features, labels)).value == pytest.approx(expected, rel=1e-6)
+    assert h_score(LabeledFeatures(features, labels)).value == pytest.approx(expected, rel=1e-6)
 
 
 def test_h_score_of_yes_or_no_labels_is_the_mean_over_them():
     features, labels, _ = drawn()
     answers = np.stack([labels == 1, labels > 0], 1)
-    each = [h_score(Sample(features, answer.astype(int))).value for answer in answers.T]
-    assert h_score(Sample(features, answers.astype(float))).value == pytest.approx(np.mean(each), rel=1e-9)
+    each = [h_score(LabeledFeatures(features, answer.astype(int))).value for answer in answers.T]
+    assert h_score(LabeledFeatures(features, answers.astype(float))).value == pytest.approx(np.mean(each), rel=1e-9)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(50, 6), (24, 60)])
@@ -127,7 +136,7 @@ def test_linear_probe_is_ridge_fitted_once_for_each_row(rows, size):
     from sklearn.linear_model import Ridge
 
     features, labels, _ = drawn(rows, size, signal=0.5)
-    found = linear_probe(Sample(features, labels))
+    found = linear_probe(LabeledFeatures(features, labels))
     rank = np.linalg.matrix_rank(features)
     accuracies = {}
     for strength in 10.0 ** np.arange(-4, 3):
@@ -154,12 +163,12 @@ def test_knn_by_loops():
             ((labels[nearest] == label).sum(), cosines[nearest][labels[nearest] == label].sum()) for label in range(3)
         ]
         right.append(max(range(3), key=lambda label: votes[label]) == labels[row])
-    assert knn(Sample(features, labels)).value == pytest.approx(np.mean(right))
+    assert knn(LabeledFeatures(features, labels)).value == pytest.approx(np.mean(right))
 
 
 def test_nce_and_leep_by_loops():
     features, labels, source = drawn(rows=90)
-    sample = Sample(features, labels, source=source)
+    sample = LabeledFeatures(features, labels, source=source)
     joint = np.zeros((5, 3))
     for label, shares in zip(labels, source, strict=True):
         joint[:, label] += shares / 90
@@ -182,21 +191,25 @@ def test_scores_of_predictions_are_scikit_learns():
     features, labels, _ = drawn()
     answers = np.stack([labels == 1, labels > 0], 1).astype(float)
     guesses = np.round(answers + rng.normal(size=answers.shape), 1)  # with ties
-    assert score_predictions(Sample(features, answers), guesses).value == pytest.approx(roc_auc_score(answers, guesses))
+    assert score_predictions(LabeledFeatures(features, answers), guesses).value == pytest.approx(
+        roc_auc_score(answers, guesses)
+    )
     numbers = rng.normal(size=(120, 2))
     guesses = numbers + rng.normal(size=(120, 2))
-    assert score_predictions(Sample(features, numbers), guesses).value == pytest.approx(r2_score(numbers, guesses))
+    assert score_predictions(LabeledFeatures(features, numbers), guesses).value == pytest.approx(
+        r2_score(numbers, guesses)
+    )
 
 
 SMOOTH = {
-    "LogME": lambda f, y, s: logme(Sample(f, y)),
-    "LogME of numbers": lambda f, y, s: logme(Sample(f, f[:, :1] ** 2 + y[:, None], "values")),
-    "H-score": lambda f, y, s: h_score(Sample(f, y)),
-    "H-score of labels": lambda f, y, s: h_score(Sample(f, np.stack([y == 1, y > 0], 1).astype(float))),
-    "NCE": lambda f, y, s: nce(Sample(f, y, source=s)),
-    "LEEP": lambda f, y, s: leep(Sample(f, y, source=s)),
-    "AUC": lambda f, y, s: score_predictions(Sample(f, np.stack([y == 1, y > 0], 1).astype(float)), f[:, :2]),
-    "R^2": lambda f, y, s: score_predictions(Sample(f, f[:, 0] + f[:, 1] ** 2), f[:, :1]),
+    "LogME": lambda f, y, s: logme(LabeledFeatures(f, y)),
+    "LogME of numbers": lambda f, y, s: logme(LabeledFeatures(f, f[:, :1] ** 2 + y[:, None], "values")),
+    "H-score": lambda f, y, s: h_score(LabeledFeatures(f, y)),
+    "H-score of labels": lambda f, y, s: h_score(LabeledFeatures(f, np.stack([y == 1, y > 0], 1).astype(float))),
+    "NCE": lambda f, y, s: nce(LabeledFeatures(f, y, source=s)),
+    "LEEP": lambda f, y, s: leep(LabeledFeatures(f, y, source=s)),
+    "AUC": lambda f, y, s: score_predictions(LabeledFeatures(f, np.stack([y == 1, y > 0], 1).astype(float)), f[:, :2]),
+    "R^2": lambda f, y, s: score_predictions(LabeledFeatures(f, f[:, 0] + f[:, 1] ** 2), f[:, :1]),
 }
 
 
@@ -215,12 +228,14 @@ def test_influence_is_what_leaving_a_row_out_does(name):
     assert found.std() / np.std(expected) == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", TRANSFERABILITY_SCORES)
 def test_standard_error_is_the_spread_over_new_rows(name):
     rng = np.random.default_rng(3)
     features, labels, source = drawn(rows=6000, size=6, signal=0.5)
     draws = [rng.choice(6000, 300, replace=False) for _ in range(60)]
-    found = [ESTIMATORS[name].compute(Sample(features[d], labels[d], source=source[d])) for d in draws]
+    found = [
+        TRANSFERABILITY_SCORES[name].compute(LabeledFeatures(features[d], labels[d], source=source[d])) for d in draws
+    ]
     spread = np.std([estimate.value for estimate in found], ddof=1)
     # the jackknife of a vote that changes by leaps errs to the wide side (Efron & Stein 1981)
     widest = 1.7 if name == "k-NN" else 1.35
@@ -229,15 +244,17 @@ def test_standard_error_is_the_spread_over_new_rows(name):
     assert high - low == pytest.approx(2 * 1.96 * found[0].standard_error, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", TRANSFERABILITY_SCORES)
 def test_informative_features_score_higher_whatever_the_order_of_rows_and_features(name):
     features, labels, source = drawn(rows=300)
     rng = np.random.default_rng(0)
     noise, shuffled = rng.normal(size=features.shape), rng.permutation(300)
-    compute = ESTIMATORS[name].compute
-    good = compute(Sample(features, labels, source=source)).value
-    assert good > compute(Sample(noise, labels, source=source[shuffled])).value
-    turned = compute(Sample(features[shuffled][:, ::-1], labels[shuffled] * 7 + 3, source=source[shuffled])).value
+    compute = TRANSFERABILITY_SCORES[name].compute
+    good = compute(LabeledFeatures(features, labels, source=source)).value
+    assert good > compute(LabeledFeatures(noise, labels, source=source[shuffled])).value
+    turned = compute(
+        LabeledFeatures(features[shuffled][:, ::-1], labels[shuffled] * 7 + 3, source=source[shuffled])
+    ).value
     assert turned == pytest.approx(good, abs=1e-9)
 
 
@@ -264,7 +281,7 @@ def test_transformer_ranker_gives_the_same(digits, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     for (features, labels), (evidence, spread) in zip(chosen.values(), json.loads(done.stdout), strict=True):
-        sample = Sample(features, labels)
+        sample = LabeledFeatures(features, labels)
         assert logme(sample).value == pytest.approx(evidence, abs=1e-6)
         if spread is not None:
             assert h_score(sample).value == pytest.approx(spread, rel=1e-6)
@@ -275,31 +292,31 @@ def test_features_that_say_nothing_are_refused():
     broken = features.copy()
     broken[[3, 7], 0] = np.nan, np.inf
     with pytest.raises(FeatureError, match="2 of 120 rows are NaN or infinite: rows 3, 7"):
-        Sample(broken, labels)
+        LabeledFeatures(broken, labels)
     with pytest.raises(FeatureError, match="the same in all 120 rows"):
-        Sample(np.ones((120, 4)), labels)
+        LabeledFeatures(np.ones((120, 4)), labels)
     with pytest.raises(FeatureError, match="shape"):
-        Sample(features[:, 0], labels)
+        LabeledFeatures(features[:, 0], labels)
     with pytest.raises(FeatureError, match="source probabilities"):
-        Sample(features, labels, source=np.ones((3, 2)))
+        LabeledFeatures(features, labels, source=np.ones((3, 2)))
     with pytest.raises(FeatureError, match="NCE and LEEP"):
-        nce(Sample(features, labels))
+        nce(LabeledFeatures(features, labels))
 
 
 def test_labels_that_say_nothing_are_refused():
     features, labels, _ = drawn()
     with pytest.raises(DataError, match="all 120 rows have the class 1"):
-        Sample(features, np.ones(120, dtype=int))
+        LabeledFeatures(features, np.ones(120, dtype=int))
     with pytest.raises(DataError, match="each class needs a second row"):
-        Sample(features[:5], np.arange(5))
+        LabeledFeatures(features[:5], np.arange(5))
     with pytest.raises(DataError, match="120 rows of features"):
-        Sample(features, labels[:-1])
+        LabeledFeatures(features, labels[:-1])
     with pytest.raises(DataError, match="labels of 1 of 120 rows are NaN"):
-        Sample(features, np.where(np.arange(120) == 4, np.nan, 1.5))
+        LabeledFeatures(features, np.where(np.arange(120) == 4, np.nan, 1.5))
     with pytest.raises(DataError, match="the same label"):
-        Sample(features, np.full(120, 2.5))
+        LabeledFeatures(features, np.full(120, 2.5))
     with pytest.raises(DataError, match="0 or 1"):
-        Sample(features, np.full((120, 2), 0.5), "labels")
+        LabeledFeatures(features, np.full((120, 2), 0.5), "labels")
 
 
 @pytest.mark.parametrize(
@@ -318,18 +335,20 @@ def test_labels_that_say_nothing_are_refused():
 def test_odd_features_have_finite_scores(spoil):
     features, labels, source = drawn()
     features, labels = spoil(features, labels)
-    sample = Sample(features, labels, source=np.resize(source, (len(features), 5)))
-    for name, estimator in ESTIMATORS.items():
+    sample = LabeledFeatures(features, labels, source=np.resize(source, (len(features), 5)))
+    for name, estimator in TRANSFERABILITY_SCORES.items():
         found = estimator.compute(sample)
         assert np.isfinite(found.value) and np.isfinite(found.influence).all(), name
 
 
 def test_every_estimator_says_what_it_assumes_and_cites_its_source():
-    assert next(iter(ESTIMATORS)) == "linear probe"
-    for estimator in ESTIMATORS.values():
+    assert next(iter(TRANSFERABILITY_SCORES)) == "linear probe"
+    for estimator in TRANSFERABILITY_SCORES.values():
         assert estimator.assumes.endswith(".") and "https://" in estimator.citation
     features, labels, _ = drawn()
-    assert [name for name, e in ESTIMATORS.items() if e.fits(Sample(features, features[:, 0]))] == [
+    assert [
+        name for name, e in TRANSFERABILITY_SCORES.items() if e.fits(LabeledFeatures(features, features[:, 0]))
+    ] == [
         "linear probe",
         "LogME",
         "k-NN",

@@ -12,8 +12,8 @@ from conftest import run_python, run_undrawn
 
 from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.artifacts.export import export_folder
-from hftl.artifacts.export_checks import table
-from hftl.artifacts.save_model import load_artifact
+from hftl.artifacts.export_checks import format_table
+from hftl.artifacts.save_model import load_model_and_task
 from hftl.cli.main import main
 from hftl.errors import ArtifactError, ConfigError, DataError
 
@@ -24,7 +24,7 @@ CASES = {
     "resnet": ("test_resnet", "full", "auto"),
     "vit": ("test_vit", "lora", "auto"),
     "pooled": ("one text", "lora", "mean"),
-    "pairs": ("pairs", "full", "stock"),
+    "pairs": ("pairs", "full", "default"),
 }
 EXPORTS = [("resnet", "onnx"), ("vit", "torch"), ("pooled", "onnx"), ("pairs", "onnx")]
 
@@ -78,7 +78,7 @@ def test_any_batch_size_and_length_gives_the_trained_model_s_logits(runs, export
     import torch
 
     for case, format in exports:
-        model, _ = load_artifact(runs[case])
+        model, _ = load_model_and_task(runs[case])
         file = runs[case] / "export" / format / ("model.onnx" if format == "onnx" else "model.pt2")
         program = torch.export.load(file).module() if format == "torch" else None
         session = None if program else onnxruntime.InferenceSession(str(file))
@@ -176,7 +176,7 @@ def test_the_command_prints_the_table_and_takes_other_data(runs, exports, images
     assert re.search(r"^model.pt2( +\d[\d.]+){4}$", printed, flags=re.MULTILINE)
     assert json.loads((output / "export.json").read_text())["measured_on"]["split"] == "train"
     assert {file.name for file in output.iterdir()} == {"README.md", "config.json", "export.json", "model.pt2"}
-    beside = table(exports["resnet", "onnx"], "test/accuracy")
+    beside = format_table(exports["resnet", "onnx"], "test/accuracy")
     assert re.search(r"^model.int8.onnx( +\d[\d.]+){4}$", beside, flags=re.MULTILINE)
     assert re.search(r"^  of model.onnx +0\.\d\dx +[+-]\d\.\d{4}( +\d+\.\d\dx){2}$", beside, flags=re.MULTILINE)
 

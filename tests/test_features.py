@@ -43,7 +43,7 @@ def of(run, split="train", **options):
     return compute_features(Accelerator(), model, task, splits[split], run, split=split, **options)
 
 
-@pytest.mark.parametrize("kind", ["mean", "stock", "test_resnet", "test_vit"])
+@pytest.mark.parametrize("kind", ["mean", "default", "test_resnet", "test_vit"])
 def test_the_head_of_the_features_gives_the_logits_of_the_model(kind, text_run, image_run):
     run = image_run(kind) if kind.startswith("test") else text_run("frozen", kind)
     model, task, splits = opened(run)

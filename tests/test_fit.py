@@ -143,8 +143,8 @@ def test_it_overfits_32_examples(method, text_run, texts, tmp_path):
         data=replace(run.data, source=str(tmp_path / "few.csv"), validation_fraction=0.0),
         model=replace(run.model, dropout=0.0),
     )
-    run, splits, task = hftl.prepare(run, hftl.TextClassification)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, hftl.TextClassification)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
@@ -176,8 +176,8 @@ def test_another_seed_is_another_run(text_run, tmp_path):
     losses = []
     for seed in (0, 1):
         run = replace(text_run("full", seed=seed), output_dir=str(tmp_path / str(seed)))
-        run, splits, task = hftl.prepare(run, hftl.TextClassification)
-        accelerator = hftl.start(run)
+        run, splits, task = hftl.setup_run(run, hftl.TextClassification)
+        accelerator = hftl.create_accelerator(run)
         model = hftl.build_model(run, task.head)
         hftl.adapt(model, run.adapt)
         losses.append(hftl.fit(accelerator, model, task, splits, run).records[-1]["validation/loss"])
@@ -186,10 +186,10 @@ def test_another_seed_is_another_run(text_run, tmp_path):
 
 def test_the_best_weights_are_kept_and_training_stops_early(text_run):
     run = text_run(
-        "full", num_epochs=30, lr=0.5, head_lr=0.5, early_stopping_patience=2, best_metric="loss"
+        "full", num_epochs=30, lr=0.5, head_lr=0.5, early_stopping_patience=2, metric_for_best_model="loss"
     )  # a rate that diverges
-    run, splits, task = hftl.prepare(run, hftl.TextClassification)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, hftl.TextClassification)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
@@ -204,7 +204,7 @@ def test_groups_of_the_optimizer(text_run):
     """Head and backbone have their own rates; biases and norms do not decay; nothing is left out or twice in."""
     from hftl.training.optim import make_optimizer
 
-    run, _, task = hftl.prepare(text_run("full", "mean"), hftl.TextClassification)
+    run, _, task = hftl.setup_run(text_run("full", "mean"), hftl.TextClassification)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     optimizer = make_optimizer(model, run.train, torch.device("cpu"))
@@ -220,9 +220,9 @@ def test_groups_of_the_optimizer(text_run):
 
 def test_the_backbone_waits_while_the_head_learns(text_run):
     """Half of eight steps: until then the backbone has rate 0, then its own schedule begins."""
-    run = text_run("full", head_first=0.5, log_every=1)
-    run, splits, task = hftl.prepare(run, hftl.TextClassification)
-    accelerator = hftl.start(run)
+    run = text_run("full", freeze_backbone_ratio=0.5, logging_steps=1)
+    run, splits, task = hftl.setup_run(run, hftl.TextClassification)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
@@ -243,7 +243,7 @@ def test_schedules_rise_over_the_warm_up_and_end_where_they_should(kind, last):
 def test_a_tracker_receives_configuration_history_and_test_metrics_once(text_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    metrics = run_undrawn("text_classification", text_run("frozen", trackers=["tensorboard"], log_every=4))
+    metrics = run_undrawn("text_classification", text_run("frozen", trackers=["tensorboard"], logging_steps=4))
     (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     (tested,) = events.Scalars("test/accuracy")

@@ -18,7 +18,7 @@ import hftl
 from hftl.config.schema import FrozenConfig
 from hftl.errors import CheckpointError, ConfigError, FeatureError, NonfiniteError, Stopped
 from hftl.features.extractor import linear_head
-from hftl.heads.batched_heads import HeadBank, HeadSetting
+from hftl.heads.batched_heads import BatchedHeads, HeadSetting
 from hftl.training.head_search import HEADS
 
 ONE = FrozenConfig(lr_factors=[1.0], weight_decays=[0.01])
@@ -28,8 +28,8 @@ def trained(run, kind, frozen=ONE, folder="run", **data):
     """Returns weight and bias of the head after a run of the recipe's verbs, its history, and the run."""
     output = str(Path(run.output_dir).parent / folder)
     run = replace(run, adapt=replace(run.adapt, frozen=frozen), data=replace(run.data, **data), output_dir=output)
-    run, splits, task = hftl.prepare(run, kind)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, kind)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
@@ -68,7 +68,7 @@ def test_a_bank_is_adamw_on_each_head_alone():
     rows, labels = torch.randn(12, 3, 8, 5), torch.randint(0, 4, (12, 3, 8))
     head = torch.nn.Linear(5, 4)
     settings = [HeadSetting(lr, decay, seed) for seed in (7, 8, 9) for decay in (0.0, 0.3) for lr in (1e-3, 0.3)]
-    bank = HeadBank(head, settings, 0.4, torch.device("cpu"))
+    bank = BatchedHeads(head, settings, 0.4, torch.device("cpu"))
     starts = [bank.copy_of(number) for number in range(len(settings))]
     assert torch.equal(starts[0][0], head.weight) and not torch.equal(starts[4][0], starts[8][0])
 
@@ -104,7 +104,7 @@ def test_a_bank_is_adamw_on_each_head_alone():
 
 def test_heads_do_not_disturb_each_other_and_the_best_on_validation_is_kept(text_run):
     run = text_run("frozen", "mean", num_epochs=3)
-    many = FrozenConfig(lr_factors=[1.0, 30.0, 1e-3], weight_decays=[0.01, 1.0], seeds=2)
+    many = FrozenConfig(lr_factors=[1.0, 30.0, 1e-3], weight_decays=[0.01, 1.0], num_seeds=2)
     *kept, history, done = trained(run, hftl.TextClassification, many)
     table = json.loads(Path(done.output_dir, HEADS).read_text())
     assert len(table) == 12 and sum(row["kept"] for row in table) == 1
@@ -115,7 +115,9 @@ def test_heads_do_not_disturb_each_other_and_the_best_on_validation_is_kept(text
     close = [row for row in table if row["accuracy"] >= top - error]
     away = [abs(math.log(row["lr"] / done.train.head_lr)) for row in close]
     assert abs(math.log(best["lr"] / done.train.head_lr)) == min(away)
-    alone = FrozenConfig(lr_factors=[best["lr"] / done.train.head_lr], weight_decays=[best["weight_decay"]], seeds=2)
+    alone = FrozenConfig(
+        lr_factors=[best["lr"] / done.train.head_lr], weight_decays=[best["weight_decay"]], num_seeds=2
+    )
     single = trained(run, hftl.TextClassification, alone, "alone")
     if single[2].best["value"] == best["accuracy"]:
         same_head(kept, single)
@@ -132,14 +134,14 @@ def test_a_head_that_explodes_is_left_out_and_all_of_them_are_an_error(text_run)
         trained(run, hftl.TextClassification, replace(ONE, lr_factors=[1e40]), "all")
 
 
-@pytest.mark.parametrize(("pooling", "dropout"), [("stock", 0.1), ("mean", 0.2)])
+@pytest.mark.parametrize(("pooling", "dropout"), [("default", 0.1), ("mean", 0.2)])
 def test_what_cannot_be_cached_is_trained_plainly_and_said(pooling, dropout, text_run, capsys):
     run = text_run("frozen", pooling)
     trained_run = replace(run, model=replace(run.model, dropout=dropout))
-    run, splits, task = hftl.prepare(trained_run, hftl.TextClassification)
+    run, splits, task = hftl.setup_run(trained_run, hftl.TextClassification)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
-    history = hftl.fit(hftl.start(run), model, task, splits, run)
+    history = hftl.fit(hftl.create_accelerator(run), model, task, splits, run)
     assert history.steps and not Path(run.output_dir, HEADS).exists()
     assert f"dropout ({dropout:g}) before the head" in capsys.readouterr().out
 
@@ -175,7 +177,7 @@ def test_a_grid_that_makes_no_heads_is_refused(wrong, text_run):
     run = text_run("frozen", "mean")
     run = replace(run, adapt=replace(run.adapt, frozen=FrozenConfig(**wrong)))
     with pytest.raises(ConfigError, match=f"adapt.frozen.{next(iter(wrong))}.*at least one number"):
-        hftl.prepare(run, hftl.TextClassification)
+        hftl.setup_run(run, hftl.TextClassification)
 
 
 def test_without_validation_the_plain_setting_is_trained(text_run):
@@ -208,7 +210,7 @@ def test_an_error_of_features_names_the_rows(text_run, monkeypatch):
 def test_a_stop_keeps_the_features_and_the_same_command_ends_where_it_would_have(text_run, monkeypatch):
     run = text_run("frozen", "mean", num_epochs=2)
     whole = trained(run, hftl.TextClassification, FrozenConfig(), "whole")
-    plain, steps = HeadBank.step, []
+    plain, steps = BatchedHeads.step, []
 
     def asked(self, *args):
         steps.append(1)
@@ -216,7 +218,7 @@ def test_a_stop_keeps_the_features_and_the_same_command_ends_where_it_would_have
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, *args)
 
-    monkeypatch.setattr(HeadBank, "step", asked)
+    monkeypatch.setattr(BatchedHeads, "step", asked)
     run = replace(run, resume="auto")
     with pytest.raises(Stopped, match="after step 5 of 16 of the head") as caught:
         trained(run, hftl.TextClassification, FrozenConfig(), "stopped")

@@ -133,9 +133,9 @@ def test_the_stock_processor_prepares_the_same(tmp_path, interpolation):
     ours = processor((32, 48), AugmentConfig(), interpolation)
     ours.save(tmp_path)
     expected = ours.transform(False)(image).pixel_values
-    stock = AutoImageProcessor.from_pretrained(tmp_path)
-    assert type(stock).__name__ == "SegformerImageProcessor"
-    assert (stock(image, return_tensors="pt")["pixel_values"][0] - expected).abs().max() < 1e-5
+    model_class = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(model_class).__name__ == "SegformerImageProcessor"
+    assert (model_class(image, return_tensors="pt")["pixel_values"][0] - expected).abs().max() < 1e-5
     opened = GeometryProcessor.open(tmp_path)
     assert torch.equal(opened.transform(False)(image).pixel_values, expected)
     assert opened.size == (32, 48) and not opened.augment.any

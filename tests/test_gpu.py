@@ -41,8 +41,8 @@ def test_short_memory_on_a_gpu_halves_the_rows(image_run, monkeypatch, capsys):
         pytest.skip("needs a CUDA GPU")
     run = image_run(batch_size_per_device=32, max_steps=3)
     run = replace(run, model=hftl.ModelConfig(name="resnet18", pretrained=False, image_size=224))
-    run, splits, task = hftl.prepare(run, hftl.ImageClassification)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, hftl.ImageClassification)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     total = torch.cuda.get_device_properties(accelerator.device).total_memory
@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_on_a_gpu(kind, image_run, text_run, tmp_path):
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
-    run = image_run(max_steps=8, log_every=1) if kind == "image" else text_run(max_steps=8, log_every=1)
+    run = image_run(max_steps=8, logging_steps=1) if kind == "image" else text_run(max_steps=8, logging_steps=1)
     main = load_recipe(f"{kind}_classification").main
     losses = []
     for name in ("whole", "stopped"):

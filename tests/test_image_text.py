@@ -43,7 +43,7 @@ def pairs_run(tiny_timm, tiny_bert, tmp_path):
 
     def make(source, adapting=None, net="test_resnet", **model) -> RunConfig:
         train = TrainConfig(num_epochs=1, lr=1e-3, head_lr=1e-3, batch_size_per_device=16, trackers=[])
-        named = ModelConfig(name=tiny_timm[net], text_name=tiny_bert, fusion_size=16, **model)
+        named = ModelConfig(name=tiny_timm[net], text_name=tiny_bert, fusion_dim=16, **model)
         return RunConfig(
             DataConfig(source=str(source)), named, adapting or AdaptConfig(), train, output_dir=str(tmp_path / "run")
         )
@@ -52,7 +52,7 @@ def pairs_run(tiny_timm, tiny_bert, tmp_path):
 
 
 def prepared(run):
-    return hftl.prepare(run, hftl.ImageTextClassification)
+    return hftl.setup_run(run, hftl.ImageTextClassification)
 
 
 def refused(run) -> str:
@@ -122,12 +122,12 @@ def test_numbers_that_never_vary_or_were_never_missing_do_no_harm():
     from datasets import Dataset
 
     from hftl.data.multimodal_columns import train_numbers
-    from hftl.models.image_text_heads import Table
+    from hftl.models.image_text_heads import TabularEncoder
 
     rows = Dataset.from_dict({"same": [0.1] * 100, "some": [1.0, None] * 50})
     numbers, problems = train_numbers(rows, ["same", "some"])
     assert not problems and numbers["std"][0] == 1.0 and numbers["missing"] == [False, True]
-    table = Table(numbers, {}, 8)
+    table = TabularEncoder(numbers, {}, 8)
     of = torch.tensor([[0.1, 1.0], [float("nan"), 1.0], [0.1, float("nan")]])
     mean, one_missing, other_missing = table(of, None, 3, "cpu")
     assert torch.equal(mean, one_missing), "training never saw that indicator"
@@ -175,10 +175,10 @@ def test_numbers_are_standardised_by_train_and_categories_known_from_it(gaps, pa
 @pytest.mark.parametrize(
     ("adapting", "learning"),
     [
-        (AdaptConfig("frozen", image="full"), {"image"}),
-        (AdaptConfig("full", image="frozen"), {"text"}),
-        (AdaptConfig("lora", image="frozen"), {"text lora"}),
-        (AdaptConfig("lora", text="full"), {"image lora", "text"}),
+        (AdaptConfig("frozen", image_method="full"), {"image"}),
+        (AdaptConfig("full", image_method="frozen"), {"text"}),
+        (AdaptConfig("lora", image_method="frozen"), {"text lora"}),
+        (AdaptConfig("lora", text_method="full"), {"image lora", "text"}),
     ],
 )
 def test_each_encoder_learns_in_its_own_way(adapting, learning, pairs, pairs_run):
@@ -225,7 +225,7 @@ print("equal", len(rows))
 
 def test_an_artifact_opens_without_hftl_and_predicts_from_anything(gaps, pairs_run, tmp_path, capsys, run_without_hftl):
     """One run with an encoder that learns whole and one with adapters; everything that opens it agrees."""
-    run = pairs_run(gaps, AdaptConfig("lora", image="full"), modality_dropout=0.3)
+    run = pairs_run(gaps, AdaptConfig("lora", image_method="full"), modality_dropout=0.3)
     metrics = run_undrawn("image_text_classification", run)
     assert write_report(tmp_path / "run").is_file()
     assert {"test/accuracy", "test/roc_auc"} <= set(metrics)
@@ -251,10 +251,10 @@ def test_an_artifact_opens_without_hftl_and_predicts_from_anything(gaps, pairs_r
     assert "equal 3" in run_without_hftl(OPEN, str(tmp_path / "run"), json.dumps(given))
     table = tmp_path / "rows.csv"
     table.write_text("title,price\ncat dog,3\nbread rice,4\n")
-    from hftl.inference.batch_inference import predict_to_table
+    from hftl.inference.batch_inference import predict_to_file
 
     capsys.readouterr()
-    predict_to_table(str(tmp_path / "run"), str(table))
+    predict_to_file(str(tmp_path / "run"), str(table))
     assert capsys.readouterr().out.count("\n") == 3
 
 
@@ -287,12 +287,12 @@ def test_a_frozen_model_learns_from_vectors_that_were_computed_once(gaps, pairs_
 
 def test_columns_are_found_by_type_and_by_name(pairs, pairs_run):
     _, _, task = prepared(pairs_run(pairs))
-    assert task.inputs.kinds == {
+    assert task.inputs.column_types == {
         "picture": "image", "title": "text", "body": "text", "price": "number", "shop": "category"
     }  # fmt: skip
     named = {"text_template": "{title} / {shop}", "numeric_columns": [], "ignore_columns": ["picture", "body"]}
     run, splits, task = prepared(with_data(pairs_run(pairs), **named))
-    assert task.inputs.kinds == {"title": "text", "shop": "text"}
+    assert task.inputs.column_types == {"title": "text", "shop": "text"}
     model = build_model(run, task.head)
     assert model.net.image_encoder is None and model.net.fusion.table is None
     first, tokenizer = splits["train"][0], model.processor.tokenizer
@@ -354,7 +354,7 @@ def test_the_dual_encoder_gives_unit_vectors_and_opens_again(pairs_run, pairs, t
     from hftl.models.task_model import HeadSpec
 
     for objective in ("infonce", "siglip"):
-        run = pairs_run(pairs, net="test_vit", projection_size=8)
+        run = pairs_run(pairs, net="test_vit", projection_dim=8)
         spec = HeadSpec("ImageTextDualEncoder", 8, problem_type=None, options={"objective": objective})
         model = build_model(run, spec).eval()
         assert model.head_modules == ("projection",)
@@ -369,7 +369,7 @@ def test_the_dual_encoder_gives_unit_vectors_and_opens_again(pairs_run, pairs, t
         torch.testing.assert_close(model.net.get_text_features(**tokens), outputs["text_embeds"])
         folder = tmp_path / objective
         model.save(folder)
-        torch.testing.assert_close(open_model(folder, spec).stock_outputs(inputs), model.stock_outputs(inputs))
+        torch.testing.assert_close(open_model(folder, spec).reference_outputs(inputs), model.reference_outputs(inputs))
 
 
 def test_a_saved_model_cannot_name_files_or_repositories(pairs_run, pairs, tmp_path):

@@ -13,7 +13,7 @@ import hftl
 import hftl.inference.zero_shot
 from hftl.cli.main import main
 from hftl.errors import ConfigError, DataError
-from hftl.inference.batch_inference import evaluate_place
+from hftl.inference.batch_inference import evaluate_saved
 from hftl.reporting import write_report
 from hftl.run.testing import check_task
 
@@ -22,7 +22,9 @@ from hftl.run.testing import check_task
 def pair_run(tiny_bert, tiny_timm, tmp_path):
     """Returns a function that makes the configuration of a quick run; rows by split, or images with lists or labels."""
 
-    def make(method: str = "full", splits=None, kind: dict | None = None, net: str = "test_resnet", **data):
+    def make(
+        method: str = "full", splits=None, kind: dict | None = None, net: str = "test_resnet", pair_loss="auto", **data
+    ):
         pictures = tmp_path / "data" / "images"
         splits = splits or {
             split: captioned(pictures, rows, seed=seed, **(kind or {}))
@@ -30,9 +32,11 @@ def pair_run(tiny_bert, tiny_timm, tmp_path):
         }
         return hftl.RunConfig(
             hftl.DataConfig(source=write_lines(tmp_path / "data", **splits), **data),
-            hftl.ModelConfig(name=tiny_timm[net], text_name=tiny_bert, projection_size=16),
+            hftl.ModelConfig(name=tiny_timm[net], text_name=tiny_bert, projection_dim=16),
             hftl.AdaptConfig(method=method),
-            hftl.TrainConfig(num_epochs=1, lr=1e-3, head_lr=1e-2, batch_size_per_device=8, trackers=[]),
+            hftl.TrainConfig(
+                num_epochs=1, lr=1e-3, head_lr=1e-2, batch_size_per_device=8, trackers=[], pair_loss=pair_loss
+            ),
             output_dir=str(tmp_path / "run"),
         )
 
@@ -41,12 +45,12 @@ def pair_run(tiny_bert, tiny_timm, tmp_path):
 
 @pytest.mark.parametrize(("loss", "lists"), [("infonce", True), ("siglip", False)])
 def test_the_contract(loss, lists, pair_run):
-    run, splits, task = hftl.prepare(pair_run(kind={"lists": lists}, pair_loss=loss), hftl.ImageTextRetrieval)
+    run, splits, task = hftl.setup_run(pair_run(kind={"lists": lists}, pair_loss=loss), hftl.ImageTextRetrieval)
     check_task(task, splits, run)
 
 
 def test_of_several_captions_training_draws_one_and_evaluation_takes_all(pair_run):
-    run, splits, task = hftl.prepare(pair_run(kind={"lists": True}), hftl.ImageTextRetrieval)
+    run, splits, task = hftl.setup_run(pair_run(kind={"lists": True}), hftl.ImageTextRetrieval)
     model = hftl.build_model(run, task.head)
     given = splits["train"]["captions"]
     training = task.encode(splits["train"], model.processor, 0, None)
@@ -62,7 +66,7 @@ def test_of_several_captions_training_draws_one_and_evaluation_takes_all(pair_ru
 
 
 def test_rows_that_a_label_calls_no_pairs_are_not_used(pair_run, capsys):
-    run, splits, task = hftl.prepare(pair_run(kind={"label": True}), hftl.ImageTextRetrieval)
+    run, splits, task = hftl.setup_run(pair_run(kind={"label": True}), hftl.ImageTextRetrieval)
     assert "30 of 60 train rows are pairs ('label' 1)" in capsys.readouterr().out
     rows = task.encode(splits["train"], hftl.build_model(run, task.head).processor, None, None)
     assert len(rows) == 30 and not any("a red rope" in row["captions"] for row in rows.fetch(range(0, 30, 3), 0))
@@ -125,7 +129,7 @@ def test_a_run_learns_and_opens_elsewhere_and_labels_images(method, pair_run, tm
         model.predict(["a text"], labels=labels)
     assert [row["prediction"] for row in named] == [labels[int(row.argmax())] for row in shares]
     if method == "frozen":
-        again = evaluate_place(run.output_dir, batch_size=run.train.batch_size_per_device)  # its loss is within batches
+        again = evaluate_saved(run.output_dir, batch_size=run.train.batch_size_per_device)  # its loss is within batches
         assert again == pytest.approx({name: value for name, value in metrics.items() if name.startswith("test/")})
         _check_commands(run.output_dir, pictures, files, named, capsys)
 
@@ -160,13 +164,13 @@ def test_bad_pairs_are_refused(change, message, pair_run, tmp_path):
     label = {"label_column": "label"} if "must" in message else {}
     run = pair_run(splits={"train": change(rows)}, **label)
     with pytest.raises(ConfigError, match=message):
-        hftl.prepare(run, hftl.ImageTextRetrieval)
+        hftl.setup_run(run, hftl.ImageTextRetrieval)
 
 
 def test_a_single_pair_is_compared_with_nothing(pair_run, tmp_path):
     rows = captioned(tmp_path / "data" / "images", 31)
     with pytest.raises(ConfigError, match=r"test has 1 pair\(s\)"):
-        hftl.prepare(pair_run(splits={"train": rows[:30], "test": rows[30:]}), hftl.ImageTextRetrieval)
+        hftl.setup_run(pair_run(splits={"train": rows[:30], "test": rows[30:]}), hftl.ImageTextRetrieval)
 
 
 def test_bad_pairs_can_be_left_out(pair_run, tmp_path):
@@ -174,7 +178,7 @@ def test_bad_pairs_can_be_left_out(pair_run, tmp_path):
     Path(tmp_path / "data" / rows[7]["image"]).write_bytes(b"no image")
     rows[9]["captions"] = []
     run = pair_run(splits={"train": rows}, on_error="skip")
-    run, splits, _ = hftl.prepare(run, hftl.ImageTextRetrieval)
+    run, splits, _ = hftl.setup_run(run, hftl.ImageTextRetrieval)
     assert len(splits["train"]) + len(splits["validation"]) == 38
     assert [row["row"] for row in run.quarantine] == [7, 9]
 
@@ -184,6 +188,6 @@ def test_labels_are_for_models_of_images_and_texts(text_run):
         hftl.inference.zero_shot.prompts(["a", "b"], "a photo")
     with pytest.raises(DataError, match="two different labels"):
         hftl.inference.zero_shot.prompts(["a", "a"], None)
-    _, _, task = hftl.prepare(text_run(), hftl.TextClassification)
+    _, _, task = hftl.setup_run(text_run(), hftl.TextClassification)
     with pytest.raises(DataError, match="this one is for text classification"):
         hftl.inference.zero_shot.embed_texts(None, task, ["a"], ["a"], None)

@@ -129,7 +129,7 @@ def test_auto_task_accepts_every_usual_name(image_run, tiny_bert):
             expected = {"image_text_classification", "image_classification"}
         model = both if task.startswith("image_text") else run if "image" in names else texts
         try:
-            found = hftl.prepare(model, rows=tiny_rows(names))[2].name
+            found = hftl.setup_run(model, rows=tiny_rows(names))[2].name
         except HftlError as error:
             found = error.problems[0]
         if found not in expected:
@@ -150,14 +150,14 @@ def test_neither_images_nor_texts_is_an_error_that_says_both():
 
 
 def test_the_name_in_the_configuration_wins_and_is_checked(image_run):
-    run, _, task = hftl.prepare(image_run("test_vit"))
+    run, _, task = hftl.setup_run(image_run("test_vit"))
     assert task.name == run.task == "image_classification"
     with pytest.raises(ConfigError, match="Did you mean 'image_classification'"):
-        hftl.prepare(replace(image_run("test_vit"), task="image_clasification"))
+        hftl.setup_run(replace(image_run("test_vit"), task="image_clasification"))
     with pytest.raises(ConfigError, match="this recipe is for image_classification"):
-        hftl.prepare(replace(image_run("test_vit"), task="object_detection"), hftl.ImageClassification)
+        hftl.setup_run(replace(image_run("test_vit"), task="object_detection"), hftl.ImageClassification)
     with pytest.raises(ConfigError, match="data.text_column"):
-        hftl.prepare(replace(image_run("test_vit"), task="text_classification"))
+        hftl.setup_run(replace(image_run("test_vit"), task="text_classification"))
     assert RunConfig().task == "auto"
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, r2_score
 import hftl
 from hftl.cli.main import main
 from hftl.config.schema import AdaptConfig, AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from hftl.inference.batch_inference import evaluate_place
+from hftl.inference.batch_inference import evaluate_saved
 from hftl.reporting import write_report
 from hftl.reporting.run_record import RunRecord
 from hftl.run.testing import check_task
@@ -55,7 +55,7 @@ def runs(tables, pictures, tiny_bert, tiny_timm, tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("runs"), {}
     still = AugmentConfig(crop_scale=1.0, hflip=0.0, color_jitter=0.0)
     for name, kind, method, model in (
-        ("several", "several", "lora", ModelConfig(tiny_bert, pooling="stock")),
+        ("several", "several", "lora", ModelConfig(tiny_bert, pooling="default")),
         ("flags", "flags", "frozen", ModelConfig(tiny_bert, pooling="mean")),
         ("image_lists", "lists", "full", ModelConfig(tiny_timm["test_resnet"])),
         ("image_numbers", "numbers", "lora", ModelConfig(tiny_timm["test_vit"])),
@@ -141,7 +141,7 @@ def test_metrics_are_those_of_the_predictions_with_intervals(runs):
             shares = np.array([row["probabilities"] for row in here])
             assert record.metrics["test/map"] == pytest.approx(average_precision_score(true, shares), abs=1e-6)
         intervals = record.intervals("test")
-        assert set(record.shown) - {"subset_accuracy"} <= set(intervals), (name, intervals)
+        assert set(record.primary_metrics) - {"subset_accuracy"} <= set(intervals), (name, intervals)
         for metric, (low, high) in intervals.items():
             assert low <= high and low - 0.2 * abs(low) <= record.metrics[f"test/{metric}"] <= high + 0.2 * abs(high)
 
@@ -167,12 +167,12 @@ def test_cards_pages_and_commands_say_what_was_measured(runs, tables, capsys, tm
     with pytest.raises(hftl.HftlError, match="3 is neither 0 nor 1"):
         other = tmp_path / "other.jsonl"
         other.write_text('{"text": "my cat", "animal": 3, "food": 0, "tool": 1}\n')
-        evaluate_place(str(runs["flags"]), str(other), "train")
+        evaluate_saved(str(runs["flags"]), str(other), "train")
 
 
 def test_ways_of_training_are_compared_by_explained_variance(runs):
     found = judge({"lora": {0: runs["several"]}, "frozen": {0: runs["several"]}}, "test", "one epoch", {})
-    assert found.metric == "r2" and found.verdict == "not distinguishable", "it is the same run"
+    assert found.metric == "r2" and found.conclusion == "not distinguishable", "it is the same run"
     assert found.results[0].score == pytest.approx(RunRecord(runs["several"]).metrics["test/r2"])
 
 
@@ -192,7 +192,7 @@ def test_images_pass_the_contract(pictures, tiny_timm, tmp_path):
         train=TrainConfig(batch_size_per_device=8, trackers=[]),
         output_dir=str(tmp_path / "run"),
     )
-    run, splits, task = hftl.prepare(run, hftl.ImageClassification)
+    run, splits, task = hftl.setup_run(run, hftl.ImageClassification)
     check_task(task, splits, run)
 
 

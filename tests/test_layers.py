@@ -124,7 +124,7 @@ def test_shared_code_knows_no_task_by_name():
 def test_public_names_exist_and_are_listed_once():
     import hftl
 
-    assert sorted(hftl.__all__) == sorted(hftl._HOME_OF)
+    assert sorted(hftl.__all__) == sorted(hftl._MODULE_OF)
     for name in hftl.__all__:
         assert getattr(hftl, name) is not None
 

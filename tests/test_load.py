@@ -250,7 +250,7 @@ def test_a_model_that_cannot_be_fetched_offline_says_so(hub, monkeypatch):
 
 def test_a_prediction_that_fails_leaves_no_half_table(text_folder, tmp_path, monkeypatch):
     from hftl.evaluation.evaluate import TableWriter
-    from hftl.inference.batch_inference import predict_to_table
+    from hftl.inference.batch_inference import predict_to_file
 
     table = tmp_path / "texts.csv"
     table.write_text("\n".join(["text", *["the cat"] * 40]) + "\n")
@@ -262,5 +262,5 @@ def test_a_prediction_that_fails_leaves_no_half_table(text_folder, tmp_path, mon
 
     monkeypatch.setattr(TableWriter, "write", failing)
     with pytest.raises(OSError):
-        predict_to_table(str(text_folder), str(table), output=str(tmp_path / "out.parquet"))
+        predict_to_file(str(text_folder), str(table), output=str(tmp_path / "out.parquet"))
     assert [path.name for path in tmp_path.iterdir()] == ["texts.csv"]

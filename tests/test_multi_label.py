@@ -92,7 +92,7 @@ def test_intervals_are_those_of_resampled_rows():
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_every_way_of_writing_labels_gives_the_same_rows(form, tags_run, capsys):
-    run, splits, task = hftl.prepare(tags_run(form), hftl.TextClassification)
+    run, splits, task = hftl.setup_run(tags_run(form), hftl.TextClassification)
     assert "rows without any label: train 8, validation 2, test 3" in capsys.readouterr().out
     assert isinstance(task.target, MultiLabel) and task.head.labels == ("animal", "food", "tool")
     rows = splits["train"].select(range(8))
@@ -119,10 +119,10 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out(form, split, change, s
     run = tags_run(form)
     run = replace(run, data=replace(run.data, problem_type="multi_label_classification"))
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(run, hftl.TextClassification, rows=rows)
+        hftl.setup_run(run, hftl.TextClassification, rows=rows)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
     run = replace(run, data=replace(run.data, on_error="skip"))
-    run, splits, task = hftl.prepare(run, hftl.TextClassification, rows=rows)
+    run, splits, task = hftl.setup_run(run, hftl.TextClassification, rows=rows)
     assert [(row["split"], row["row"]) for row in run.quarantine] == [(split, 3)]
 
 
@@ -136,7 +136,11 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out(form, split, change, s
         ({"label_column": "kinds", "label_separator": "|"}, {}, "holds no texts that '|' could separate"),
         ({"label_columns": ["animal", "foot"]}, {}, "there is no column 'foot'. Did you mean 'food'?"),
         ({"label_columns": ["animal"], "label_column": "kinds"}, {}, "say one of them"),
-        (FORMS["list"] | {"train_per_class": 2}, {}, "data.train_per_class: is for one class a row"),
+        (
+            FORMS["list"] | {"max_train_samples_per_class": 2},
+            {},
+            "data.max_train_samples_per_class: is for one class a row",
+        ),
     ],
 )
 def test_labels_that_cannot_be_learnt_are_refused(data, change, said, text_run, tables):
@@ -144,10 +148,10 @@ def test_labels_that_cannot_be_learnt_are_refused(data, change, said, text_run, 
     run = text_run()
     run = replace(run, data=replace(run.data, validation_fraction=0.0, **data))
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(run, hftl.TextClassification, rows=rows)
+        hftl.setup_run(run, hftl.TextClassification, rows=rows)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
 
 
 def test_metrics_of_evaluate_are_refused(tags_run):
     with pytest.raises(ConfigError, match="one class or one number a row"):
-        hftl.prepare(tags_run(metrics=["mauve"]), hftl.TextClassification)
+        hftl.setup_run(tags_run(metrics=["mauve"]), hftl.TextClassification)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 GRADIENTS = {
     "positives": ("text_embedding", {}),
-    "cosent": ("text_embedding", {"data.pair_loss": "cosent"}),
-    "siglip": ("image_text_retrieval", {"data.pair_loss": "siglip"}),
+    "cosent": ("text_embedding", {"train.pair_loss": "cosent"}),
+    "siglip": ("image_text_retrieval", {"train.pair_loss": "siglip"}),
 }
 
 
@@ -28,8 +28,8 @@ def launched(tiny_bert, tiny_timm, forks, tmp_path_factory):
     rows = {"train": captioned(pictures, 27, lists=True), "test": captioned(pictures, 13, lists=True, seed=1)}
     sources["siglip"] = write_lines(root / "captioned", **rows)
     models = {"text_embedding": tiny_bert, "image_text_retrieval": tiny_timm["test_resnet"]}
-    common = {"model.text_name": tiny_bert, "model.dropout": 0.0, "train.seed": 1, "train.log_every": 1}
-    common |= {"train.max_grad_norm": 0, "train.head_first": 0, "data.validation_fraction": 0}
+    common = {"model.text_name": tiny_bert, "model.dropout": 0.0, "train.seed": 1, "train.logging_steps": 1}
+    common |= {"train.max_grad_norm": 0, "train.freeze_backbone_ratio": 0, "data.validation_fraction": 0}
     learning = {"train.max_steps": 2, "train.lr": 1e-3, "train.head_lr": 1e-3}
     still = {"train.max_steps": 1, "train.lr": 0, "train.head_lr": 0, "train.weight_decay": 0}
     for world in (1, 2):

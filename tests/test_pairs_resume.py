@@ -26,7 +26,7 @@ def test_a_stopped_training_goes_on(task, tiny_bert, tiny_timm, tmp_path):
         hftl.DataConfig(source=source),
         model,
         hftl.AdaptConfig(method=method),
-        hftl.TrainConfig(max_steps=4, eval_every=2, lr=1e-3, head_lr=1e-2, batch_size_per_device=8, trackers=[]),
+        hftl.TrainConfig(max_steps=4, eval_steps=2, lr=1e-3, head_lr=1e-2, batch_size_per_device=8, trackers=[]),
         output_dir=str(tmp_path / "whole"),
     )
     whole = run_undrawn(task, run)

@@ -17,10 +17,10 @@ import hftl
 from hftl.artifacts.export import export_folder
 from hftl.config.schema import ProbeConfig
 from hftl.errors import AdaptError, ArtifactError, ConfigError, FeatureError, RunComplete
-from hftl.heads import sklearn_head as classic_head
+from hftl.heads import sklearn_head as sklearn_head
 from hftl.heads.classifiers import KINDS
-from hftl.heads.sklearn_head import ClassicHead
-from hftl.heads.sklearn_probe import Probe, calibrate, fit_probe
+from hftl.heads.sklearn_head import SklearnHead
+from hftl.heads.sklearn_probe import Probe, calibrate, fit_classifier
 from hftl.reporting import write_report
 
 LINEAR = [name for name, kind in KINDS.items() if kind.linear]
@@ -54,7 +54,7 @@ def blobs(rows=120, features=10, classes=3, seed=0, apart=1.0):
 
 
 def with_head(run, head, **probe):
-    return replace(run, adapt=replace(run.adapt, method="probe", probe=ProbeConfig(head=head, **probe)))
+    return replace(run, adapt=replace(run.adapt, method="probe", probe=ProbeConfig(classifier=head, **probe)))
 
 
 def probabilities(fitted: Probe, values) -> np.ndarray:
@@ -62,7 +62,7 @@ def probabilities(fitted: Probe, values) -> np.ndarray:
     if KINDS[fitted.head].linear:
         weight, bias = fitted.linear()
         return (torch.tensor(values) @ torch.tensor(weight).T + torch.tensor(bias)).softmax(1).numpy()
-    head = ClassicHead(fitted.head, fitted.estimator, fitted.num_classes, fitted.calibration)
+    head = SklearnHead(fitted.head, fitted.estimator, fitted.num_classes, fitted.calibration)
     return head(torch.tensor(values)).softmax(1).numpy()
 
 
@@ -74,7 +74,7 @@ def probabilities(fitted: Probe, values) -> np.ndarray:
 def test_a_head_is_the_chosen_estimator_with_calibrated_probabilities(head, classes):
     values, labels = blobs(classes=classes)
     new, _ = blobs(seed=1, classes=classes)
-    fitted = fit_probe(values, labels, classes, head)
+    fitted = fit_classifier(values, labels, classes, head)
     found = probabilities(fitted, new)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
     if head == "logistic":
@@ -99,7 +99,7 @@ def test_cross_validation_tells_what_new_rows_will_bring(head):
     values, labels = blobs(600)
     rng = np.random.default_rng(1)
     noisy = np.where(rng.random(600) < 0.2, rng.integers(0, 3, 600), labels)
-    fitted = fit_probe(values[:300], noisy[:300], 3, head)
+    fitted = fit_classifier(values[:300], noisy[:300], 3, head)
     found = probabilities(fitted, values[300:])
     accuracy = (found.argmax(1) == noisy[300:]).mean()
     loss = -np.log(np.maximum(found[np.arange(300), noisy[300:]], 1e-12)).mean()
@@ -111,16 +111,16 @@ def test_cross_validation_tells_what_new_rows_will_bring(head):
 def test_a_class_without_training_rows_is_never_predicted(head):
     values, labels = blobs()
     gap = np.where(labels == 2, 3, labels)  # 2 and 4 have none
-    found = probabilities(fit_probe(values, gap, 5, head), values)
+    found = probabilities(fit_classifier(values, gap, 5, head), values)
     assert found.shape == (120, 5) and found[:, [2, 4]].max() < 1e-6
     np.testing.assert_allclose(
-        found[:, [0, 1, 3]], probabilities(fit_probe(values, labels, 3, head), values), atol=1e-5
+        found[:, [0, 1, 3]], probabilities(fit_classifier(values, labels, 3, head), values), atol=1e-5
     )
 
 
 def test_equal_seeds_give_equal_heads_and_folds_follow_the_seed():
     values, labels = blobs(apart=0.3)
-    first, second, other = (fit_probe(values, labels, 3, "random_forest", seed=seed) for seed in (0, 0, 1))
+    first, second, other = (fit_classifier(values, labels, 3, "random_forest", seed=seed) for seed in (0, 0, 1))
     assert first.tried == second.tried and first.tried != other.tried
     np.testing.assert_array_equal(probabilities(first, values), probabilities(second, values))
 
@@ -132,7 +132,7 @@ def test_the_kernel_that_is_computed_once_is_the_kernel_of_libsvm():
     from sklearn.svm import SVC
 
     values, labels = blobs(apart=0.4)
-    fitted = fit_probe(values, labels, 3, "svm")
+    fitted = fit_classifier(values, labels, 3, "svm")
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     for tried in fitted.tried:
         model = make_pipeline(StandardScaler(), SVC(C=tried["C"], gamma=tried["gamma"]))
@@ -149,8 +149,8 @@ def test_a_calibration_gives_the_least_log_loss(decision):
     best = calibrate(outputs, codes, decision)
 
     def loss(calibration):
-        return -classic_head.logits(outputs, calibration, decision)[np.arange(400), codes].mean() + (
-            np.log(np.exp(classic_head.logits(outputs, calibration, decision)).sum(1)).mean()
+        return -sklearn_head.logits(outputs, calibration, decision)[np.arange(400), codes].mean() + (
+            np.log(np.exp(sklearn_head.logits(outputs, calibration, decision)).sum(1)).mean()
         )
 
     assert loss(best) < min(loss(best * 1.2), loss(best / 1.2))
@@ -167,17 +167,17 @@ def test_features_that_allow_no_fit_are_refused_with_the_reason(capsys):
     bad = values.copy()
     bad[[3, 7], 0] = np.nan, np.inf
     with pytest.raises(FeatureError, match=r"2 training row\(s\) are NaN or infinite: 3, 7"):
-        fit_probe(bad, labels, 3)
+        fit_classifier(bad, labels, 3)
     with pytest.raises(FeatureError, match="the same"):
-        fit_probe(np.ones_like(values), labels, 3)
+        fit_classifier(np.ones_like(values), labels, 3)
     with pytest.raises(FeatureError, match="one class"):
-        fit_probe(values, np.zeros(120, dtype=int), 3)
+        fit_classifier(values, np.zeros(120, dtype=int), 3)
     with pytest.raises(FeatureError, match=r"class\(es\) 2 have a single training row.*adapt\.method frozen"):
-        fit_probe(values[:9], np.array([0, 0, 0, 0, 1, 1, 1, 1, 2]), 3)
+        fit_classifier(values[:9], np.array([0, 0, 0, 0, 1, 1, 1, 1, 2]), 3)
     capsys.readouterr()
     for head in KINDS:  # few rows, a constant feature, more features than rows
         few = np.concatenate([values[:7], np.ones((7, 3), dtype=np.float32)], 1)
-        fitted = fit_probe(few, np.array([0, 0, 0, 1, 1, 1, 1]), 2, head)
+        fitted = fit_classifier(few, np.array([0, 0, 0, 1, 1, 1, 1]), 2, head)
         assert fitted.folds == 3 and np.isfinite(probabilities(fitted, few)).all(), head
         assert "3 folds instead of 5" in capsys.readouterr().out
 
@@ -187,9 +187,9 @@ def test_many_rows_are_thinned_for_the_choice_alone_and_keep_every_class(monkeyp
     values, labels = blobs(300)
     labels[:6] = 3
     labels[6:][labels[6:] == 3] = 0
-    fitted = fit_probe(values, labels, 4, "ridge")
+    fitted = fit_classifier(values, labels, 4, "ridge")
     assert fitted.rows == 60 and fitted.folds == 5
-    direct = fit_probe(values, labels, 4, "ridge").estimator
+    direct = fit_classifier(values, labels, 4, "ridge").estimator
     np.testing.assert_array_equal(fitted.estimator[-1].coef_, direct[-1].coef_)
     assert fitted.estimator[0].n_samples_seen_ == 300
 
@@ -201,15 +201,15 @@ def test_what_stands_in_the_way_is_said_before_anything_is_computed(text_run, tm
     )
     run = with_data(with_head(text_run(), "svm", folds=1), source=str(tmp_path / "rows.csv"), validation_fraction=0.0)
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(run, hftl.TextClassification)
+        hftl.setup_run(run, hftl.TextClassification)
     found = str(caught.value)
-    assert "adapt.probe.folds: 1" in found
+    assert "adapt.probe.num_folds: 1" in found
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(with_head(run, "svm"), hftl.TextClassification)
+        hftl.setup_run(with_head(run, "svm"), hftl.TextClassification)
     found = str(caught.value)
     assert "skops, which is not installed: uv pip install 'hftl[probe]'" in found and "class(es) z" in found
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(with_head(run, "ridge"), hftl.TextClassification)
+        hftl.setup_run(with_head(run, "ridge"), hftl.TextClassification)
     assert "skops" not in str(caught.value)
 
 
@@ -223,18 +223,18 @@ def test_a_head_of_several_layers_is_refused_and_pooling_helps(text_run, tiny_be
     run = with_head(text_run(), "logistic")
     run = replace(run, model=replace(run.model, name=str(folder)))
     with pytest.raises(ConfigError, match=r"pre_classifier.*--model\.pooling mean \(or cls\)"):
-        hftl.prepare(run, hftl.TextClassification)
-    run, splits, task = hftl.prepare(replace(run, model=replace(run.model, pooling="mean")), hftl.TextClassification)
+        hftl.setup_run(run, hftl.TextClassification)
+    run, splits, task = hftl.setup_run(replace(run, model=replace(run.model, pooling="mean")), hftl.TextClassification)
     model = hftl.build_model(run, task.head)
-    history = hftl.fit(hftl.start(run), model, task, splits, run)
+    history = hftl.fit(hftl.create_accelerator(run), model, task, splits, run)
     assert history.selection["accuracy"] > 0.5
 
 
 def test_settings_of_steps_do_not_apply_and_are_not_in_the_record(text_run, capsys):
-    run, _, _ = hftl.prepare(
+    run, _, _ = hftl.setup_run(
         with_head(text_run(num_epochs=3, batch_size_per_device=64), "ridge"), hftl.TextClassification
     )
-    assert run.train.num_epochs is run.train.lr is run.train.head_lr is run.train.head_first is None
+    assert run.train.num_epochs is run.train.lr is run.train.head_lr is run.train.freeze_backbone_ratio is None
     assert "train.num_epochs, train.lr, train.head_lr do not apply" in capsys.readouterr().out
 
 
@@ -275,10 +275,10 @@ def test_a_saved_head_says_what_the_fitted_one_said(kind, head, image_run, text_
     for found, row in zip(model.predict(given), test_rows(folder), strict=True):
         np.testing.assert_allclose(found["probabilities"], row["probabilities"], atol=1e-5)
     assert metrics["test/accuracy"] > 0.4 and np.isfinite(metrics["test/loss"])
-    assert (model.model.classic is None) == (head in LINEAR)
+    assert (model.model.sklearn_head is None) == (head in LINEAR)
     facts = json.loads(open(f"{folder}/report.json").read())
     assert facts["training"]["selection"]["head"] == head and max(facts["verified"].values()) < 1e-4
-    assert ("model/head" in facts["verified"]) == (head in CLASSIC) and facts["adapt"]["backbone_trained"] == 0
+    assert ("model/head" in facts["verified"]) == (head in CLASSIC) and facts["adapt"]["backbone_trainable"] == 0
     card = open(f"{folder}/model/README.md").read()
     assert "5-fold cross-validation" in card and ("hftl.load" in card) == (head in CLASSIC)
     assert ("transformers.pipeline(" in card) == (head in LINEAR)
@@ -424,8 +424,8 @@ class Foreign:
 @pytest.fixture(scope="module")
 def head_file():
     values, labels = blobs(40)
-    fitted = fit_probe(values, labels, 3, "knn")
-    return ClassicHead("knn", fitted.estimator, 3, fitted.calibration)
+    fitted = fit_classifier(values, labels, 3, "knn")
+    return SklearnHead("knn", fitted.estimator, 3, fitted.calibration)
 
 
 @pytest.mark.parametrize("what", ["class", "estimator", "function", "pickle", "cut"])
@@ -451,7 +451,7 @@ def test_a_file_with_anything_else_in_it_is_not_opened(what, head_file, tmp_path
         what, "does not open"
     )
     with pytest.raises(ArtifactError, match=expected):
-        ClassicHead.from_bytes(content)
+        SklearnHead.from_bytes(content)
     assert not marker.exists()
 
 
@@ -460,13 +460,13 @@ def test_a_file_holds_arrays_and_json_and_gives_the_same_head(head):
     import io
 
     values, labels = blobs()
-    fitted = fit_probe(values, labels, 3, head)
-    first = ClassicHead(head, fitted.estimator, 3, fitted.calibration)
+    fitted = fit_classifier(values, labels, 3, head)
+    first = SklearnHead(head, fitted.estimator, 3, fitted.calibration)
     content = first.to_bytes()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         for name in archive.namelist():
             assert name == "schema.json" or np.load(io.BytesIO(archive.read(name)), allow_pickle=False) is not None
-    again = ClassicHead.from_bytes(content)
+    again = SklearnHead.from_bytes(content)
     assert torch.equal(first(torch.tensor(values)), again(torch.tensor(values))) and again.kind == head
 
 
@@ -490,10 +490,10 @@ def test_a_pushed_classic_head_comes_back_by_its_id(hub, image_run, text_run):
 
 
 def test_a_network_whose_logits_are_not_its_layer_s_is_refused_when_that_is_seen(text_run, monkeypatch):
-    run, splits, task = hftl.prepare(with_head(text_run(), "logistic"), hftl.TextClassification)
+    run, splits, task = hftl.setup_run(with_head(text_run(), "logistic"), hftl.TextClassification)
     model = hftl.build_model(run, task.head)
     forward = model.forward
     model.forward = lambda inputs: {"logits": 2 * forward(inputs)["logits"]}
     monkeypatch.setenv("HFTL_CACHE", run.output_dir + "_cache")
     with pytest.raises(AdaptError, match="one linear layer"):
-        hftl.fit(hftl.start(run), model, task, splits, run)
+        hftl.fit(hftl.create_accelerator(run), model, task, splits, run)

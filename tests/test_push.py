@@ -15,7 +15,7 @@ from launch import ENV, free_port
 import hftl
 from hftl.artifacts.push import push
 from hftl.errors import ArtifactError, ConfigError, PushError
-from hftl.hub_client import explain, redacted
+from hftl.hub_client import explain, redact_tokens
 
 ID = "alice/model"
 by_lfs = pytest.mark.parametrize("hub", ["lfs", pytest.param("xet", marks=pytest.mark.slow)], indirect=True)
@@ -31,7 +31,7 @@ def made(images, texts, image_model, text_model, root: Path, **train) -> dict[st
             source, model = (images, image_model) if kind == "image" else (texts, text_model)
             run = hftl.RunConfig(
                 hftl.DataConfig(source=str(source)),
-                hftl.ModelConfig(name=model, pooling="mean" if method == "lora" else "stock"),
+                hftl.ModelConfig(name=model, pooling="mean" if method == "lora" else "default"),
                 hftl.AdaptConfig(method=method),
                 hftl.TrainConfig(lr=1e-3, head_lr=1e-2, batch_size_per_device=8, trackers=[], **train),
                 output_dir=str(root / f"{kind}-{method}"),
@@ -142,7 +142,7 @@ def test_an_adapter_does_not_stay_beside_another_model(hub, runs):
 
 @by_xet
 def test_a_run_pushes_at_its_end(hub, text_run, tmp_path):
-    run = replace(text_run("frozen", num_epochs=1), publish=hftl.PublishConfig(push_to_hub=ID, private=True))
+    run = replace(text_run("frozen", num_epochs=1), hub=hftl.HubConfig(repo_id=ID, private=True))
     load_recipe("text_classification").main(run)
     repo = hub.store.repos[ID]
     assert repo.private and repo.files["model.safetensors"] == (tmp_path / "run/model/model.safetensors").read_bytes()
@@ -199,7 +199,7 @@ def test_a_hub_that_never_answers_ends_the_push(hub, runs, stage, forks, tmp_pat
     code = (
         "import sys, types, hftl.hub_client, huggingface_hub.utils._http as http\n"
         "http.time, hftl.hub_client.READ_TIMEOUT_S = types.SimpleNamespace(sleep=lambda _: None), 1\n"
-        "from hftl.cli.main import main; main(['push', sys.argv[1], 'alice/model', '--no-verify'])"
+        "from hftl.cli.main import main; main(['push', sys.argv[1], 'alice/model', '--no_verify'])"
     )
     words = ["python", "-c", code, runs["image-full"]]
     statuses, said = forks.command(words, tmp_path / "logs", 100, HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1")
@@ -224,10 +224,10 @@ def test_what_the_hub_would_refuse_is_refused_before_training(hub, text_run, cas
     environment, repo, sentence = REFUSALS[case]
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    run = replace(text_run(), publish=hftl.PublishConfig(push_to_hub=repo))
+    run = replace(text_run(), hub=hftl.HubConfig(repo_id=repo))
     with pytest.raises(ConfigError, match=sentence) as caught:
-        hftl.prepare(run, hftl.TextClassification)
-    assert "publish.push_to_hub" in str(caught.value)
+        hftl.setup_run(run, hftl.TextClassification)
+    assert "hub.repo_id" in str(caught.value)
     assert "nobody_knows" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
@@ -242,18 +242,18 @@ def test_the_same_when_pushing_later(hub, runs, case, monkeypatch):
 
 def test_a_public_repository_is_not_used_for_a_private_model(hub, text_run, runs):
     hub.add_repo(ID)
-    run = replace(text_run(), publish=hftl.PublishConfig(push_to_hub=ID, private=True))
+    run = replace(text_run(), hub=hftl.HubConfig(repo_id=ID, private=True))
     with pytest.raises(ConfigError, match="is public, and a private one was asked for"):
-        hftl.prepare(run, hftl.TextClassification)
+        hftl.setup_run(run, hftl.TextClassification)
     with pytest.raises(PushError, match="is public"):
         push(runs["image-full"], ID, private=True)
     assert not hub.requests(PREUPLOAD)
 
 
 def test_other_problems_are_said_first_and_no_repository_is_made(hub, text_run):
-    run = replace(text_run(lr=-1.0), publish=hftl.PublishConfig(push_to_hub=ID))
+    run = replace(text_run(lr=-1.0), hub=hftl.HubConfig(repo_id=ID))
     with pytest.raises(ConfigError, match=r"train\.lr"):
-        hftl.prepare(run, hftl.TextClassification)
+        hftl.setup_run(run, hftl.TextClassification)
     assert ID not in hub.store.repos
 
 
@@ -340,7 +340,7 @@ def test_only_finished_runs_are_pushed(hub, tmp_path):
 
 def test_tokens_are_never_repeated(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "odd-token-without-prefix")
-    assert redacted("odd-token-without-prefix hf_abcDEF0123456789") == "hf_*** hf_***"
+    assert redact_tokens("odd-token-without-prefix hf_abcDEF0123456789") == "hf_*** hf_***"
     assert "odd-token" not in explain(ValueError("odd-token-without-prefix is bad"), ID)
 
 
@@ -348,7 +348,7 @@ def test_tokens_are_never_repeated(monkeypatch):
 def test_the_token_is_in_no_file_of_a_run(hub, text_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     hub.users["hf_secretsecretsecret"] = User("alice")
-    load_recipe("text_classification").main(replace(text_run("full"), publish=hftl.PublishConfig(push_to_hub=ID)))
+    load_recipe("text_classification").main(replace(text_run("full"), hub=hftl.HubConfig(repo_id=ID)))
     everything = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     everything += [*hub.store.repos[ID].files.values(), "".join(capsys.readouterr()).encode()]
     assert not any(b"secretsecret" in content for content in everything)
@@ -363,8 +363,8 @@ def pushing(texts, tiny_bert, tmp_path) -> list[str]:
         "output_dir": tmp_path / "run",
         "train.max_steps": 1,
         "train.batch_size_per_device": 8,
-        "publish.push_to_hub": ID,
-        "publish.verify": "false",
+        "hub.repo_id": ID,
+        "hub.verify": "false",
     }
     return [str(ROOT / "recipes/text_classification.py"), *(f"--{name}={value}" for name, value in flags.items())]
 

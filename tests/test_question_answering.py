@@ -37,7 +37,7 @@ def answer_run(asked, text_run):
 
 def open_rows(run, *rows, **data):
     run = replace(run, data=hftl.DataConfig(source="given", **data), train=replace(run.train, batch_size_per_device=1))
-    return hftl.prepare(run, hftl.QuestionAnswering, {"train": list(rows), "validation": list(rows)})
+    return hftl.setup_run(run, hftl.QuestionAnswering, {"train": list(rows), "validation": list(rows)})
 
 
 def row_of(context="my cat eats", text=("cat",), start=(3,)):
@@ -116,7 +116,7 @@ def test_the_search_finds_what_trying_every_span_finds(null):
 
 @pytest.mark.parametrize("kind", ["asked", "some_unanswered"])
 def test_the_task_passes_the_contract(kind, answer_run, request):
-    run, splits, task = hftl.prepare(answer_run(source=request.getfixturevalue(kind)), hftl.QuestionAnswering)
+    run, splits, task = hftl.setup_run(answer_run(source=request.getfixturevalue(kind)), hftl.QuestionAnswering)
     assert task.target.null == (kind == "some_unanswered")
     check_task(task, splits, run)
 
@@ -149,7 +149,7 @@ def test_an_answer_is_learnt_in_each_window_that_has_all_of_it(answer_run, tiny_
 
 
 def test_padding_has_no_say_in_the_loss(answer_run):
-    run, splits, task = hftl.prepare(answer_run(), hftl.QuestionAnswering)
+    run, splits, task = hftl.setup_run(answer_run(), hftl.QuestionAnswering)
     model = hftl.build_model(run, task.head).eval()
     rows = task.encode(splits["train"], model.processor, None, 40)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_padding_has_no_say_in_the_loss(answer_run):
 
 def test_where_windows_end_makes_no_difference_to_a_model_without_context(answer_run):
     """Attention and positions switched off: the answer in a context of one window is that of five windows."""
-    run, splits, task = hftl.prepare(answer_run(), hftl.QuestionAnswering)
+    run, splits, task = hftl.setup_run(answer_run(), hftl.QuestionAnswering)
     model = hftl.build_model(run, task.head).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -195,7 +195,7 @@ def test_where_windows_end_makes_no_difference_to_a_model_without_context(answer
 def test_rows_that_cannot_be_used_are_named_or_left_out(row, message, answer_run):
     with pytest.raises(ConfigError, match=message):
         open_rows(answer_run(), row_of(), row)
-    run, splits, _ = open_rows(answer_run(), *[row_of()] * 9, row, on_error="skip", max_skipped=0.2)
+    run, splits, _ = open_rows(answer_run(), *[row_of()] * 9, row, on_error="skip", max_skipped_fraction=0.2)
     assert [len(rows) for rows in splits.values()] == [9, 9] and run.quarantine[0]["row"] == 9
 
 

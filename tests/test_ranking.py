@@ -25,8 +25,8 @@ class Brightness:
 
     columns, problems, best_metric = ["label"], [], "loss"
 
-    def head(self, stock):
-        return HeadSpec(stock, 1, (), "regression")
+    def head(self, model_class):
+        return HeadSpec(model_class, 1, (), "regression")
 
     def labels(self, examples):
         return torch.tensor([[float(row["label"]) + 0.25] for row in examples])
@@ -38,7 +38,7 @@ class Brightness:
 class Bright(hftl.SupervisedTask):
     """Images of digits with a number each."""
 
-    name, stock = "bright", "timm"
+    name, model_class = "bright", "timm"
 
     def __init__(self, splits):
         super().__init__(ImageInputs.find(splits), Brightness())
@@ -47,8 +47,8 @@ class Bright(hftl.SupervisedTask):
 class EvenAndLarge(Brightness):
     """Two labels at once."""
 
-    def head(self, stock):
-        return HeadSpec(stock, 2, ("even", "large"), "multi_label_classification")
+    def head(self, model_class):
+        return HeadSpec(model_class, 2, ("even", "large"), "multi_label_classification")
 
     def labels(self, examples):
         return torch.tensor([[float(row["label"] % 2 == 0), float(row["label"] > 4)] for row in examples])
@@ -57,7 +57,7 @@ class EvenAndLarge(Brightness):
 class Traits(hftl.SupervisedTask):
     """Images of digits with two labels each."""
 
-    name, stock = "traits", "timm"
+    name, model_class = "traits", "timm"
 
     def __init__(self, splits):
         super().__init__(ImageInputs.find(splits), EvenAndLarge())

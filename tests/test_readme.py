@@ -19,7 +19,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text()
 NOT_RUN = {"pip install uv", "uv run pytest"}  # what these tests stand in
 NOT_RUN |= {"hftl demo runs/photos"}  # it serves until it is interrupted; tests/test_demo.py runs it
-COMPARE = "hftl compare path/to/images --model resnet50.a1_in1k --methods scratch probe frozen lora full --seeds 3"
+COMPARE = "hftl compare path/to/images --model resnet50.a1_in1k --methods scratch probe frozen lora full --num_seeds 3"
 NOT_RUN |= {COMPARE}  # fifteen trainings; tests/test_compare.py runs smaller ones
 QUICKSTART = "uv run hftl quickstart"
 
@@ -49,7 +49,9 @@ def run(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("options", [["--seeds", "1"], pytest.param([], marks=pytest.mark.slow)], ids=["one", "all"])
+@pytest.mark.parametrize(
+    "options", [["--num_seeds", "1"], pytest.param([], marks=pytest.mark.slow)], ids=["one", "all"]
+)
 def test_quickstart_runs_as_printed(options, tmp_path):
     """One seed of its three in the fast part: the same code, a third of the time."""
     printed = run([*QUICKSTART.removeprefix("uv run ").split(), *options], tmp_path)

@@ -12,7 +12,7 @@ from conftest import ROOT, with_data
 from PIL import Image
 
 import hftl
-from hftl.config.parse import parse
+from hftl.config.parse import parse_config
 from hftl.config.schema import AdaptConfig, LoraConfig, ModelConfig
 from hftl.errors import ConfigError
 from hftl.run_folder.folder import RUN_FILES
@@ -23,7 +23,7 @@ def refused(run, task=hftl.ImageClassification) -> list[str]:
     folder = Path(run.output_dir)
     before = folder.exists()
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(run, task)
+        hftl.setup_run(run, task)
     assert folder.exists() == before, "refused, but the run folder was made"
     problems = caught.value.problems
     assert len(problems) == len(set(problems))
@@ -72,9 +72,9 @@ def test_good_runs_are_not_refused(image_run, text_run, table):
         (text_run(), hftl.TextClassification),
         (table(*GOOD), hftl.TextClassification),
     ):
-        resolved, splits, bound = hftl.prepare(run, task)
+        resolved, splits, bound = hftl.setup_run(run, task)
         assert (
-            replace(resolved.train, head_first=None) == run.train
+            replace(resolved.train, freeze_backbone_ratio=None) == run.train
             and "validation" in splits
             and bound.head.num_outputs >= 2
         )
@@ -124,7 +124,7 @@ def test_lora_patterns_without_a_match_name_the_nearest_layers(image_run, text_r
     assert "'nonsense.*['" in second and "Did you mean" not in second
     assert "head" not in first, "the head is not a place for adapters"
     assert "Did you mean 'query'?" in the_only(refused_text(with_patterns(text_run(), "key", "querry")))
-    hftl.prepare(with_patterns(image_run("test_vit"), "qkv", r"blocks\.\d+\.mlp\.fc1"), hftl.ImageClassification)
+    hftl.setup_run(with_patterns(image_run("test_vit"), "qkv", r"blocks\.\d+\.mlp\.fc1"), hftl.ImageClassification)
     assert "random weights" not in capsys.readouterr().out, "the check's own model is nobody's business"
 
 
@@ -257,7 +257,7 @@ def test_an_effective_batch_larger_than_the_data_is_refused(image_run, monkeypat
         problem = the_only(refused(run))
         assert f"effective batch of {batch * accumulation * world}" in problem and "36 training rows" in problem
         fits = image_run(batch_size_per_device=36 // accumulation // world, gradient_accumulation_steps=accumulation)
-        hftl.prepare(fits, hftl.ImageClassification)
+        hftl.setup_run(fits, hftl.ImageClassification)
 
 
 # Settings
@@ -270,14 +270,18 @@ def test_a_text_that_can_name_no_augmentation_policy_is_refused(image_run):
         problem = the_only(refused(spoiled))
         assert "data.augment.auto_augment" in problem and repr(policy) in problem
     for policy in ("rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"):
-        hftl.prepare(with_data(run, augment=replace(run.data.augment, auto_augment=policy)), hftl.ImageClassification)
+        hftl.setup_run(with_data(run, augment=replace(run.data.augment, auto_augment=policy)), hftl.ImageClassification)
 
 
 def test_an_unknown_best_metric_names_the_nearest(image_run):
-    problem = the_only(refused(image_run(best_metric="macrof1")))
-    assert "train.best_metric: 'macrof1'" in problem and "accuracy" in problem and "Did you mean 'macro_f1'?" in problem
+    problem = the_only(refused(image_run(metric_for_best_model="macrof1")))
+    assert (
+        "train.metric_for_best_model: 'macrof1'" in problem
+        and "accuracy" in problem
+        and "Did you mean 'macro_f1'?" in problem
+    )
     for name in ("macro_f1", "loss"):
-        hftl.prepare(image_run(best_metric=name), hftl.ImageClassification)
+        hftl.setup_run(image_run(metric_for_best_model=name), hftl.ImageClassification)
 
 
 def test_an_extra_metric_that_cannot_be_loaded_is_named(image_run):
@@ -324,9 +328,9 @@ def test_overwriting_removes_the_run_and_nothing_else(image_run, tmp_path):
         (folder / name).write_text("old") if "." in name else (folder / name / "deep").mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
     (folder / "figures").mkdir()
-    resolved, _, _ = hftl.prepare(run, hftl.ImageClassification)
+    resolved, _, _ = hftl.setup_run(run, hftl.ImageClassification)
     assert (folder / "model" / "deep").is_dir(), "prepare only looks"
-    hftl.start(resolved)
+    hftl.create_accelerator(resolved)
     assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "figures", "notes.txt"]
     assert (folder / "config.yaml").read_text() != "old"
 
@@ -334,8 +338,8 @@ def test_overwriting_removes_the_run_and_nothing_else(image_run, tmp_path):
 def test_a_folder_with_other_things_in_it_is_not_a_run(image_run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    resolved, _, _ = hftl.prepare(image_run(), hftl.ImageClassification)
-    hftl.start(resolved)
+    resolved, _, _ = hftl.setup_run(image_run(), hftl.ImageClassification)
+    hftl.create_accelerator(resolved)
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
@@ -400,7 +404,7 @@ def test_everything_wrong_is_in_one_message(image_run, tmp_path):
         str(tmp_path / "run"),
     ]
     (tmp_path / "images").mkdir()
-    problems = refused(parse(hftl.RunConfig(), flags, defer=True))
+    problems = refused(parse_config(hftl.RunConfig(), flags, defer=True))
     expected = [
         ("run.yaml: train.lr: 'fast'", "a number"),
         ("run.yaml: there is no setting 'train.epochs'", "'train.num_epochs'"),
@@ -480,7 +484,7 @@ def test_a_recipe_ends_with_a_message_and_status_2(recipe, flags, said, forks, t
 
 def test_a_picture_of_another_kind_is_read_by_its_content_not_its_name(image_run, image_copy):
     Image.new("RGB", (20, 20)).save(image_copy / "train/red/00.png", format="JPEG")
-    hftl.prepare(with_data(image_run(), source=str(image_copy)), hftl.ImageClassification)
+    hftl.setup_run(with_data(image_run(), source=str(image_copy)), hftl.ImageClassification)
 
 
 def test_an_empty_name_says_the_flag(text_run):

@@ -103,7 +103,7 @@ def test_folding_leaves_the_layer_as_it_answered():
 
 
 def test_regression_passes_the_contract(number_run):
-    run, splits, task = hftl.prepare(number_run(columns=["length", "weight"]), hftl.TextClassification)
+    run, splits, task = hftl.setup_run(number_run(columns=["length", "weight"]), hftl.TextClassification)
     assert task.head.problem_type == "regression" and task.head.num_outputs == 2
     check_task(task, splits, run)
 
@@ -114,8 +114,8 @@ def test_the_cached_head_is_that_of_the_plain_loop(number_run, tmp_path):
         frozen = FrozenConfig(cache=cache, lr_factors=[1.0], weight_decays=[0.01])
         run = number_run("frozen", "mean", ["length", "weight"], num_epochs=2)
         run = replace(run, adapt=replace(run.adapt, frozen=frozen), output_dir=str(tmp_path / name))
-        run, splits, task = hftl.prepare(run, hftl.TextClassification)
-        accelerator = hftl.start(run)
+        run, splits, task = hftl.setup_run(run, hftl.TextClassification)
+        accelerator = hftl.create_accelerator(run)
         model = hftl.build_model(run, task.head)
         hftl.adapt(model, run.adapt)
         history = hftl.fit(accelerator, model, task, splits, run)
@@ -153,11 +153,11 @@ def test_a_target_that_is_no_number_is_refused_or_left_out(column, value, said, 
     lines[3][column] = value
     data = {"train": lines, "test": [json.loads(line) for line in open(tables / "test.jsonl")]}
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(number_run(), hftl.TextClassification, rows=data)
+        hftl.setup_run(number_run(), hftl.TextClassification, rows=data)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
     run = number_run()
     run = replace(run, data=replace(run.data, on_error="skip"))
-    run, splits, task = hftl.prepare(run, hftl.TextClassification, rows=data)
+    run, splits, task = hftl.setup_run(run, hftl.TextClassification, rows=data)
     assert [row["row"] for row in run.quarantine] == [3] and "no number" in run.quarantine[0]["reason"]
     assert len(splits["train"]) + len(splits["validation"]) == 63
 
@@ -175,5 +175,5 @@ def test_targets_that_cannot_be_learnt_are_refused(change, said, number_run, tab
     run = number_run()
     run = replace(run, data=replace(run.data, validation_fraction=0.0, problem_type="regression"))
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(run, hftl.TextClassification, rows=rows)
+        hftl.setup_run(run, hftl.TextClassification, rows=rows)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems

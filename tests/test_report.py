@@ -13,7 +13,7 @@ from conftest import load_recipe
 from hftl import DataConfig, ModelConfig, RunConfig, get_run_folder
 from hftl.artifacts import save_run as publish
 from hftl.cli.main import main
-from hftl.config.parse import dump
+from hftl.config.parse import dump_config
 from hftl.errors import ArtifactError, ConfigError
 from hftl.evaluation.evaluate import TableWriter
 from hftl.reporting import compare_reports, write_report
@@ -98,8 +98,8 @@ def make_run(folder, names=("cat", "dog", "owl"), rows=120, seed=0, sharpness=1.
         )
     writer.close()
     run = RunConfig(DataConfig(source=str(data)), ModelConfig(name="some/model"), output_dir=str(folder))
-    (folder / "config.yaml").write_text(dump(run))
-    adapted = {"method": "full", "backbone": 90, "adapters": 0, "head": 10, "trained": 25, "total": 100}
+    (folder / "config.yaml").write_text(dump_config(run))
+    adapted = {"method": "full", "backbone": 90, "adapters": 0, "head": 10, "trainable": 25, "total": 100}
     training = {"steps": 4, "seconds": 65.2, "best": {"step": 2, "metric": "validation/accuracy", "value": 0.5}}
     facts = {"adapt": adapted, "training": training | {"peak_resident_bytes": 3 * 2**20}, "rows": counted}
     state = {"inputs": {"columns": ["text"]}, "target": {"column": "label", "names": names, "values": names}}
@@ -212,7 +212,7 @@ def test_errors_come_surest_first_with_their_text(page, made):
 
 
 def test_training_says_parameters_time_and_memory(page):
-    assert ["trained", "25"] in page.tables["Parameters"]
+    assert ["trainable", "25"] in page.tables["Parameters"]
     assert ["training, evaluations included", "1 min 05 s"] in page.tables["Time and memory"]
     assert ["peak memory, resident, main process", "3 MiB"] in page.tables["Time and memory"]
     assert page.tables["Rows of each class"][0] == ["class", "train", "validation", "test"]

@@ -17,7 +17,7 @@ from torch.nn import functional
 import hftl
 from hftl.data.source import load_splits
 from hftl.errors import ConfigError, DataError, ModelError
-from hftl.inference.batch_inference import evaluate_place, predict_to_table
+from hftl.inference.batch_inference import evaluate_saved, predict_to_file
 from hftl.models.segmentation_model import decoded_levels
 from hftl.reporting import write_report
 from hftl.run.testing import check_task
@@ -62,7 +62,7 @@ def make_run(scenes, nets, folder, net="test_resnet", method="full", **train):
     options = {"num_epochs": 1, "lr": 1e-3, "head_lr": 1e-2, "batch_size_per_device": 4, "trackers": []} | train
     return hftl.RunConfig(
         data=hftl.DataConfig(source=str(scenes)),
-        model=hftl.ModelConfig(name=nets[net], image_size=[32, 48], decoder_size=8),
+        model=hftl.ModelConfig(name=nets[net], image_size=[32, 48], decoder_channels=8),
         adapt=hftl.AdaptConfig(method=method),
         train=hftl.TrainConfig(**options),
         output_dir=str(folder),
@@ -79,14 +79,16 @@ def scene_run(scenes, tiny_timm, tmp_path):
 def trained(scenes, tiny_timm, tmp_path_factory):
     """A run folder and the metrics of a run that learnt."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    run = make_run(scenes, tiny_timm, folder, num_epochs=24, lr=3e-3, head_lr=1e-2, head_first=0.0, eval_every=24)
+    run = make_run(
+        scenes, tiny_timm, folder, num_epochs=24, lr=3e-3, head_lr=1e-2, freeze_backbone_ratio=0.0, eval_steps=24
+    )
     metrics = run_undrawn("semantic_segmentation", with_data(run, augment=hftl.AugmentConfig(0.8, 0, 0)))
     return folder, metrics
 
 
 @pytest.mark.parametrize("net", ["test_resnet", pytest.param("test_convnext", marks=pytest.mark.slow)])
 def test_it_passes_the_contract(net, scene_run):
-    run, splits, task = hftl.prepare(scene_run(net), hftl.SemanticSegmentation)
+    run, splits, task = hftl.setup_run(scene_run(net), hftl.SemanticSegmentation)
     assert task.head.labels == ("ground", "left", "right") and task.target.classes.values == (0, 2, 3)
     check_task(task, splits, run)
 
@@ -137,13 +139,13 @@ def test_predictions_are_masks_of_the_size_and_the_numbers_of_the_data(trained, 
     assert (mask == truth)[truth != 1].mean() > 0.7
     assert row["shares"] == pytest.approx([(mask == value).mean() for value in (0, 2, 3)])
 
-    assert evaluate_place(str(folder))["test/mean_iou"] == metrics["test/mean_iou"]
-    predict_to_table(str(folder), str(images), output=str(tmp_path / "out"))
+    assert evaluate_saved(str(folder))["test/mean_iou"] == metrics["test/mean_iou"]
+    predict_to_file(str(folder), str(images), output=str(tmp_path / "out"))
     assert len(list((tmp_path / "out").glob("*.mask.png"))) == 5
     listed = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / listed[0]["mask_png"])), mask)
     capsys.readouterr()
-    predict_to_table(str(folder), str(images / "00.png"))
+    predict_to_file(str(folder), str(images / "00.png"))
     assert "mask_png" not in capsys.readouterr().out
 
 
@@ -187,7 +189,7 @@ def test_frozen_and_lora_train_and_open_again(method, scene_run, scenes, capsys)
 
 def test_a_batch_of_one_picture_trains(scene_run):
     """Batch norm refuses one value a channel, which UPerNet's published pooling to 1 x 1 gives."""
-    run, splits, task = hftl.prepare(scene_run(), hftl.SemanticSegmentation)
+    run, splits, task = hftl.setup_run(scene_run(), hftl.SemanticSegmentation)
     model = hftl.build_model(run, task.head).train()
     batch = task.collate(task.encode(splits["train"], model.processor, 0, None).fetch([0], 0))
     task.loss(model(batch["inputs"]), batch).sum().backward()
@@ -358,7 +360,7 @@ def test_a_test_table_may_have_no_masks(scenes, tmp_path, capsys):
     splits = unlabelled(scenes, tmp_path, "test")
     task = hftl.SemanticSegmentation(splits)
     assert task.target.column == "mask" and "test has no column 'mask'" in capsys.readouterr().out
-    assert task.bad_rows(splits)["train"] == {} and "test" not in task.target.bad_rows(splits)
+    assert task.invalid_rows(splits)["train"] == {} and "test" not in task.target.invalid_rows(splits)
 
 
 def test_a_run_ends_well_where_test_has_no_masks(scenes, tiny_timm, tmp_path):
@@ -420,13 +422,15 @@ def test_masks_that_cannot_be_used_are_named_together_or_left_out(scenes, scene_
     spoil(tmp_path / "d/train/masks", [mask for mask, _ in BAD])
     run = with_data(scene_run(), source=str(tmp_path / "d"), validation_fraction=0)
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(run, hftl.SemanticSegmentation)
+        hftl.setup_run(run, hftl.SemanticSegmentation)
     said = str(caught.value)
     for number, (_, reason) in enumerate(BAD):
         assert f"row {number} " in said or f"row {number}:" in said, said
         assert reason in said, said
     assert "data.ignore_index" in said
-    run, splits, _ = hftl.prepare(with_data(run, on_error="skip", max_skipped=0.5), hftl.SemanticSegmentation)
+    run, splits, _ = hftl.setup_run(
+        with_data(run, on_error="skip", max_skipped_fraction=0.5), hftl.SemanticSegmentation
+    )
     assert len(splits["train"]) == 6 and [row["row"] for row in run.quarantine] == [0, 1, 2, 3]
 
 
@@ -457,8 +461,8 @@ def test_masks_of_one_class_say_what_to_do(scenes, scene_run, tmp_path):
         Image.fromarray((np.asarray(Image.open(file)) > 1).astype(np.uint8) * 255).save(file)
     run = with_data(scene_run(), source=str(tmp_path), validation_fraction=0)
     with pytest.raises(ConfigError, match=r"0, 255, of which 255 counts as void.*ignore_index -1"):
-        hftl.prepare(run, hftl.SemanticSegmentation)
-    _, _, task = hftl.prepare(with_data(run, ignore_index=-1), hftl.SemanticSegmentation)
+        hftl.setup_run(run, hftl.SemanticSegmentation)
+    _, _, task = hftl.setup_run(with_data(run, ignore_index=-1), hftl.SemanticSegmentation)
     assert task.target.names == ["0", "255"]
 
 
@@ -467,7 +471,7 @@ def test_a_picture_that_is_void_throughout_counts_nothing(scenes, scene_run, tmp
     (tmp_path / "classes.json").write_text(json.dumps(NAMES))
     Image.new("L", (44, 30), 1).save(tmp_path / "masks/01.png")
     run = with_data(scene_run(), source=str(tmp_path), validation_fraction=0)
-    run, splits, task = hftl.prepare(run, hftl.SemanticSegmentation)
+    run, splits, task = hftl.setup_run(run, hftl.SemanticSegmentation)
     assert "1 mask(s) are void throughout" in capsys.readouterr().out
     model = hftl.build_model(run, task.head).eval()
     batch = task.collate(task.encode(splits["train"], model.processor, None, None).fetch([1], 0))
@@ -491,17 +495,17 @@ def test_decoded_levels_are_four_from_stride_4_or_spread_over_one_stride():
 
 def test_what_the_stock_class_cannot_hold_is_refused(scene_run):
     with pytest.raises(ConfigError, match="img_size.*TimmBackbone cannot hold"):
-        hftl.prepare(scene_run("test_vit"), hftl.SemanticSegmentation)
+        hftl.setup_run(scene_run("test_vit"), hftl.SemanticSegmentation)
     run = scene_run()
     with pytest.raises(ConfigError, match="model.dropout"):
-        hftl.prepare(replace(run, model=replace(run.model, dropout=0.1)), hftl.SemanticSegmentation)
+        hftl.setup_run(replace(run, model=replace(run.model, dropout=0.1)), hftl.SemanticSegmentation)
     with pytest.raises(ConfigError, match="auto_augment"):
         policy = hftl.AugmentConfig(auto_augment="rand-m9")
-        hftl.prepare(with_data(run, augment=policy), hftl.SemanticSegmentation)
+        hftl.setup_run(with_data(run, augment=policy), hftl.SemanticSegmentation)
     fixed = replace(
-        run, model=hftl.ModelConfig(name="vit_tiny_patch16_224", pretrained=False, image_size=64, decoder_size=8)
+        run, model=hftl.ModelConfig(name="vit_tiny_patch16_224", pretrained=False, image_size=64, decoder_channels=8)
     )
-    run, _, task = hftl.prepare(scene_run(), hftl.SemanticSegmentation)
+    run, _, task = hftl.setup_run(scene_run(), hftl.SemanticSegmentation)
     with pytest.raises(ModelError, match="takes 224 x 224 pixels and nothing else"):
         hftl.build_model(fixed, task.head)
 
@@ -509,7 +513,7 @@ def test_what_the_stock_class_cannot_hold_is_refused(scene_run):
 def test_pretrained_weights_of_the_backbone_are_those_of_timm(scene_run, tiny_timm):
     import timm
 
-    run, _, task = hftl.prepare(scene_run(), hftl.SemanticSegmentation)
+    run, _, task = hftl.setup_run(scene_run(), hftl.SemanticSegmentation)
     model = hftl.build_model(run, task.head).eval()
     features = timm.create_model(tiny_timm["test_resnet"], pretrained=True, features_only=True).eval()
     pixels = torch.randn(2, 3, 32, 48)

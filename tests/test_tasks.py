@@ -12,19 +12,19 @@ from hftl.run.testing import check_task
 
 def test_image_classification_passes_the_contract(image_run):
     for net in ("test_resnet", "test_vit"):
-        run, splits, task = hftl.prepare(image_run(net), hftl.ImageClassification)
+        run, splits, task = hftl.setup_run(image_run(net), hftl.ImageClassification)
         check_task(task, splits, run)
 
 
-@pytest.mark.parametrize("pooling", ["stock", "mean"])
+@pytest.mark.parametrize("pooling", ["default", "mean"])
 def test_text_classification_passes_the_contract(pooling, text_run):
-    run, splits, task = hftl.prepare(text_run("full", pooling), hftl.TextClassification)
+    run, splits, task = hftl.setup_run(text_run("full", pooling), hftl.TextClassification)
     check_task(task, splits, run)
 
 
 def test_the_tutorial_trains_and_passes_the_contract(tmp_path):
     recipe = load_recipe("custom_task")
-    few = replace(recipe.DEFAULTS.data, train_per_class=3)
+    few = replace(recipe.DEFAULTS.data, max_train_samples_per_class=3)
     run = replace(recipe.DEFAULTS, data=few, output_dir=str(tmp_path / "run"))
     run = replace(run, train=replace(run.train, num_epochs=2, batch_size_per_device=10, trackers=[]))
     metrics = recipe.main(run)
@@ -53,7 +53,7 @@ class Broken:
     ],
 )
 def test_the_contract_notices(members, message, image_run):
-    run, splits, task = hftl.prepare(image_run("test_vit"), hftl.ImageClassification)
+    run, splits, task = hftl.setup_run(image_run("test_vit"), hftl.ImageClassification)
     with pytest.raises(AssertionError, match=message):
         check_task(Broken(task, **members(task)), splits, run)
 

@@ -11,7 +11,7 @@ from pair_data import positive_pairs, scored_pairs, write_lines
 
 import hftl
 from hftl.errors import ConfigError
-from hftl.inference.batch_inference import evaluate_place
+from hftl.inference.batch_inference import evaluate_saved
 from hftl.reporting import write_report
 from hftl.run.testing import check_task
 
@@ -20,13 +20,17 @@ from hftl.run.testing import check_task
 def pair_run(tiny_bert, tmp_path):
     """Returns a function that makes the configuration of a quick run on rows given by split."""
 
-    def make(method: str = "full", splits=None, pooling: str = "auto", **data) -> hftl.RunConfig:
+    def make(
+        method: str = "full", splits=None, pooling: str = "auto", pair_loss: str = "auto", **data
+    ) -> hftl.RunConfig:
         splits = splits or {"train": scored_pairs(40), "validation": scored_pairs(8, 1), "test": scored_pairs(11, 2)}
         return hftl.RunConfig(
             hftl.DataConfig(source=write_lines(tmp_path / "data", **splits), **data),
             hftl.ModelConfig(name=tiny_bert, pooling=pooling),
             hftl.AdaptConfig(method=method),
-            hftl.TrainConfig(num_epochs=1, lr=1e-3, head_lr=1e-3, batch_size_per_device=8, trackers=[]),
+            hftl.TrainConfig(
+                num_epochs=1, lr=1e-3, head_lr=1e-3, batch_size_per_device=8, trackers=[], pair_loss=pair_loss
+            ),
             output_dir=str(tmp_path / "run"),
         )
 
@@ -36,7 +40,7 @@ def pair_run(tiny_bert, tmp_path):
 @pytest.mark.parametrize("loss", ["cosent", "infonce"])
 def test_the_contract(loss, pair_run):
     splits = {"train": positive_pairs(24), "test": positive_pairs(8, 1)} if loss == "infonce" else None
-    run, found, task = hftl.prepare(pair_run(splits=splits, pair_loss=loss), hftl.TextEmbedding)
+    run, found, task = hftl.setup_run(pair_run(splits=splits, pair_loss=loss), hftl.TextEmbedding)
     check_task(task, found, run)
 
 
@@ -72,7 +76,7 @@ def test_what_is_saved_opens_elsewhere_with_the_same_embeddings(pair_run, capsys
     torch.testing.assert_close(own, torch.tensor(found), atol=1e-5, rtol=1e-4)
     (pair,) = model.predict([("cat dog", "the saw")])
     assert pair["similarity"] == pytest.approx(float(own[0] @ own[1]), abs=1e-5)
-    again = evaluate_place(run.output_dir)
+    again = evaluate_saved(run.output_dir)
     assert again == pytest.approx(
         {name: value for name, value in metrics.items() if name.startswith("test/")}, abs=1e-6
     )
@@ -100,7 +104,7 @@ def test_what_is_saved_opens_elsewhere_with_the_same_embeddings(pair_run, capsys
 )
 def test_bad_pairs_are_refused(splits, settings, message, pair_run):
     with pytest.raises(ConfigError, match=message):
-        hftl.prepare(pair_run(splits=splits, **settings), hftl.TextEmbedding)
+        hftl.setup_run(pair_run(splits=splits, **settings), hftl.TextEmbedding)
 
 
 @pytest.mark.parametrize("loss", ["cosent", "infonce"])
@@ -109,13 +113,13 @@ def test_a_batch_of_one_has_nothing_to_compare(loss, pair_run):
     run = pair_run(splits={"train": rows}, pair_loss=loss)
     run = replace(run, train=replace(run.train, batch_size_per_device=1, gradient_accumulation_steps=4))
     with pytest.raises(ConfigError, match=r"train\.batch_size_per_device: this loss compares the rows of a batch"):
-        hftl.prepare(run, hftl.TextEmbedding)
+        hftl.setup_run(run, hftl.TextEmbedding)
 
 
 def test_a_score_that_is_missing_in_other_data_is_named(pair_run, tmp_path):
     from hftl.artifacts.labeled_data import labelled_rows
 
-    run, _, task = hftl.prepare(pair_run(), hftl.TextEmbedding)
+    run, _, task = hftl.setup_run(pair_run(), hftl.TextEmbedding)
     rows = [*scored_pairs(4), {"sentence1": "a", "sentence2": "b", "score": None}]
     write_lines(tmp_path / "other", test=rows)
     with pytest.raises(hftl.HftlError, match="1 row.*row 4: no score"):
@@ -125,7 +129,7 @@ def test_a_score_that_is_missing_in_other_data_is_named(pair_run, tmp_path):
 def test_bad_pairs_can_be_left_out(pair_run):
     bad = [{"sentence1": "a", "sentence2": " ", "score": 1.0}, {"sentence1": "a", "sentence2": "b", "score": None}]
     run = pair_run(splits={"train": scored_pairs(60) + bad, "test": scored_pairs(9)}, on_error="skip")
-    run, splits, _ = hftl.prepare(run, hftl.TextEmbedding)
+    run, splits, _ = hftl.setup_run(run, hftl.TextEmbedding)
     assert len(splits["train"]) + len(splits["validation"]) == 60
     assert [row["row"] for row in run.quarantine] == [60, 61]
 
@@ -133,12 +137,12 @@ def test_bad_pairs_can_be_left_out(pair_run):
 @pytest.mark.parametrize("method", ["frozen", "probe"])
 def test_there_is_no_head_to_train_alone(method, pair_run):
     with pytest.raises(ConfigError, match=f"{method} trains the head alone, and this model has none; say full or lora"):
-        hftl.prepare(pair_run(method), hftl.TextEmbedding)
+        hftl.setup_run(pair_run(method), hftl.TextEmbedding)
 
 
 def test_a_pooling_that_is_none_is_refused(pair_run):
     with pytest.raises(ConfigError, match="pooled by mean or cls"):
-        hftl.prepare(pair_run(pooling="stock"), hftl.TextEmbedding)
+        hftl.setup_run(pair_run(pooling="default"), hftl.TextEmbedding)
 
 
 def test_modules_that_would_be_dropped_are_refused(pair_run, tiny_bert, tmp_path):
@@ -147,7 +151,7 @@ def test_modules_that_would_be_dropped_are_refused(pair_run, tiny_bert, tmp_path
     folder = shutil.copytree(tiny_bert, tmp_path / "dense")
     kinds = [{"type": f"sentence_transformers.models.{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
     (folder / "modules.json").write_text(json.dumps(kinds))
-    run, _, task = hftl.prepare(pair_run(), hftl.TextEmbedding)
+    run, _, task = hftl.setup_run(pair_run(), hftl.TextEmbedding)
     run = replace(run, model=replace(run.model, name=str(folder)))
     with pytest.raises(hftl.HftlError, match="would drop Dense"):
         hftl.build_model(run, task.head)

@@ -40,7 +40,7 @@ def rows_of(*rows, column="tags"):
 def open_rows(run, rows, **data):
     data = {"source": "given"} | data
     run = replace(run, data=hftl.DataConfig(**data), train=replace(run.train, batch_size_per_device=1))
-    return hftl.prepare(run, hftl.TokenClassification, rows)
+    return hftl.setup_run(run, hftl.TokenClassification, rows)
 
 
 @pytest.mark.parametrize("tags", [BIO, IOBES], ids=["BIO", "IOBES"])
@@ -84,13 +84,13 @@ def test_tags_without_prefix_are_runs_or_single_words():
 
 
 def test_the_task_passes_the_contract(tag_run):
-    run, splits, task = hftl.prepare(tag_run(), hftl.TokenClassification)
+    run, splits, task = hftl.setup_run(tag_run(), hftl.TokenClassification)
     assert max(len(row["tokens"]) for row in splits["train"]) > 62  # one row has several windows
     check_task(task, splits, run)
 
 
 def test_each_word_has_one_label_and_the_loss_is_its_mean(tag_run, tiny_bert):
-    run, splits, task = hftl.prepare(tag_run(), hftl.TokenClassification)
+    run, splits, task = hftl.setup_run(tag_run(), hftl.TokenClassification)
     model = hftl.build_model(run, task.head).eval()
     rows = task.encode(splits["train"], model.processor, None, 40)
     batch = task.collate(rows.fetch([0, 1, 2, 5], 0))
@@ -126,7 +126,7 @@ def test_numbers_names_and_texts_of_tags_are_one_thing(tag_run, tmp_path):
 def test_texts_whose_words_blanks_part_are_tagged(tag_run):
     rows = [{"text": "my dog eats bread", "tags": "O B-animal O B-food"}] * 8
     run = replace(tag_run(), data=hftl.DataConfig(source="rows", text_column="text", label_column="tags"))
-    _, splits, task = hftl.prepare(run, hftl.TokenClassification, rows={"train": rows, "validation": rows})
+    _, splits, task = hftl.setup_run(run, hftl.TokenClassification, rows={"train": rows, "validation": rows})
     assert task.target.tags == ["O", "B-animal", "B-food"]
 
 
@@ -181,7 +181,7 @@ def test_how_tags_are_read_is_said(tags, said, tag_run, capsys):
 def test_bad_rows_are_left_out_on_request(tag_run, capsys):
     good = (["my", "dog"], ["O", "B-a"])
     bad = [(["my", "cat"], ["O"]), ([], []), (["my"], [None])]
-    run, splits, _ = open_rows(tag_run(), rows_of(*[good] * 9, *bad), on_error="skip", max_skipped=0.3)
+    run, splits, _ = open_rows(tag_run(), rows_of(*[good] * 9, *bad), on_error="skip", max_skipped_fraction=0.3)
     assert [len(rows) for rows in splits.values()] == [9, 9]
     reasons = sorted(row["reason"] for row in run.quarantine if row["split"] == "train")
     assert reasons == ["no tags", "no words", "words and tags differ in number: 2 and 1"]

@@ -12,7 +12,7 @@ from tagged import tagged_row, write_questions, write_tagged
 
 import hftl
 from hftl.errors import DataError
-from hftl.inference.batch_inference import evaluate_place, predict_to_table
+from hftl.inference.batch_inference import evaluate_saved, predict_to_file
 from hftl.reporting import write_report
 
 CLEAN = """
@@ -104,12 +104,12 @@ def test_artifacts_say_the_same_without_hftl(window_run, data, tmp_path, run_wit
 def test_commands_serve_both(window_run, capsys, tmp_path):
     tags, answers = window_run("tags", "lora"), window_run("answers", "frozen")
     metrics = run_undrawn("token_classification", tags)
-    again = evaluate_place(tags.output_dir)
+    again = evaluate_saved(tags.output_dir)
     assert write_report(tmp_path / "tags").is_file()
     for name in ("test/f1", "test/accuracy", "test/loss"):
         assert again[name] == pytest.approx(metrics[name], rel=1e-5)
     out = tmp_path / "out.jsonl"
-    predict_to_table(tags.output_dir, "my dog eats bread", output=str(out))
+    predict_to_file(tags.output_dir, "my dog eats bread", output=str(out))
     assert json.loads(out.read_text())["words"] == ["my", "dog", "eats", "bread"]
     card = (tmp_path / "tags/model/README.md").read_text()
     assert "pipeline_tag: token-classification" in card and 'pipeline("token-classification"' in card
@@ -117,11 +117,11 @@ def test_commands_serve_both(window_run, capsys, tmp_path):
 
     load_recipe("question_answering").main(answers)
     assert "not drawn" not in capsys.readouterr().out and (tmp_path / "answers/report.html").is_file()
-    predict_to_table(answers.output_dir, "my a", "the cat the", output=str(out))
+    predict_to_file(answers.output_dir, "my a", "the cat the", output=str(out))
     found = json.loads(out.read_text())
     assert found["answer"] == "the cat the"[found["start"] : found["end"]] and found["candidates"]
     with pytest.raises(DataError, match="a pair of texts: INPUT and --pair"):
-        predict_to_table(answers.output_dir, "my a")
+        predict_to_file(answers.output_dir, "my a")
 
 
 def test_check_reads_words_and_questions_with_their_contexts(data, tmp_path, capsys):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hftl.adaptation.freeze import freeze_backbone, train_everything
+from hftl.adaptation.freeze import freeze_backbone, unfreeze_all
 from hftl.adaptation.lora import add_lora
-from hftl.adaptation.parameter_counts import AdaptReport, count
-from hftl.adaptation.per_encoder import adapt_each, encoder_methods
+from hftl.adaptation.parameter_counts import ParameterCounts, count_parameters
+from hftl.adaptation.per_encoder import adapt_per_encoder, encoder_methods
 from hftl.config.schema import AdaptConfig
 from hftl.errors import AdaptError
 from hftl.heads.sklearn_head import KINDS as CLASSIC
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import TaskModel
 
 
-def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:
+def adapt(model: TaskModel, config: AdaptConfig) -> ParameterCounts:
     """Decides which parameters of `model` learn, in place. The head always does.
 
     Returns:
@@ -30,10 +30,10 @@ def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:
         raise AdaptError(problem)
     ways = encoder_methods(model, config)
     if len(set(ways.values())) > 1:
-        report = count(
-            model, " + ".join(f"{name} {way}" for name, way in ways.items()), adapt_each(model, config, ways)
+        report = count_parameters(
+            model, " + ".join(f"{name} {way}" for name, way in ways.items()), adapt_per_encoder(model, config, ways)
         )
-        say(str(report))
+        log(str(report))
         return report
     config = replace(config, method=next(iter(ways.values()), config.method))
     if config.method in ("frozen", "probe"):
@@ -41,11 +41,11 @@ def adapt(model: TaskModel, config: AdaptConfig) -> AdaptReport:
     elif config.method == "lora":
         targets = add_lora(model, config.lora)
     else:
-        train_everything(model, config.batch_norm)
-    report = count(model, config.method, targets)
-    if config.method == "probe" and config.probe.head in CLASSIC:
+        unfreeze_all(model, config.batch_norm)
+    report = count_parameters(model, config.method, targets)
+    if config.method == "probe" and config.probe.classifier in CLASSIC:
         report = replace(report, head=0)  # what takes its place is scikit-learn's, and has no parameters of torch's
-    say(str(report))
+    log(str(report))
     return report
 
 

@@ -6,14 +6,14 @@ from hftl.config.schema import BatchNorm
 from hftl.models.task_model import TaskModel
 
 
-def train_everything(model: TaskModel, batch_norm: BatchNorm = "auto") -> None:
+def unfreeze_all(model: TaskModel, batch_norm: BatchNorm = "auto") -> None:
     """All parameters learn, except batch norms that are kept: fixed scales and shifts (cf. FrozenBatchNorm2d).
 
     Statistics of micro-batches would make a step depend on how its rows are cut, and channels that hardly vary have
     scales so small (3e-3 in checkpoints converted from quantised ones) that steps of a usual size destroy them.
     """
     model.requires_grad_(True)
-    if batch_norm == "update" or (batch_norm == "auto" and not model.source.pretrained):
+    if batch_norm == "train" or (batch_norm == "auto" and not model.source.pretrained):
         return
     model.frozen = "statistics"
     for name, module in model.named_modules():

@@ -61,7 +61,7 @@ def find_targets(model: TaskModel, patterns: Sequence[str] | None, within: Seque
     Raises:
         AdaptError: As `add_lora`; all patterns without a match in one message.
     """
-    layers = {model.stock_name(name): module for name, module in model.named_modules() if _adaptable(module)}
+    layers = {model.original_name(name): module for name, module in model.named_modules() if _adaptable(module)}
     layers = {
         name: module
         for name, module in layers.items()
@@ -115,10 +115,10 @@ def _matches(pattern: str, name: str) -> bool:
 def _verify(model: TaskModel, targets: tuple[str, ...], whole: Sequence[str]) -> None:
     """Peft matches names by their ends and ignores what matches nothing: hold it to the exact layers and head."""
     adapted = {
-        model.stock_name(name).partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name
+        model.original_name(name).partition(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name
     }
     learning = {
-        model.stock_name(name) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name
+        model.original_name(name) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name
     }
     stray = {name for name in learning if not model.in_head(name) and not model.under(name, whole)}
     if adapted != set(targets) or stray or (model.head_modules and not learning):

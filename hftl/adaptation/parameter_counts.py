@@ -9,21 +9,21 @@ from hftl.models.task_model import TaskModel
 
 
 @dataclass(frozen=True)
-class AdaptReport:
+class ParameterCounts:
     """Parameter counts by group; `adapters` are added to backbone and head."""
 
     method: str
     backbone: int
-    backbone_trained: int
+    backbone_trainable: int
     adapters: int
     head: int
     targets: tuple[str, ...] = ()
     """Stock names of the layers that carry adapters."""
 
     @property
-    def trained(self) -> int:
+    def trainable(self) -> int:
         """Parameters that learn."""
-        return self.backbone_trained + self.adapters + self.head
+        return self.backbone_trainable + self.adapters + self.head
 
     @property
     def total(self) -> int:
@@ -32,8 +32,8 @@ class AdaptReport:
 
     def __str__(self) -> str:
         return (
-            f"adapt: {self.method}; {self.trained:,} of {self.total:,} parameters train "
-            f"({100 * self.trained / self.total:.2f} %): backbone {self.backbone_trained:,} of {self.backbone:,}, "
+            f"adapt: {self.method}; {self.trainable:,} of {self.total:,} parameters train "
+            f"({100 * self.trainable / self.total:.2f} %): backbone {self.backbone_trainable:,} of {self.backbone:,}, "
             f"adapters {self.adapters:,}"
             + (f" in {len(self.targets)} layers" if self.targets else "")
             + f", head {self.head:,}"
@@ -41,12 +41,12 @@ class AdaptReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as JSON values."""
-        return asdict(self) | {"trained": self.trained, "total": self.total, "targets": list(self.targets)}
+        return asdict(self) | {"trainable": self.trainable, "total": self.total, "targets": list(self.targets)}
 
 
-def count(model: TaskModel, method: str, targets: tuple[str, ...] = ()) -> AdaptReport:
+def count_parameters(model: TaskModel, method: str, targets: tuple[str, ...] = ()) -> ParameterCounts:
     """Returns the report of a model as it stands."""
-    sums = {"backbone": 0, "backbone_trained": 0, "adapters": 0, "head": 0}
+    sums = {"backbone": 0, "backbone_trainable": 0, "adapters": 0, "head": 0}
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue  # peft keeps the untrained head beside the trained one
@@ -56,5 +56,5 @@ def count(model: TaskModel, method: str, targets: tuple[str, ...] = ()) -> Adapt
             sums["head"] += parameter.numel()
         else:
             sums["backbone"] += parameter.numel()
-            sums["backbone_trained"] += parameter.numel() * parameter.requires_grad
-    return AdaptReport(method, **sums, targets=targets)
+            sums["backbone_trainable"] += parameter.numel() * parameter.requires_grad
+    return ParameterCounts(method, **sums, targets=targets)

@@ -23,7 +23,7 @@ def use_code(record: RunRecord, part: str, repo: str | None) -> str:
         "trust": ", trust_remote_code=True" if _is_pooled(record) else "",
         "where": f'"{place}"' + (', subfolder="adapter"' if repo else ""),
         "folder": f'snapshot_download("{repo}", allow_patterns="adapter/*") + "/adapter"' if repo else f'"{place}"',
-        "stock": record.described["head"]["stock"],
+        "model_class": record.described["head"]["model_class"],
         "outputs": record.described["head"]["num_outputs"],
         "base": base["name"],
         "revision": repr(base["revision"]),
@@ -35,8 +35,8 @@ def use_code(record: RunRecord, part: str, repo: str | None) -> str:
     kind = "pooled" if _is_pooled(record) and part == "adapter" else saved_library(record)
     if part == "adapter" and (usage or saved_library(record) != base["library"]):
         kind = "composed"
-    if is_classic(record):
-        kind, fill["head"] = "classic", _CLASSIC[record.described["classic_head"]]
+    if has_sklearn_head(record):
+        kind, fill["head"] = "classic", _CLASSIC[record.described["sklearn_head"]]
         return _USE[kind, part].format(**fill)
     code = "```python\n" + _USE[kind, part].format(**fill) + "\n```"
     if part == "model" and repo and "adapter" in record.parts:
@@ -46,8 +46,8 @@ def use_code(record: RunRecord, part: str, repo: str | None) -> str:
 
 def saved_library(record: RunRecord) -> str:
     """Returns the library whose class was saved: a timm backbone may stand in a network of transformers."""
-    library, stock = record.described["base_model"]["library"], record.described["head"]["stock"]
-    return "transformers" if library == "timm" and stock != "timm" else library
+    library, model_class = record.described["base_model"]["library"], record.described["head"]["model_class"]
+    return "transformers" if library == "timm" and model_class != "timm" else library
 
 
 _CLASSIC = {"svm": "a support vector machine", "random_forest": "a random forest", "knn": "a nearest-neighbour vote"}
@@ -80,7 +80,7 @@ classify = transformers.pipeline("{task}", "{place}"{all}{trust})""",
     ("transformers", "adapter"): """\
 import peft, transformers
 
-base = transformers.{stock}.from_pretrained(
+base = transformers.{model_class}.from_pretrained(
     "{base}", revision={revision}, num_labels={outputs}, ignore_mismatched_sizes=True
 )
 model = peft.PeftModel.from_pretrained(base, {where}).eval()""",
@@ -106,9 +106,9 @@ def pipeline_task(record: RunRecord) -> str:
     return record.described.get("pipeline_tag") or record.described["task"].replace("_", "-")
 
 
-def is_classic(record: RunRecord) -> bool:
+def has_sklearn_head(record: RunRecord) -> bool:
     """Whether scikit-learn computes the head."""
-    return record.described.get("classic_head") is not None
+    return record.described.get("sklearn_head") is not None
 
 
 def _is_pooled(record: RunRecord) -> bool:

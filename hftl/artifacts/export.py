@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from hftl.artifacts.export_card import describe_inputs, write_export_card
-from hftl.artifacts.export_checks import SIZES, RealRows, largest_differences, metrics_of, milliseconds, table
+from hftl.artifacts.export_checks import SIZES, RealRows, format_table, largest_differences, metrics_of, milliseconds
 from hftl.artifacts.exporters import FILES, INT8, Compute, format_problem, open_onnx, open_torch, quantize, write
 from hftl.artifacts.labeled_data import labelled_rows
 from hftl.artifacts.locate import artifact_folder, find, rows_left_out, trained_data
-from hftl.artifacts.save_model import load_artifact, read_task, refuse_different
+from hftl.artifacts.save_model import load_model_and_task, read_task, refuse_different
 from hftl.errors import ArtifactError, ConfigError, first_line
-from hftl.logging import muted, say
+from hftl.logging import log, suppress_logs
 from hftl.models.task_model import TaskModel
 from hftl.tasks.capabilities import Capability
 from hftl.tasks.registry import unsupported
@@ -61,11 +61,11 @@ def export_folder(
             the trained model; then its files stay, without `export.json`.
     """
     source_folder, target = _checked_folders(path, revision, format, output)
-    model, task = load_artifact(source_folder)
+    model, task = load_model_and_task(source_folder)
     _refuse(model, path)
     data = trained_data(source_folder)
     dataset = labelled_rows(task, data, source, split, rows_left_out(source_folder))
-    with muted():
+    with suppress_logs():
         encoded = task.encode(dataset, model.processor, None, data.max_length)
     real = RealRows(task, encoded, rows)
     names = list(real.inputs(real.sample, 1))
@@ -93,8 +93,8 @@ def export_folder(
         },
     } | ({"not_quantized": not_quantized} if not_quantized else {})
     _finish(source_folder, folder, model, task, report)
-    say(table(report, f"{split}/{task.best_metric}"))
-    say(f"export: {folder}")
+    log(format_table(report, f"{split}/{task.best_metric}"))
+    log(f"export: {folder}")
     return report
 
 
@@ -121,10 +121,10 @@ def _checked_folders(
 
 
 def _refuse(model: TaskModel, path: str | Path) -> None:
-    if model.classic is not None:
+    if model.sklearn_head is not None:
         raise ConfigError(
-            f"export: the head of '{path}' is a {model.classic.kind} of scikit-learn's, which is no part of a graph. "
-            "Linear ones are (adapt.probe.head logistic, linear_svm, ridge or lda)."
+            f"export: the head of '{path}' is a scikit-learn {model.sklearn_head.kind}, which has no graph. "
+            "Linear ones are (adapt.probe.classifier logistic, linear_svm, ridge or lda)."
         )
 
 
@@ -180,7 +180,7 @@ def _write(
     except Exception as error:  # onnxruntime lacks integer kernels for some operations; fp32 is what was asked for
         (folder / INT8).unlink(missing_ok=True)
         reason = f"{type(error).__name__}: {first_line(error)}"
-        say(f"export: no {INT8}: onnxruntime cannot quantize or run this network in int8 ({reason})")
+        log(f"export: no {INT8}: onnxruntime cannot quantize or run this network in int8 ({reason})")
         return opened, reason
     return opened | {INT8: compute}, None
 
@@ -197,7 +197,7 @@ def _compare(
             f"{folder} was written but does not run on every batch ({sizes} rows; traced with 2): {first_line(error)}"
         ) from error
     for name, difference in differences.items():
-        say(
+        log(
             f"export: {folder / name}: largest logit difference to the trained model {difference:.2g} "
             f"(logits up to {scale:.2g}), on {len(real.sample)} {split} rows in batches of {sizes}"
         )

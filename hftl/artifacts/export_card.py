@@ -7,7 +7,7 @@ from math import floor
 from pathlib import Path
 from typing import Any
 
-from hftl.artifacts.export_checks import table
+from hftl.artifacts.export_checks import format_table
 from hftl.artifacts.exporters import FILES
 from hftl.models.task_model import TaskModel
 from hftl.preprocessing.tokenization import token_limit
@@ -113,7 +113,7 @@ rows of `{on["source"]}`. Metrics are those of all {on["rows"]} rows; latency is
 {by["threads"]} thread(s) on a CPU.
 
 ```
-{table(report, f"{on['split']}/{task.best_metric}")}
+{format_table(report, f"{on['split']}/{task.best_metric}")}
 ```
 """
     (folder / "README.md").write_text(body, encoding="utf-8")

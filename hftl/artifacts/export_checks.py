@@ -16,9 +16,9 @@ from hftl.artifacts.exporters import Compute
 from hftl.config.schema import DataConfig, RunConfig, TrainConfig
 from hftl.evaluation.evaluate import evaluate_rows
 from hftl.launcher import build_accelerator
-from hftl.loading.loader import Rows
-from hftl.logging import muted
-from hftl.models.oom_retry import RowLimit
+from hftl.loading.loader import Examples
+from hftl.logging import suppress_logs
+from hftl.models.oom_retry import MicroBatchLimit
 from hftl.models.task_model import TaskModel
 from hftl.tasks.task import Task
 
@@ -37,7 +37,7 @@ class RealRows:
         count: Size of the sample, at most.
     """
 
-    def __init__(self, task: Task, rows: Rows, count: int) -> None:
+    def __init__(self, task: Task, rows: Examples, count: int) -> None:
         self.task = task
         self.rows = rows
         self.sample: list[int] = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int).tolist()
@@ -79,7 +79,7 @@ def largest_differences(
 def metrics_of(compute: Compute, model: TaskModel, real: RealRows, data: DataConfig) -> dict[str, float]:
     """Returns the metrics of all rows, by the same path as those of the trained model."""
     run = RunConfig(data=data, train=TrainConfig(batch_size_per_device=32))
-    with muted():
+    with suppress_logs():
         stand_in = cast(TaskModel, _Exported(compute, model.modality))
         return evaluate_rows(build_accelerator(), stand_in, real.task, real.rows, run)
 
@@ -108,7 +108,7 @@ def milliseconds(opened: Mapping[str, Compute], real: RealRows) -> dict[str, dic
     return found
 
 
-def table(report: Mapping[str, Any], metric: str) -> str:
+def format_table(report: Mapping[str, Any], metric: str) -> str:
     """Returns size, metric and latency of each file as a small table, each also relative to the first (fp32)."""
     files: dict[str, dict[str, Any]] = report["files"]
     (first, reference), *others = files.items()
@@ -136,7 +136,7 @@ class _Exported(nn.Module):
     def __init__(self, compute: Compute, modality: str) -> None:
         super().__init__()
         self.compute, self.modality = compute, modality
-        self.evaluation_limit = RowLimit("evaluation")
+        self.evaluation_limit = MicroBatchLimit("evaluation")
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": self.compute(inputs)}

@@ -10,7 +10,7 @@ from hftl.config.schema import DataConfig
 from hftl.data.columns import arrow_column
 from hftl.data.source import load_splits
 from hftl.errors import DataError, shorten
-from hftl.tasks.task import Task, input_kinds
+from hftl.tasks.task import Task, input_column_types
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,8 +38,10 @@ def labelled_rows(
     """
     config = trained
     if source is not None:
-        column = next((name for name, kind in input_kinds(task).items() if kind == "image"), None)
-        config = replace(config, source=source, train_per_class=None, validation_fraction=0.0, image_column=column)
+        column = next((name for name, kind in input_column_types(task).items() if kind == "image"), None)
+        config = replace(
+            config, source=source, max_train_samples_per_class=None, validation_fraction=0.0, image_column=column
+        )
     splits = load_splits(config, training=False, leave_out=left_out if source is None else None)
     if split not in splits:
         raise DataError(f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}.")

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hftl.artifacts.card_code import is_classic, pipeline_task, saved_library, use_code
+from hftl.artifacts.card_code import has_sklearn_head, pipeline_task, saved_library, use_code
 from hftl.errors import shorten
-from hftl.redaction import shown
+from hftl.redaction import sanitize
 from hftl.reporting.run_record import RunRecord
 from hftl.statistics.confidence_intervals import wilson
-from hftl.tasks.predictions import Tagged
+from hftl.tasks.predictions import MultiLabelPredictions
 from hftl.tasks.targets.multi_label.metrics import label_scores
 
 WEAK_F1, FEW_ROWS = 0.5, 20
@@ -69,12 +69,12 @@ def _metadata(record: RunRecord, part: str, repo: str | None) -> Any:
             metric_value=round(tests[f"test/{name}"], 4),
             metric_args={"interval_95": [round(end, 4) for end in intervals[name]]} if name in intervals else None,
         )
-        for name in ([name for name in record.shown if f"test/{name}" in tests] or ["loss"] if tests else [])
+        for name in ([name for name in record.primary_metrics if f"test/{name}" in tests] or ["loss"] if tests else [])
     ]
     return ModelCardData(
-        library_name="peft" if part == "adapter" else "hftl" if is_classic(record) else saved_library(record),
+        library_name="peft" if part == "adapter" else "hftl" if has_sklearn_head(record) else saved_library(record),
         pipeline_tag=pipeline_task(record),
-        license=(base["licence"] or "").lower() or None,
+        license=(base["license"] or "").lower() or None,
         language=next((each["language"] for each in _sources(record) if each["language"]), None),
         base_model=(bases if len(bases) > 1 else bases[0]) if bases else None,
         base_model_relation=("adapter" if part == "adapter" else "finetune") if bases else None,
@@ -88,7 +88,7 @@ def _metadata(record: RunRecord, part: str, repo: str | None) -> Any:
 def _sources(record: RunRecord) -> list[dict[str, Any]]:
     """Returns where each encoder came from: one, or the image and the text encoder."""
     base = record.described["base_model"]
-    return [base, *([base["beside"]] if base.get("beside") else [])]
+    return [base, *([base["text_source"]] if base.get("text_source") else [])]
 
 
 def _title(record: RunRecord) -> str:
@@ -136,7 +136,9 @@ def _results(record: RunRecord) -> str:
     intervals = record.intervals("test")
     names = [name for name in record.metrics if record.metrics[name] is not None]
     shown = (
-        [name for name in names if name.partition("/")[2] in (*record.shown, *_ALSO_SHOWN)] if record.answers else names
+        [name for name in names if name.partition("/")[2] in (*record.primary_metrics, *_ALSO_SHOWN)]
+        if record.answers
+        else names
     )
     lines = ["| metric | value | 95 % interval |", "|---|---|---|"]
     for name in shown:
@@ -149,7 +151,7 @@ def _results(record: RunRecord) -> str:
     note = "Intervals: over the rows of the test split (Wilson for proportions, bootstrap for others), not over seeds."
     classes = f"\n\n{_per_class(record)}" if "test" in record.judged else ""
     found = record.answers.get("test")
-    if isinstance(found, Tagged):
+    if isinstance(found, MultiLabelPredictions):
         classes = f"\n\n{_per_label(found)}"
     return "\n".join(lines) + f"\n\n{note}{classes}"
 
@@ -178,7 +180,7 @@ def _per_class(record: RunRecord) -> str:
     return "\n".join(lines)
 
 
-def _per_label(found: Tagged) -> str:
+def _per_label(found: MultiLabelPredictions) -> str:
     scores = label_scores(found.labels, found.probabilities, found.thresholds)
     head = "| label | test rows | threshold | average precision | precision | recall | F1 |"
     lines = [head, "|---|---|---|---|---|---|---|"]
@@ -229,7 +231,7 @@ def _training(record: RunRecord) -> str:
 {environment.get("command", "not recorded")}
 ```
 
-- {adapt["trained"]:,} of {adapt["total"]:,} parameters trained (`{adapt["method"]}`)
+- {adapt["trainable"]:,} of {adapt["total"]:,} parameters trained (`{adapt["method"]}`)
 - {made}
 - largest logit difference between the trained model and the saved one, by reader: {differences or "not recorded"}
 
@@ -281,13 +283,13 @@ def _cell(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Returns text from data as Markdown shows it: no markup, no link, no line or cell of its own."""
-    text = shown(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    text = sanitize(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
 def _code(text: str) -> str:
     """Returns text from data as code within a line."""
-    return "`" + shown(" ".join(text.split())).replace("`", "'") + "`"
+    return "`" + sanitize(" ".join(text.split())).replace("`", "'") + "`"
 
 
 def _is_hub_id(source: str) -> bool:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.artifacts.model_card import write_card
-from hftl.artifacts.save_model import adapter_reader, compare, fresh_base, load_artifact, read_sample
+from hftl.artifacts.save_model import adapter_reader, compare_logits, fresh_base, load_model_and_task, read_sample
 from hftl.atomic_files import write_text
-from hftl.config.schema import PublishConfig
-from hftl.distributed import together
+from hftl.config.schema import HubConfig
+from hftl.distributed import heartbeat_barrier
 from hftl.errors import ArtifactError, PushError
 from hftl.hub_client import bounded, explain, name_problem, repository_problem
-from hftl.logging import say
+from hftl.logging import log
 from hftl.reporting import REPORT, write_report
 from hftl.reporting.run_record import DESCRIPTION, RunRecord
 from hftl.run_folder.folder import PUSHED
@@ -59,7 +59,7 @@ def push(folder: str | Path, repo: str, private: bool = False, verify: bool = Tr
             commit = _upload(record, repo, staged)
         except Exception as error:  # whatever the libraries raise, the run is on disk and the reader needs one sentence
             raise PushError(_failed(explain(error, repo), record, repo, private)) from error
-        say(f"push: {record.folder} is {commit.commit_url}")
+        log(f"push: {record.folder} is {commit.commit_url}")
         if verify:
             _load_back(record, repo, commit.oid, private)
     _note(record.folder / PUSHED, repo, commit.commit_url)
@@ -72,7 +72,7 @@ def _note(file: Path, repo: str, commit: str) -> None:
     write_text(file, json.dumps({**before, repo: commit}, indent=2))
 
 
-def push_once(accelerator: Accelerator, folder: Path, config: PublishConfig) -> None:
+def push_once(accelerator: Accelerator, folder: Path, config: HubConfig) -> None:
     """Pushes from the main process. The others wait as long as it is alive, and fail when it fails.
 
     Raises:
@@ -81,10 +81,10 @@ def push_once(accelerator: Accelerator, folder: Path, config: PublishConfig) -> 
     from accelerate.utils import broadcast_object_list
 
     failure: list[tuple[type[Exception], list[str]] | None] = [None]
-    with together("push"):
+    with heartbeat_barrier("push"):
         if accelerator.is_main_process:
             try:
-                push(folder, str(config.push_to_hub), config.private, config.verify)
+                push(folder, str(config.repo_id), config.private, config.verify)
             except (ArtifactError, PushError) as error:
                 failure = [(type(error), error.problems)]
     if accelerator.num_processes > 1:
@@ -121,13 +121,13 @@ def _upload(record: RunRecord, repo: str, staged: str) -> Any:
 def _load_back(record: RunRecord, repo: str, revision: str, private: bool) -> None:
     """Opens the pushed revision by its id and compares its logits with those of the trained model."""
     inputs, expected = read_sample(record.folder)
-    model, _ = load_artifact(record.folder)
+    model, _ = load_model_and_task(record.folder)
     try:
-        compare(lambda: model.readers(repo, revision), inputs, expected, f"{repo}@{revision[:8]}", "model")
+        compare_logits(lambda: model.loaders(repo, revision), inputs, expected, f"{repo}@{revision[:8]}", "model")
         if "adapter" in record.parts:
             base, options = fresh_base(record.folder / "adapter"), {"subfolder": "adapter", "revision": revision}
             opened = lambda: adapter_reader(model, base, repo, **options)  # noqa: E731
-            compare(opened, inputs, expected, f"{repo}@{revision[:8]}/adapter", "adapter")
+            compare_logits(opened, inputs, expected, f"{repo}@{revision[:8]}/adapter", "adapter")
     except ArtifactError as error:
         cause = error.__cause__
         reason = f"the upload is complete, but it does not load back: {explain(cause, repo) if cause else error}"

@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from hftl.artifacts.locate import CONFIG, artifact_folder
-from hftl.config.parse import dump, load
+from hftl.config.parse import dump_config, load_config
 from hftl.config.schema import RunConfig
 from hftl.errors import ArtifactError, HftlError, first_line, shorten
 from hftl.heads.sklearn_head import FILE as HEAD
-from hftl.heads.sklearn_head import ClassicHead, open_head, save_head
-from hftl.hub_client import redacted
-from hftl.logging import muted, say
+from hftl.heads.sklearn_head import SklearnHead, open_head, save_head
+from hftl.hub_client import redact_tokens
+from hftl.logging import log, suppress_logs
 from hftl.models.build import build_model, open_model
 from hftl.models.suppress_warnings import quiet
 from hftl.models.target_scaling import fold_scale
-from hftl.models.task_model import HeadSpec, Reader, TaskModel, compared_outputs
+from hftl.models.task_model import HeadSpec, ReloadedModel, TaskModel, compared_outputs
 from hftl.reporting.run_record import DESCRIPTION
 from hftl.tasks.capabilities import Capability, capabilities_of
 from hftl.tasks.registry import restore
-from hftl.tasks.task import Task, shown_metrics
+from hftl.tasks.task import Task, primary_metrics
 
 if TYPE_CHECKING:
-    from hftl.loading.loader import Rows
+    from hftl.loading.loader import Examples
 
 TOLERANCE = 1e-4
 """Largest accepted difference between logits, relative to the largest logit (or absolute below 1), in float32."""
@@ -38,7 +38,7 @@ SAMPLE = "sample.safetensors"
 """In the run folder: the rows that were compared, as model inputs, with their logits. Never pushed: it is data."""
 
 
-def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, folder: Path) -> dict[str, float]:
+def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Examples, folder: Path) -> dict[str, float]:
     """Writes `folder/model` (stock, adapters merged) and, where there are adapters, `folder/adapter`.
 
     Afterwards `model.net` is the stock network: adapters are merged into it.
@@ -59,32 +59,36 @@ def save_artifact(model: TaskModel, task: Task, run: RunConfig, sample: Rows, fo
     """
     model.cpu().float().eval().to(memory_format=torch.contiguous_format)  # safetensors stores no other layout
     inputs = task.collate(sample.fetch(list(range(min(8, len(sample)))), 0))["inputs"]
-    expected = model.stock_outputs(inputs)
+    expected = model.reference_outputs(inputs)
     fold_scale(model)
     _save_sample(inputs, expected, folder)
-    readers: dict[str, Callable[[], dict[str, Reader]]] = {}
+    readers: dict[str, Callable[[], dict[str, ReloadedModel]]] = {}
     if model.adapted:
         if model.source.pretrained:  # an adapter on random weights opens nowhere
             _save_adapter(model, folder / "adapter")
             readers["adapter"] = lambda: adapter_reader(model, fresh, folder / "adapter")
-            fresh = model.fresh()
+            fresh = model.build_untrained()
         model.net, model.adapted = model.net.merge_and_unload(), False
     model.frozen = "nothing"
     (folder / "model").mkdir(parents=True, exist_ok=True)
     model.save(folder / "model")
-    readers["model"] = lambda: model.readers(folder / "model")
+    readers["model"] = lambda: model.loaders(folder / "model")
     differences: dict[str, float] = {}
     for part, opened in readers.items():
-        differences |= compare(opened, inputs, expected, folder / part, part)
-    if model.classic is not None:
-        differences |= _save_classic_head(model.classic, expected, folder / "model")
+        differences |= compare_logits(opened, inputs, expected, folder / part, part)
+    if model.sklearn_head is not None:
+        differences |= _save_classic_head(model.sklearn_head, expected, folder / "model")
     for part in readers:  # last, so that hftl opens nothing that was refused
         _describe(model, task, run, folder / part)
     return differences
 
 
-def compare(
-    opened: Callable[[], dict[str, Reader]], inputs: dict[str, Tensor], expected: Tensor, place: str | Path, part: str
+def compare_logits(
+    opened: Callable[[], dict[str, ReloadedModel]],
+    inputs: dict[str, Tensor],
+    expected: Tensor,
+    place: str | Path,
+    part: str,
 ) -> dict[str, float]:
     """Returns the largest difference from `expected` logits for each reader, as `part/reader`.
 
@@ -100,7 +104,7 @@ def compare(
         with torch.no_grad():
             difference = float((reader(inputs) - expected).abs().max())
         differences[f"{part}/{name}"] = difference
-        say(f"publish: {place} opens with {name}; largest logit difference {difference:.2g}")
+        log(f"publish: {place} opens with {name}; largest logit difference {difference:.2g}")
     refuse_different(differences, float(expected.abs().max()), place)
     return differences
 
@@ -116,7 +120,7 @@ def refuse_different(differences: dict[str, float], scale: float, place: str | P
         )
 
 
-def _save_classic_head(head: ClassicHead, features: Tensor, folder: Path) -> dict[str, float]:
+def _save_classic_head(head: SklearnHead, features: Tensor, folder: Path) -> dict[str, float]:
     """Writes a classic head, opens it again, and compares its logits of the same `features` [B, D].
 
     Raises:
@@ -125,13 +129,13 @@ def _save_classic_head(head: ClassicHead, features: Tensor, folder: Path) -> dic
     save_head(head, folder)
     expected = head(features)
     difference = float((open_head(folder)(features) - expected).abs().max())
-    say(f"publish: {folder / HEAD} opens with hftl; largest logit difference {difference:.2g}")
+    log(f"publish: {folder / HEAD} opens with hftl; largest logit difference {difference:.2g}")
     refuse_different({"model/head": difference}, float(expected.abs().max()), folder / HEAD)
     return {"model/head": difference}
 
 
 def read_sample(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
-    """Returns the inputs and the `TaskModel.stock_outputs` that the run folder was verified with.
+    """Returns the inputs and the `TaskModel.reference_outputs` that the run folder was verified with.
 
     Raises:
         ArtifactError: They are not there.
@@ -145,7 +149,7 @@ def read_sample(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
         raise ArtifactError(f"'{folder}' lacks {SAMPLE}, or it is damaged: {first_line(error)}") from error
 
 
-def load_artifact(folder: str | Path) -> tuple[TaskModel, Task]:
+def load_model_and_task(folder: str | Path) -> tuple[TaskModel, Task]:
     """Returns the model and the task in a run folder, or in the `model/` or `adapter/` folder of one.
 
     Adapters are merged into their base model, which is opened by the name and revision that were recorded.
@@ -157,9 +161,9 @@ def load_artifact(folder: str | Path) -> tuple[TaskModel, Task]:
     described, spec, task = _read_description(folder)
     if (folder / "adapter_config.json").is_file():
         return _open_adapter(folder, described, spec), task
-    model = open_model(folder, spec, classic=described.get("classic_head") is not None)
-    beside = model.stock_labels()
-    if spec.labels and beside and beside != list(spec.labels) and model.classic is None:
+    model = open_model(folder, spec, classic=described.get("sklearn_head") is not None)
+    beside = model.original_labels()
+    if spec.labels and beside and beside != list(spec.labels) and model.sklearn_head is None:
         raise ArtifactError(
             f"{folder}: config.json names the labels {shorten(beside, 6)}, but {DESCRIPTION} "
             f"{shorten(spec.labels, 6)}: files of two runs are mixed here."
@@ -203,9 +207,9 @@ def _open_adapter(folder: Path, described: dict[str, Any], spec: HeadSpec) -> Ta
 
 def _base_model(folder: Path, described: dict[str, Any], spec: HeadSpec) -> TaskModel:
     base = described["base_model"]
-    run = load(folder / CONFIG)
+    run = load_config(folder / CONFIG)
     try:
-        with muted():
+        with suppress_logs():
             model = build_model(replace(run, model=_at_revision(run.model, base)), spec)
     except HftlError as error:
         where = f"{base['name']}" + (f" at revision {base['revision']}" if base.get("revision") else "")
@@ -234,7 +238,7 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], HeadSpec, Task]:
 def _at_revision(config: Any, base: dict[str, Any]) -> Any:
     """Returns the model section of a run, pinned to the commit that the base model had then."""
     config = replace(config, trust_remote_code=False)  # a folder cannot say that its own code is to be trusted
-    beside = base.get("beside") or {}
+    beside = base.get("text_source") or {}
     if beside.get("hub_id") and beside.get("revision"):
         config = replace(config, revision=beside["revision"])
     if not base.get("hub_id") or not base.get("revision"):
@@ -256,7 +260,7 @@ def adapted_net(base: Any, place: str | Path, **options: Any) -> Any:
     return net
 
 
-def adapter_reader(model: TaskModel, base: Any, place: str | Path, **options: Any) -> dict[str, Reader]:
+def adapter_reader(model: TaskModel, base: Any, place: str | Path, **options: Any) -> dict[str, ReloadedModel]:
     """Opens an adapter with peft on the network `base`; `model` only says how the network is called."""
     opened = copy(model)
     opened._modules = {}  # its own, not the model's
@@ -287,7 +291,7 @@ def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> Non
     described = {
         "task": task.name,
         "pipeline_tag": getattr(task, "pipeline_tag", "") or task.name.replace("_", "-"),
-        "shown": shown_metrics(task),
+        "primary_metrics": primary_metrics(task),
         "usage": getattr(task, "usage", ""),
         "capabilities": sorted(Capability(each).value for each in capabilities_of(task)),
         "state": task.state(),
@@ -295,7 +299,9 @@ def _describe(model: TaskModel, task: Task, run: RunConfig, folder: Path) -> Non
         "base_model": base,
         "class": type(model.net).__name__,
         "method": run.adapt.method,
-        "classic_head": model.classic.kind if model.classic is not None else None,
+        "sklearn_head": model.sklearn_head.kind if model.sklearn_head is not None else None,
     }
-    (folder / CONFIG).write_text(redacted(dump(run)), encoding="utf-8")
-    (folder / DESCRIPTION).write_text(redacted(json.dumps(described, indent=2, ensure_ascii=False)), encoding="utf-8")
+    (folder / CONFIG).write_text(redact_tokens(dump_config(run)), encoding="utf-8")
+    (folder / DESCRIPTION).write_text(
+        redact_tokens(json.dumps(described, indent=2, ensure_ascii=False)), encoding="utf-8"
+    )

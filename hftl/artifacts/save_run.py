@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hftl.adaptation.parameter_counts import AdaptReport
+from hftl.adaptation.parameter_counts import ParameterCounts
 from hftl.artifacts.model_card import write_card
 from hftl.artifacts.push import push_once
 from hftl.artifacts.save_model import save_artifact
@@ -20,11 +20,11 @@ from hftl.atomic_files import write_text
 from hftl.config.schema import RunConfig
 from hftl.data.splits import Splits
 from hftl.data.validation import left_out
-from hftl.distributed import on_main, together
+from hftl.distributed import heartbeat_barrier, run_on_main
 from hftl.errors import first_line
-from hftl.hub_client import redacted
-from hftl.loading.loader import Rows
-from hftl.logging import say
+from hftl.hub_client import redact_tokens
+from hftl.loading.loader import Examples
+from hftl.logging import log
 from hftl.models.task_model import TaskModel
 from hftl.reporting import write_report
 from hftl.reporting.run_record import RunRecord
@@ -55,27 +55,27 @@ PACKAGES = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """What a run found out."""
 
-    report: AdaptReport
+    report: ParameterCounts
     history: History
     metrics: dict[str, float]
 
 
-def publish(
+def save_run(
     accelerator: Accelerator,
     model: TaskModel,
     task: Task,
     splits: Splits,
     run: RunConfig,
-    outcome: Outcome,
+    outcome: RunResult,
     *,
     page: bool = True,
 ) -> None:
     """Writes the run folder: config, environment, metrics, facts, the verified model with its card, and the page.
 
-    Only the main process writes. Afterwards the model is on the CPU, with adapters merged. Where `run.publish` names
+    Only the main process writes. Afterwards the model is on the CPU, with adapters merged. Where `run.hub` names
     a repository, the finished folder is pushed to it. `page=False` leaves report.html out, for one of many runs.
 
     Raises:
@@ -93,11 +93,11 @@ def publish(
         if page:
             _draw(get_run_folder(run), splits)
 
-    on_main(accelerator, write, folder=get_run_folder(run))
-    with together("close the trackers"):
+    run_on_main(accelerator, write, folder=get_run_folder(run))
+    with heartbeat_barrier("close the trackers"):
         _tell_trackers(accelerator, outcome)
-    if run.publish.push_to_hub:
-        push_once(accelerator, get_run_folder(run), run.publish)
+    if run.hub.repo_id:
+        push_once(accelerator, get_run_folder(run), run.hub)
 
 
 def _write(
@@ -106,8 +106,8 @@ def _write(
     task: Task,
     splits: Splits,
     run: RunConfig,
-    outcome: Outcome,
-    sample: Rows,
+    outcome: RunResult,
+    sample: Examples,
 ) -> None:
     folder = get_run_folder(run)
     history = outcome.history
@@ -134,16 +134,16 @@ def _write(
     for part in record.parts:
         write_card(record, part, folder / part)
     _dump(report | {"complete": True}, folder)  # last: from here on `resume` has nothing to do
-    say(f"publish: {folder}")
+    log(f"publish: {folder}")
 
 
 def _draw(folder: Path, splits: Splits) -> None:
     """Writes report.html. Everything else is on disk by now, so whatever goes wrong with a picture is only said."""
     try:
-        say(f"report: {write_report(folder, splits=splits)}")
+        log(f"report: {write_report(folder, splits=splits)}")
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        say(f"report: not drawn ({reason}); the run is complete, `hftl report {folder}` tries again")
+        log(f"report: not drawn ({reason}); the run is complete, `hftl report {folder}` tries again")
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
@@ -163,7 +163,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return found
 
 
-def _tell_trackers(accelerator: Accelerator, outcome: Outcome) -> None:
+def _tell_trackers(accelerator: Accelerator, outcome: RunResult) -> None:
     """Sends the test metrics, which came after training, and ends the trackers."""
     if not accelerator.trackers:
         return
@@ -188,7 +188,7 @@ def _command() -> str:
         launcher = ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     else:
         launcher = ["python"]
-    return redacted(shlex.join([*launcher, *sys.argv]))
+    return redact_tokens(shlex.join([*launcher, *sys.argv]))
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hftl.atomic_files import output_folder, write_text
 from hftl.audit.class_balance import Labels, imbalance, read_labels, unlabelled
 from hftl.audit.clean import LEFT_OUT, folder_problem, rows_to_leave_out, write_cleaned
 from hftl.audit.duplicates import Groups, conflicts, duplicates, leaks, near
-from hftl.audit.finding import FINDINGS, Finding, Numbering, spoken
+from hftl.audit.finding import FINDINGS, Finding, Numbering, format_counts
 from hftl.audit.report import Shown, write_findings
 from hftl.audit.scan import ImageSurvey, TextSurvey, words_as_texts
 from hftl.config.schema import DataConfig
@@ -24,19 +24,19 @@ from hftl.data.roles import is_usual_name
 from hftl.data.source import load_splits
 from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, nearest
-from hftl.logging import muted, say
-from hftl.redaction import redacted
+from hftl.logging import log, suppress_logs
+from hftl.redaction import redact
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.capabilities import Capability
 from hftl.tasks.registry import unsupported
 from hftl.tasks.task import Task
 from hftl.version import __version__
 
-SERIOUS = ("unreadable", "unlabelled", "leaks", "conflicts")
+SERIOUS = ("unreadable", "unlabelled", "leaks", "conflicting_labels")
 """Findings that `--fail_on` without names means: those that break a run or the figures it prints."""
-NEED_MODEL = ("overlong", "wrong_labels", "outliers")
+NEED_MODEL = ("too_long", "label_errors", "outliers")
 """Findings that are not looked for without a model."""
-NEED_CLASSES = ("unlabelled", "conflicts", "imbalance", "wrong_labels")
+NEED_CLASSES = ("unlabelled", "conflicting_labels", "class_imbalance", "label_errors")
 """Findings that are not looked for where labels are not one class per row."""
 PAGE, TABLE = "check.html", "check.json"
 
@@ -88,7 +88,9 @@ def check(
     _refuse(names, model, fix, config.source)
     folder = output_folder(output)
     # rows as the source has them: a validation split that hftl would cut is not there yet
-    splits = replace(load_splits(replace(config, validation_fraction=0.0, train_per_class=None)), lenient=True)
+    splits = replace(
+        load_splits(replace(config, validation_fraction=0.0, max_train_samples_per_class=None)), lenient=True
+    )
     task = _task_of(splits)
     _refuse_class_checks(fail_on or (), task)
     splits = words_as_texts(splits)
@@ -108,7 +110,7 @@ def check(
     shown = Shown(splits, seen.columns, seen.images, labels, numbering)
     page = write_findings(folder / PAGE, shown, findings, model)
     _write_table(folder / TABLE, splits, model, findings, failed, left_out)
-    say(f"check: {page} and {TABLE}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    log(f"check: {page} and {TABLE}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return Checked(findings, failed, page, left_out)
 
 
@@ -133,7 +135,7 @@ def _refuse(names: Sequence[str], model: str | None, fix: str | None, source: st
 def _task_of(splits: Splits) -> Task | None:
     """Returns the task that `task: auto` finds for the splits; None where their columns or labels fit none."""
     try:
-        with muted():
+        with suppress_logs():
             return infer_task(splits)(splits)
     except DataError:  # the findings say what is wrong with the data
         return None
@@ -164,17 +166,17 @@ def survey(splits: Splits, numbering: Numbering) -> TextSurvey | ImageSurvey:
     except DataError as error:
         problems += error.problems
     else:
-        say(f"check: images from column '{column.name}' ({column.why})")
+        log(f"check: images from column '{column.name}' ({column.why})")
         texts = [name for name in features if is_usual_name("text", name)]
         if texts:
-            say(f"check: texts beside them ({', '.join(texts)}) are not looked at: rows of one image are duplicates")
+            log(f"check: texts beside them ({', '.join(texts)}) are not looked at: rows of one image are duplicates")
         return ImageSurvey(splits, numbering, column.name)
     try:
         text, pair = find_text_columns(features, config.text_column, config.text_pair_column)
     except DataError as error:
         raise DataError(*problems, *error.problems) from error
     columns = [text.name, *([pair.name] if pair else [])]
-    say(f"check: texts from {' and '.join(repr(name) for name in columns)} ({text.why})")
+    log(f"check: texts from {' and '.join(repr(name) for name in columns)} ({text.why})")
     return TextSurvey(splits, numbering, columns)
 
 
@@ -187,18 +189,18 @@ def _by_model(
     twins: Any,
 ) -> list[Finding]:
     if model is None:
-        names = [name for name in NEED_MODEL if not (survey.images and name == "overlong")]
+        names = [name for name in NEED_MODEL if not (survey.images and name == "too_long")]
         return [Finding(name, "Not looked for: it takes a model (--model).", looked=False) for name in names]
-    from hftl.audit.model_checks import ModelLook, outliers, wrong_labels
+    from hftl.audit.model_checks import ModelChecks, label_errors, outliers
 
-    look = ModelLook(splits, model, survey.images, numbering.rows(sorted(survey.unusable)))
-    overlong = [] if survey.images else [look.overlong()]
+    look = ModelChecks(splits, model, survey.images, numbering.rows(sorted(survey.unusable)))
+    too_long = [] if survey.images else [look.too_long()]
     features = look.features()
     if isinstance(features, str):
-        names = ("wrong_labels", "outliers")
-        return [*overlong, *(Finding(name, f"Not looked for: {features}", looked=False) for name in names)]
-    wrong = wrong_labels(features, look.usable, labels, numbering, twins)
-    return [*overlong, wrong, outliers(features, look.usable)]
+        names = ("label_errors", "outliers")
+        return [*too_long, *(Finding(name, f"Not looked for: {features}", looked=False) for name in names)]
+    wrong = label_errors(features, look.usable, labels, numbering, twins)
+    return [*too_long, wrong, outliers(features, look.usable)]
 
 
 def _say(findings: Sequence[Finding]) -> None:
@@ -206,13 +208,13 @@ def _say(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if not finding.looked:
             continue
-        say(f"{finding.name:<{width}}  {finding.said}")
+        log(f"{finding.name:<{width}}  {finding.said}")
         for problem in finding.problems:
-            say(f"{'':<{width}}  {problem}")
+            log(f"{'':<{width}}  {problem}")
     unseen = [finding for finding in findings if not finding.looked]
     for sentence in dict.fromkeys(finding.sentence for finding in unseen):
         about = ", ".join(finding.name for finding in unseen if finding.sentence == sentence)
-        say(f"({about}: {sentence})")
+        log(f"({about}: {sentence})")
 
 
 def _fix(
@@ -231,9 +233,9 @@ def _fix(
     left_out = rows_to_leave_out(unusable, groups, labels, numbering)
     how = write_cleaned(splits, left_out, fix)
     counts = {split: len(rows) for split, rows in left_out.items() if rows}
-    without = f" without {spoken(counts)}" if counts else ""
-    say(f"fix: {fix} holds the data{without}, as {how}")
-    say(f"fix: left out are, of {LEFT_OUT}")
+    without = f" without {format_counts(counts)}" if counts else ""
+    log(f"fix: {fix} holds the data{without}, as {how}")
+    log(f"fix: left out are, of {LEFT_OUT}")
     return left_out
 
 
@@ -246,7 +248,7 @@ def _write_table(
     left_out: dict[str, dict[int, str]],
 ) -> None:
     table = {
-        "data": redacted(splits.config.source),
+        "data": redact(splits.config.source),
         "model": model,
         "rows": {split: len(rows) for split, rows in splits.items()},
         "failed": list(failed),

@@ -11,7 +11,7 @@ from hftl.audit.finding import Entry, Finding, Numbering
 from hftl.data.columns import arrow_column, find_column
 from hftl.data.splits import Splits
 from hftl.errors import DataError, shorten
-from hftl.logging import muted
+from hftl.logging import suppress_logs
 from hftl.tasks.capabilities import Capability, target_info
 from hftl.tasks.registry import unsupported
 from hftl.tasks.targets.label_target import TARGETS, choose_problem
@@ -57,7 +57,7 @@ def read_labels(splits: Splits, numbering: Numbering, task: Task | None = None) 
     if config.label_columns or config.label_separator:
         return replace(none, why_not="a row may have several labels, or numbers")
     try:
-        with muted():
+        with suppress_logs():
             column = find_column("label", train.features, config.label_column).name
     except DataError as error:
         return replace(none, why_not=f"no label column is known ({error.problems[0]})")
@@ -66,7 +66,7 @@ def read_labels(splits: Splits, numbering: Numbering, task: Task | None = None) 
     kind = arrow_column(train, column).type
     if pa.types.is_nested(kind):
         return replace(none, why_not=f"column '{column}' holds several labels in each row")
-    with muted():
+    with suppress_logs():
         problem, why = choose_problem(splits)
         target = SingleLabel.find(replace(splits, lenient=True))
     if Capability.CLASS_CHECKS not in target_info(TARGETS[problem]).capabilities:
@@ -93,7 +93,7 @@ def splits_missing(target: SingleLabel, splits: Splits) -> dict[str, set[int]]:
     """Returns the rows of each split that have no label."""
     return {
         split: {row for row, bad in found.items() if bad.reason == "no label"}
-        for split, found in target.bad_rows(splits).items()
+        for split, found in target.invalid_rows(splits).items()
     }
 
 
@@ -123,7 +123,7 @@ def class_counts(labels: Labels, numbering: Numbering) -> dict[str, Any]:
 def imbalance(labels: Labels, numbering: Numbering) -> Finding:
     """Returns what is uneven about the classes: rare, missing, or shared out differently in the splits."""
     if labels.why_not:
-        return Finding("imbalance", f"Not looked for: {labels.why_not}.", looked=False)
+        return Finding("class_imbalance", f"Not looked for: {labels.why_not}.", looked=False)
     counts = class_counts(labels, numbering)
     train = counts["train"][: labels.known]
     problems = []
@@ -150,7 +150,7 @@ def imbalance(labels: Labels, numbering: Numbering) -> Finding:
         f"shared out differently from train (total variation distance over {_SHIFTED:g}, which chance makes of equal "
         "shares in fewer than 1 of 1,000 cases by a chi-squared test)."
     )
-    return Finding("imbalance", sentence, problems=tuple(problems))
+    return Finding("class_imbalance", sentence, problems=tuple(problems))
 
 
 def _shift(split: str, held: Any, train: Any) -> list[str]:

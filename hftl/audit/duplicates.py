@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hftl.audit.class_balance import Labels
-from hftl.audit.finding import Entry, Finding, Numbering, spoken
+from hftl.audit.finding import Entry, Finding, Numbering, format_counts
 
 
 class Groups:
@@ -64,7 +64,7 @@ def leaks(groups: Groups, labels: Labels, numbering: Numbering) -> Finding:
             same[pair] += entry.why.startswith(groups.verbatim_is)
     entries.sort(key=lambda entry: (-numbering.splits.index(entry.split), entry.row))
     summary = "; ".join(
-        f"{spoken({split: count})} in {other} ({same[split, other]:,} of them {groups.verbatim_is})"
+        f"{format_counts({split: count})} in {other} ({same[split, other]:,} of them {groups.verbatim_is})"
         for (split, other), count in sorted(counted.items())
     )
     sentence = f"A model that has seen a row is not tested by it. {_HOW}"
@@ -87,7 +87,7 @@ def duplicates(groups: Groups, labels: Labels, numbering: Numbering) -> Finding:
 def conflicts(groups: Groups, labels: Labels, numbering: Numbering) -> Finding:
     """Returns the rows that are the same as another row and have another label."""
     if labels.why_not:
-        return Finding("conflicts", f"Not looked for: {labels.why_not}.", looked=False)
+        return Finding("conflicting_labels", f"Not looked for: {labels.why_not}.", looked=False)
     entries = []
     for group in conflicting(groups, labels):
         for number in group.tolist():
@@ -95,7 +95,7 @@ def conflicts(groups: Groups, labels: Labels, numbering: Numbering) -> Finding:
             split, row = numbering.address(other)
             why = f"labelled {_name(labels, number)}; {split} row {row} says {_name(labels, other)}"
             entries.append(Entry(*numbering.address(number), why, (split, row)))
-    return Finding("conflicts", f"At most one of the labels is right. {_HOW}", tuple(entries))
+    return Finding("conflicting_labels", f"At most one of the labels is right. {_HOW}", tuple(entries))
 
 
 def conflicting(groups: Groups, labels: Labels) -> list[Any]:

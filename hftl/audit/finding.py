@@ -15,13 +15,13 @@ FINDINGS: dict[str, str] = {
     "unlabelled": "Rows without a label, or of a class that train lacks",
     "leaks": "Held-out rows that stand in another split",
     "near_leaks": "Held-out rows that almost stand in another split",
-    "conflicts": "The same input with different labels",
+    "conflicting_labels": "The same input with different labels",
     "duplicates": "Rows that stand twice in a split",
     "near_duplicates": "Rows that almost stand twice in a split",
-    "imbalance": "Classes that are rare, missing, or shared out differently",
-    "overlong": "Texts longer than the model reads",
-    "odd_images": "Images unlike the others in size, shape or channels",
-    "wrong_labels": "Labels that are likely wrong",
+    "class_imbalance": "Classes that are rare, missing, or shared out differently",
+    "too_long": "Texts longer than the model reads",
+    "outlier_images": "Images unlike the others in size, shape or channels",
+    "label_errors": "Labels that are likely wrong",
     "outliers": "Rows far from all others",
 }
 """Title of each kind of finding by its name, in the order of the page."""
@@ -73,7 +73,7 @@ class Finding:
         """How much was found, in a few words."""
         if not self.looked:
             return "not looked for"
-        parts = [self.summary or spoken(self.counts)] if self.entries else []
+        parts = [self.summary or format_counts(self.counts)] if self.entries else []
         parts += [f"{len(self.problems)} of classes or splits"] if self.problems else []
         return ", ".join(parts) or "none"
 
@@ -128,6 +128,6 @@ class Numbering:
         return out
 
 
-def spoken(counts: dict[str, int]) -> str:
+def format_counts(counts: dict[str, int]) -> str:
     """Returns "3 rows of train, 1 row of test"."""
     return ", ".join(f"{n:,} row{'s' * (n != 1)} of {split}" for split, n in counts.items()) or "no rows"

@@ -16,7 +16,7 @@ from hftl.audit.near_duplicate_images import perceptual_hash
 from hftl.audit.text_normalization import key_of
 from hftl.data.image_decoding import Stored, decode_image, decode_with_mode, place, quiet_pillow
 from hftl.errors import DataError
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,7 @@ _SAY_EVERY = 10.0
 
 
 @dataclass
-class Pictures:
+class ImageStats:
     """What is kept of N images; rows that cannot be read have zeros."""
 
     pixels: Any
@@ -60,7 +60,7 @@ class Pictures:
     """Reasons by row number."""
 
 
-def look_at(rows: Dataset, column: str, split: str, max_pixels: int) -> Pictures:
+def inspect(rows: Dataset, column: str, split: str, max_pixels: int) -> ImageStats:
     """Returns what is kept of every image of a split.
 
     Args:
@@ -70,7 +70,7 @@ def look_at(rows: Dataset, column: str, split: str, max_pixels: int) -> Pictures
         max_pixels: Larger images are unreadable.
     """
     count = len(rows)
-    seen = Pictures(
+    seen = ImageStats(
         np.zeros(count, np.uint64),
         np.zeros(count, np.uint64),
         np.zeros((count, 16), np.uint8),
@@ -83,7 +83,7 @@ def look_at(rows: Dataset, column: str, split: str, max_pixels: int) -> Pictures
     with quiet_pillow(), ThreadPoolExecutor(8) as pool:
         for start, images in _batches(rows, column):
             if monotonic() - said > _SAY_EVERY:
-                say(f"check: {split}: looked at {start:,} of {count:,} images")
+                log(f"check: {split}: looked at {start:,} of {count:,} images")
                 said = monotonic()
             for row, found in enumerate(pool.map(lambda stored: _look(stored, max_pixels), images), start):
                 if isinstance(found, str):
@@ -101,7 +101,7 @@ def pictures_at(rows: Dataset, column: str, numbers: Sequence[int]) -> list[Stor
     return rows.select_columns([column]).cast_column(column, Image(decode=False))[list(numbers)][column]
 
 
-def odd_images(pictures: dict[str, Pictures]) -> Finding:
+def outlier_images(pictures: dict[str, ImageStats]) -> Finding:
     """Returns the images that differ in channels, shape or size from the median over all splits."""
     sizes = np.concatenate([seen.sizes for seen in pictures.values()]).astype(np.float64)
     kinds = np.concatenate([seen.kinds for seen in pictures.values()])
@@ -113,7 +113,7 @@ def odd_images(pictures: dict[str, Pictures]) -> Finding:
         f"of one colour (grey values spread by less than {FLAT:g} of 255)."
     )
     if not read.any():
-        return Finding("odd_images", "No image could be read.", looked=False)
+        return Finding("outlier_images", "No image could be read.", looked=False)
     counts = np.bincount(kinds[read], minlength=len(KINDS))
     usual = int(counts.argmax())
     area = sizes.prod(1)
@@ -139,7 +139,7 @@ def odd_images(pictures: dict[str, Pictures]) -> Finding:
             if why:
                 shape = f"{int(sizes[number, 0])} x {int(sizes[number, 1])} pixels"
                 entries.append(Entry(split, row, f"{', '.join(why)} ({shape})"))
-    return Finding("odd_images", sentence, tuple(entries))
+    return Finding("outlier_images", sentence, tuple(entries))
 
 
 def _batches(rows: Dataset, column: str) -> Iterator[tuple[int, list[Stored]]]:
@@ -151,7 +151,7 @@ def _batches(rows: Dataset, column: str) -> Iterator[tuple[int, list[Stored]]]:
 
 
 def _look(stored: Stored, max_pixels: int) -> tuple[Any, ...] | str:
-    """Returns the fields of `Pictures` for one image, or why it cannot be read."""
+    """Returns the fields of `ImageStats` for one image, or why it cannot be read."""
     try:
         picture, mode = decode_with_mode(stored, "RGB", max_pixels)
     except DataError as error:

@@ -16,7 +16,7 @@ from hftl.data.splits import Splits
 from hftl.errors import FeatureError
 from hftl.features.cache import compute_features
 from hftl.launcher import build_accelerator
-from hftl.logging import muted
+from hftl.logging import suppress_logs
 from hftl.models.build import build_model
 from hftl.models.task_model import HeadSpec, TaskModel
 from hftl.preprocessing.tokenization import token_limit
@@ -33,12 +33,12 @@ class _Unlabelled(SupervisedTask):
 
     name = "features"
 
-    def __init__(self, inputs: Inputs, stock: str) -> None:
-        self.stock = stock
+    def __init__(self, inputs: Inputs, model_class: str) -> None:
+        self.model_class = model_class
         super().__init__(inputs, SingleLabel("", ["0", "1"], [0, 1]))
 
 
-class ModelLook:
+class ModelChecks:
     """A model and the rows it looks at.
 
     Args:
@@ -52,18 +52,18 @@ class ModelLook:
     """
 
     def __init__(self, splits: Splits, name: str, images: bool, unusable: dict[str, list[int]]) -> None:
-        with muted():
+        with suppress_logs():
             inputs = ImageInputs.find(splits) if images else TextInputs.find(splits)
-        stock = "timm" if images else "AutoModelForSequenceClassification"
+        model_class = "timm" if images else "AutoModelForSequenceClassification"
         self.splits, self.name = splits, name
         self.run = RunConfig(splits.config, ModelConfig(name=name))
-        self.task = _Unlabelled(inputs, stock)
-        self.model: TaskModel = build_model(self.run, HeadSpec(stock, 2))
+        self.task = _Unlabelled(inputs, model_class)
+        self.model: TaskModel = build_model(self.run, HeadSpec(model_class, 2))
         self.usable = {
             split: np.delete(np.arange(len(rows)), unusable.get(split, [])) for split, rows in splits.items()
         }
 
-    def overlong(self) -> Finding:
+    def too_long(self) -> Finding:
         """Returns the texts that have more tokens than the model reads."""
         limit = token_limit(self.model.processor, self.splits.config.max_length)
         entries, shares = [], []
@@ -77,7 +77,7 @@ class ModelLook:
         sentence = (
             f"{self.name} reads {limit:,} tokens of a row; what stands after them is cut off. Cut: {', '.join(shares)}."
         )
-        return Finding("overlong", sentence, tuple(entries))
+        return Finding("too_long", sentence, tuple(entries))
 
     def _token_counts(self, split: str, rows: Any) -> Any:
         counts, position = np.zeros(len(rows), np.int64), 0
@@ -103,7 +103,7 @@ class ModelLook:
         return {split: features.values for split, features in found.items()}
 
 
-def wrong_labels(
+def label_errors(
     features: dict[str, Any], usable: dict[str, Any], labels: Labels, numbering: Numbering, twins: Any
 ) -> Finding:
     """Returns the rows whose labels are likely wrong, in all splits, the likeliest first.
@@ -116,7 +116,7 @@ def wrong_labels(
         twins: The first row that each row is the same as, [N].
     """
     if labels.why_not:
-        return Finding("wrong_labels", f"Not looked for: {labels.why_not}.", looked=False)
+        return Finding("label_errors", f"Not looked for: {labels.why_not}.", looked=False)
     numbers = np.concatenate([usable[split] + numbering.of_split(split).start for split in features])
     codes = labels.codes[numbers]
     different = np.unique(twins[numbers])  # copies are in one fold
@@ -125,7 +125,7 @@ def wrong_labels(
     present = np.unique(codes[judged])
     if len(present) < 2:
         return Finding(
-            "wrong_labels",
+            "label_errors",
             f"Not looked for: it takes two classes with at least {FOLDS} different rows each.",
             looked=False,
         )
@@ -149,7 +149,7 @@ def wrong_labels(
         f"features ({FOLDS} folds over all splits together); their number is estimated by confident learning. Look at "
         f"them before you believe it.{unjudged}"
     )
-    return Finding("wrong_labels", sentence, tuple(entries))
+    return Finding("label_errors", sentence, tuple(entries))
 
 
 def outliers(features: dict[str, Any], usable: dict[str, Any]) -> Finding:

@@ -13,7 +13,7 @@ import numpy as np
 
 from hftl.audit.class_balance import FEW, Labels, class_counts, read_labels
 from hftl.audit.duplicates import Groups, conflicting
-from hftl.audit.finding import Numbering, spoken
+from hftl.audit.finding import Numbering, format_counts
 from hftl.audit.text_normalization import BATCH, key_of, normalise
 from hftl.data.columns import arrow_column
 from hftl.data.layouts.in_memory import GIVEN
@@ -22,7 +22,7 @@ from hftl.errors import shorten
 from hftl.tasks.targets.detection.target import LabelledBoxes
 from hftl.tasks.targets.question_answering.target import ContextAnswers, answers_in
 from hftl.tasks.targets.segmentation.target import PixelClasses
-from hftl.tasks.task import input_kinds
+from hftl.tasks.task import input_column_types
 
 READ = 64_000_000
 """Bytes of images that are read at most."""
@@ -34,7 +34,7 @@ _REASON = 300
 """Characters of an error that are logged."""
 
 
-def brief(splits: Splits, task: Any) -> list[str]:
+def quick_check(splits: Splits, task: Any) -> list[str]:
     """Returns a sentence each for rows that splits share, contradicting labels and rare classes; [] where all is well.
 
     Texts are compared as `hftl check` does; images only where their files are the same. Never raises: a run does not
@@ -56,7 +56,7 @@ def brief(splits: Splits, task: Any) -> list[str]:
 
 def _brief(splits: Splits, task: Any) -> list[str]:
     numbering = Numbering({split: len(rows) for split, rows in splits.items()})
-    kinds = input_kinds(task)
+    kinds = input_column_types(task)
     columns = getattr(getattr(task, "inputs", None), "key_columns", tuple(kinds))
     if not columns:
         return []
@@ -137,13 +137,15 @@ def _shared(groups: Groups, numbering: Numbering) -> list[str]:
         for place in places[places > places[0]].tolist():
             counts[numbering.splits[place]] += 1
     order = sorted(counts, key=numbering.splits.index, reverse=True)
-    return [f"{spoken({split: counts[split] for split in order})} also stand in an earlier split"] if counts else []
+    return (
+        [f"{format_counts({split: counts[split] for split in order})} also stand in an earlier split"] if counts else []
+    )
 
 
 def _contradictions(groups: Groups, labels: Labels, numbering: Numbering) -> list[str]:
     rows = numbering.rows([number for group in conflicting(groups, labels) for number in group.tolist()])
     counts = {split: len(found) for split, found in rows.items() if found}
-    return [f"{spoken(counts)} have the same input as another row and another label"] if counts else []
+    return [f"{format_counts(counts)} have the same input as another row and another label"] if counts else []
 
 
 def _rare(labels: Labels, numbering: Numbering) -> list[str]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hftl.audit.class_balance import Labels
-from hftl.audit.finding import FINDINGS, Address, Entry, Finding, Numbering, spoken
+from hftl.audit.finding import FINDINGS, Address, Entry, Finding, Numbering, format_counts
 from hftl.audit.image_stats import pictures_at
 from hftl.data.splits import Splits
-from hftl.html.blocks import Card, Comparison, Comparisons, Note, Section, Table, Tiles
+from hftl.html.blocks import Card, ExampleGroup, ExampleGroups, Note, Section, Table, Tiles
 from hftl.html.page import write_page
 from hftl.reporting.examples import shortened, thumbnail
 
@@ -72,14 +72,14 @@ def _section(finding: Finding, rows: Shown) -> Section:
         addresses = list(dict.fromkeys(place for entry in shown for place in _places(entry)))
         cards = _cards(rows, addresses)
         blocks.append(
-            Comparisons([Comparison([cards[place] for place in _places(entry)], entry.why) for entry in shown])
+            ExampleGroups([ExampleGroup([cards[place] for place in _places(entry)], entry.why) for entry in shown])
         )
         listed = finding.entries[:LISTED]
         more = f"; the first {LISTED} of {len(finding.entries):,}, all are in check.json" * (
             len(finding.entries) > LISTED
         )
         lines = [(rows.where((entry.split, entry.row)), entry.why) for entry in listed]
-        blocks.append(Table(f"{spoken(finding.counts)}{more}", ["Row", "Why"], lines))
+        blocks.append(Table(f"{format_counts(finding.counts)}{more}", ["Row", "Why"], lines))
     return Section(FINDINGS[finding.name], blocks)
 
 

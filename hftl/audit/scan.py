@@ -12,13 +12,13 @@ import numpy as np
 from hftl.audit import near_duplicate_images as near_images
 from hftl.audit import near_duplicate_texts as near_texts
 from hftl.audit.finding import Entry, Finding, Numbering
-from hftl.audit.image_stats import FLAT, drawn, look_at, odd_images, pictures_at
+from hftl.audit.image_stats import FLAT, drawn, inspect, outlier_images, pictures_at
 from hftl.audit.text_normalization import BATCH, key_of, normalised_pair, text_rows, verbatim_pair
 from hftl.data.columns import find_column
 from hftl.data.splits import Splits
 from hftl.data.validation import BadRow
 from hftl.errors import DataError
-from hftl.logging import muted, say
+from hftl.logging import log, suppress_logs
 from hftl.preprocessing.sliding_windows import words_in
 from hftl.tasks.targets.segmentation.masks import find_image_and_mask, survey_masks
 
@@ -67,7 +67,7 @@ def words_as_texts(splits: Splits) -> Splits:
 
 def _words_column(splits: Splits) -> str | None:
     features, config = splits["train"].features, splits.config
-    with muted():
+    with suppress_logs():
         for role, given in (("image", config.image_column), ("text", config.text_column)):
             with suppress(DataError):
                 if not hasattr(features[find_column(role, features, given).name], "feature"):
@@ -111,7 +111,7 @@ class TextSurvey(Survey):
         """Returns the pairs among some rows that are almost the same, and how that was found out."""
         bands = np.concatenate([near_texts.band_hashes(batch) for batch in self._normalised(numbers)] or [[]])
         pairs, cut = near_texts.candidates(bands) if len(bands) > 1 else (np.empty((0, 2), np.int64), False)
-        say(f"check: comparing {len(pairs):,} pairs of texts")
+        log(f"check: comparing {len(pairs):,} pairs of texts")
 
         def texts_of(positions: Any) -> list[str]:
             return [text for batch in self._normalised(numbers[positions]) for text in batch]
@@ -146,7 +146,7 @@ class ImageSurvey(Survey):
     def __init__(self, splits: Splits, numbering: Numbering, column: str) -> None:
         self.splits, self.numbering, self.columns = splits, numbering, [column]
         self.max_pixels = splits.config.max_pixels
-        seen = {split: look_at(rows, column, split, self.max_pixels) for split, rows in splits.items()}
+        seen = {split: inspect(rows, column, split, self.max_pixels) for split, rows in splits.items()}
         unusable = {
             numbering.of_split(split).start + row: reason
             for split, pictures in seen.items()
@@ -165,14 +165,14 @@ class ImageSurvey(Survey):
             np.concatenate([pictures.pixels for pictures in seen.values()]),
             np.concatenate([pictures.files for pictures in seen.values()]),
             unusable,
-            [unreadable, odd_images(seen)],
+            [unreadable, outlier_images(seen)],
         )
 
     def near(self, numbers: Any) -> tuple[Pairs, str]:
         """Returns the pairs among some rows that show almost the same, and how that was found out."""
         chosen = numbers[self.comparable[numbers]]
         pairs, cut = near_images.close_hashes(self.hashes[chosen])
-        say(f"check: comparing {len(pairs):,} pairs of images")
+        log(f"check: comparing {len(pairs):,} pairs of images")
         found = near_images.same_pictures(pairs, lambda position: self._picture(int(chosen[position])))
         how = (
             f"Correlation of grey pixels at the best of {near_images.WINDOWS} overlaps, at least "
@@ -190,7 +190,7 @@ class ImageSurvey(Survey):
 
 def _invalid_masks(splits: Splits, numbering: Numbering, image: str) -> dict[int, str]:
     """Returns the rows whose masks cannot be decoded or do not fit the image, with the reason; {} without masks."""
-    with muted(), suppress(DataError):
+    with suppress_logs(), suppress(DataError):
         found, mask = find_image_and_mask(splits["train"].features, splits.config)
         if found.name == image:
             return {

@@ -36,11 +36,11 @@ def _packages() -> bool:
     for need in sorted(wanted, key=lambda need: need.name):
         try:
             found = version(need.name)
-            verdict = "" if need.specifier.contains(found, prereleases=True) else f"  too old: {need.specifier}"
+            conclusion = "" if need.specifier.contains(found, prereleases=True) else f"  too old: {need.specifier}"
         except PackageNotFoundError:
-            found, verdict = "missing", f"  needed: {need}"
-        fine = fine and not verdict
-        print(f"  {need.name:<18} {found}{verdict}")
+            found, conclusion = "missing", f"  needed: {need}"
+        fine = fine and not conclusion
+        print(f"  {need.name:<18} {found}{conclusion}")
     return fine
 
 

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("quickstart", help="see what transfer learning gives, in a minute, without a network")
     command.add_argument("--output_dir", default="runs/quickstart", help="run folder of the best model (%(default)s)")
-    command.add_argument("--seeds", type=count, default=3, help="trainings of each method (%(default)s)")
+    command.add_argument("--num_seeds", type=positive_int, default=3, help="trainings of each method (%(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
     command.set_defaults(act=_quickstart)
 
@@ -83,7 +83,7 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("--data", help="source as in data.source; by default the run's own data")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
-    command.add_argument("--batch_size", type=count, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=positive_int, default=32, help="rows at a time (%(default)s)")
     command.add_argument("--output", help="write predictions to this .parquet, .csv or .jsonl file")
     command.set_defaults(act=_evaluate)
 
@@ -92,7 +92,7 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("input", metavar="INPUT", help="image file, folder of images, table, or a text in quotes")
     command.add_argument("--pair", help="second text, for models of text pairs")
-    command.add_argument("--batch_size", type=count, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=positive_int, default=32, help="rows at a time (%(default)s)")
     command.add_argument(
         "--output", help="write to this .parquet, .csv or .jsonl file, or folder (masks too), not the terminal"
     )
@@ -105,7 +105,7 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("run", metavar="RUN", help="run folder")
     command.add_argument("repo", metavar="USER/NAME", help="repository; created where it does not exist")
     command.add_argument("--private", action="store_true", help="create it private; refuse a public one")
-    command.add_argument("--no-verify", dest="verify", action="store_false", help="do not load the revision back")
+    command.add_argument("--no_verify", dest="verify", action="store_false", help="do not load the revision back")
     command.set_defaults(act=_push)
     command = commands.add_parser("report", help="draw a run as one HTML page, or several side by side")
     command.add_argument("runs", metavar="RUN", nargs="+", help="run folder; several are compared")
@@ -118,7 +118,9 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("--output", help="folder to write; export/FORMAT in the run folder by default")
     command.add_argument("--data", help="source as in data.source; by default the run's own data")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
-    command.add_argument("--rows", type=count, default=100, help="rows to compare with the trained model (%(default)s)")
+    command.add_argument(
+        "--rows", type=positive_int, default=100, help="rows to compare with the trained model (%(default)s)"
+    )
     command.add_argument("--no_int8", action="store_true", help="write no quantized onnx file")
     command.set_defaults(act=_export)
 
@@ -126,7 +128,7 @@ def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.Argume
     command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
     command.add_argument("--revision", help="branch, tag or commit of a hub id")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
-    command.add_argument("--port", type=count, help="port to listen on; by default the first free one from 7860")
+    command.add_argument("--port", type=positive_int, help="port to listen on; by default the first free one from 7860")
     command.add_argument("--data", help="source of the examples, as in data.source; by default the run's own data")
     command.set_defaults(act=_demo)
 
@@ -196,27 +198,27 @@ def _copy(options: argparse.Namespace) -> None:
 def _quickstart(options: argparse.Namespace) -> None:
     from hftl.cli.quickstart import quickstart
 
-    quickstart(options.output_dir, options.seeds, options.overwrite)
+    quickstart(options.output_dir, options.num_seeds, options.overwrite)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hftl.inference.batch_inference import evaluate_place
-    from hftl.logging import say
+    from hftl.inference.batch_inference import evaluate_saved
+    from hftl.logging import log
 
-    metrics = evaluate_place(
+    metrics = evaluate_saved(
         options.model, options.data, options.split, options.batch_size, options.output, options.revision
     )
     for name, value in metrics.items():
-        say(f"{name:<28} {value:.4f}")
+        log(f"{name:<28} {value:.4f}")
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from hftl.inference.batch_inference import predict_to_table
+    from hftl.inference.batch_inference import predict_to_file
 
     labels = options.labels
     if labels is not None and len(labels) == 1:
         labels = [label.strip() for label in labels[0].split(",")]
-    predict_to_table(
+    predict_to_file(
         options.model,
         options.input,
         options.pair,
@@ -290,7 +292,7 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument(
         "--models", nargs="+", metavar="MODEL", required=True, help="names, or one file that lists them"
     )
-    command.add_argument("--rows", type=count, default=10_000, help="training rows to use at most (%(default)s)")
+    command.add_argument("--rows", type=positive_int, default=10_000, help="training rows to use at most (%(default)s)")
     command.add_argument("--by", default="linear probe", help="score that orders the table (%(default)s)")
     command.add_argument("--output", default="rank", help="folder for rank.html and rank.json (%(default)s)")
     command.add_argument("--explain", action="store_true", help="say what each score assumes, and its source")
@@ -307,7 +309,7 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
         choices=("scratch", "frozen", "probe", "lora", "full"),
         help="ways of adapting (scratch frozen lora full)",
     )
-    command.add_argument("--seeds", type=count, default=3, help="trainings of each (%(default)s)")
+    command.add_argument("--num_seeds", type=positive_int, default=3, help="trainings of each (%(default)s)")
     command.add_argument("--config", help="YAML file with settings that all trainings share")
     command.add_argument("--output_dir", default="runs/compare", help="folder of the runs (%(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace an existing folder")
@@ -318,13 +320,13 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument("--model", required=True, help="as model.name")
     layers = "input of the head, mean of the pooled layers of a text model, or all of them (%(default)s)"
     command.add_argument("--layers", default="head", choices=("head", "mean", "all"), help=layers)
-    command.add_argument("--batch_size", type=count, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=positive_int, default=32, help="rows at a time (%(default)s)")
     command.add_argument("--output", default="features", help="folder for SPLIT.parquet (%(default)s)")
     command.add_argument("--config", help=_CONFIG)
     command.set_defaults(act=_features)
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     """Returns a number of at least 1 from the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -332,9 +334,9 @@ def count(text: str) -> int:
 
 
 def _data(options: argparse.Namespace) -> DataConfig:
-    from hftl.config.parse import load
+    from hftl.config.parse import load_config
 
-    data = load(options.config).data if options.config else DataConfig()
+    data = load_config(options.config).data if options.config else DataConfig()
     return replace(data, source=options.data)
 
 
@@ -359,12 +361,12 @@ def _compare(options: argparse.Namespace) -> None:
         options.data,
         options.model,
         options.methods,
-        seeds=options.seeds,
+        seeds=options.num_seeds,
         config=options.config,
         output_dir=options.output_dir,
         overwrite=options.overwrite,
     )
-    sys.exit(0 if found.verdict else 1)
+    sys.exit(0 if found.conclusion else 1)
 
 
 def _features(options: argparse.Namespace) -> None:

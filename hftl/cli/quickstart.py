@@ -10,11 +10,11 @@ from typing import Literal
 
 from hftl.config.schema import AdaptConfig, AugmentConfig, DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.errors import ConfigError
-from hftl.logging import say
-from hftl.run.child_process import in_child
+from hftl.logging import log
+from hftl.run.child_process import run_in_child
 from hftl.run_folder.folder import folder_problems, make_folder
 from hftl.selection.comparison import attach, run_plan
-from hftl.selection.experiment_plan import Plan
+from hftl.selection.experiment_plan import ExperimentPlan
 from hftl.selection.trial import train
 
 Compared = Literal["scratch", "frozen", "lora", "full"]
@@ -40,7 +40,7 @@ def quickstart(output_dir: str | Path = "runs/quickstart", seeds: int = 3, overw
     problems = folder_problems(target)
     if problems:
         raise ConfigError(*problems)
-    say(
+    log(
         f"Handwritten digits, {LABELS_PER_CLASS} labels per class; "
         "a small network (test_resnet) that has learnt to read letters.\n"
     )
@@ -49,10 +49,12 @@ def quickstart(output_dir: str | Path = "runs/quickstart", seeds: int = 3, overw
         found = run_plan(plan)
         runs = {Path(run.output_dir or "").name: run for of_method in plan.trainings.values() for run in of_method}
         best = runs[found.kept or ""]
-        in_child(keep, best, replace(best, output_dir=str(output_dir), overwrite=overwrite), log=Path(aside) / "kept")
+        run_in_child(
+            keep, best, replace(best, output_dir=str(output_dir), overwrite=overwrite), log=Path(aside) / "kept"
+        )
     attach(found, Path(output_dir))
     method = next(result.method for result in found.results if found.kept in result.runs)
-    say(
+    log(
         f"\nKept: {method}, seed {best.train.seed} (best on validation), in {output_dir}\n"
         'It opens with timm, with transformers\' pipeline("image-classification", …) and with hftl. Next:\n\n'
         f"  hftl evaluate {output_dir}\n"
@@ -63,14 +65,14 @@ def quickstart(output_dir: str | Path = "runs/quickstart", seeds: int = 3, overw
     return {result.method: result.score for result in found.results}
 
 
-def quickstart_plan(model: str, seeds: int, folder: Path) -> Plan:
+def quickstart_plan(model: str, seeds: int, folder: Path) -> ExperimentPlan:
     """Returns the trainings that are compared, with run folders in `folder`."""
     trainings = {
         method: [trial_config(method, model, seed, folder / f"{method}-s{seed}", False) for seed in range(seeds)]
         for method in METHODS
     }
     budget = f"{_EPOCHS} passes over {LABELS_PER_CLASS} rows per class, drawn anew for each seed, for every method"
-    return Plan({str(method): runs for method, runs in trainings.items()}, _TASK, budget, "test")
+    return ExperimentPlan({str(method): runs for method, runs in trainings.items()}, _TASK, budget, "test")
 
 
 def keep(trial: RunConfig, run: RunConfig) -> None:
@@ -93,7 +95,7 @@ def trial_config(method: Compared, model: str, seed: int, output_dir: str | Path
     return RunConfig(
         data=DataConfig(
             source="embedded:digits",
-            train_per_class=LABELS_PER_CLASS,
+            max_train_samples_per_class=LABELS_PER_CLASS,
             seed=seed,
             augment=AugmentConfig(crop_scale=1.0, hflip=0.0, color_jitter=0.0),
         ),
@@ -104,8 +106,8 @@ def trial_config(method: Compared, model: str, seed: int, output_dir: str | Path
             lr=_RATES[method],
             head_lr=_RATES[method],
             batch_size_per_device=20,
-            eval_every=50,
-            log_every=50,
+            eval_steps=50,
+            logging_steps=50,
             seed=seed,
             trackers=[],
         ),

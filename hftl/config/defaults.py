@@ -10,7 +10,7 @@ from hftl.config.schema import AdaptConfig, RunConfig
 
 # How these came about, and what chose them, is in RESULTS.md.
 _DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
-    ("image", "full"): {"lr": 1e-5, "head_lr": 5e-3, "num_epochs": 8, "head_first": 0.5},
+    ("image", "full"): {"lr": 1e-5, "head_lr": 5e-3, "num_epochs": 8, "freeze_backbone_ratio": 0.5},
     ("image", "frozen"): {"lr": 0.0, "head_lr": 1e-2, "num_epochs": 8},
     ("image", "lora"): {"lr": 2e-4, "head_lr": 1e-2, "num_epochs": 6},
     ("image", "scratch"): {"lr": 1e-3, "head_lr": 1e-3, "num_epochs": 5},
@@ -19,7 +19,15 @@ _DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
     ("text", "lora"): {"lr": 1e-3, "head_lr": 3e-3, "num_epochs": 4},
     ("text", "scratch"): {"lr": 3e-4, "head_lr": 3e-4, "num_epochs": 3},
 }
-BY_STEPS = ("num_epochs", "max_steps", "lr", "head_lr", "head_first", "eval_every", "early_stopping_patience")
+BY_STEPS = (
+    "num_epochs",
+    "max_steps",
+    "lr",
+    "head_lr",
+    "freeze_backbone_ratio",
+    "eval_steps",
+    "early_stopping_patience",
+)
 """Settings of `train` that say how steps are made, None where the method chooses."""
 
 
@@ -45,7 +53,7 @@ def resolve(run: RunConfig, modality: str, own: Mapping[str, Mapping[str, float]
 
 def _strongest(config: AdaptConfig) -> str:
     """Returns the way of adapting whose rates suit all encoders: those of full training are the smallest."""
-    ways = {config.image or config.method, config.text or config.method}
+    ways = {config.image_method or config.method, config.text_method or config.method}
     return next((way for way in ("full", "lora") if way in ways), config.method)
 
 

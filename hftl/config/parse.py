@@ -24,7 +24,7 @@ _ELSEWHERE = {
 }
 
 
-def parse(
+def parse_config(
     defaults: RunConfig,
     argv: Sequence[str] | None = None,
     description: str = "",
@@ -58,17 +58,17 @@ def parse(
             raise ConfigError(*problems, first_line(error)) from None
 
 
-def dump(run: RunConfig) -> str:
-    """Returns `run` as YAML that `parse` reads back to an equal configuration."""
+def dump_config(run: RunConfig) -> str:
+    """Returns `run` as YAML that `parse_config` reads back to an equal configuration."""
     import yaml
 
     values = {name: value for name, value in asdict(run).items() if name not in NO_OPTIONS}
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def load(path: str | Path) -> RunConfig:
-    """Returns the configuration in a YAML file written by `dump`."""
-    return parse(RunConfig(), ["--config", str(path)])
+def load_config(path: str | Path) -> RunConfig:
+    """Returns the configuration in a YAML file written by `dump_config`."""
+    return parse_config(RunConfig(), ["--config", str(path)])
 
 
 def _parser(defaults: RunConfig, description: str) -> Any:

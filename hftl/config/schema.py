@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-Pooling = Literal["auto", "stock", "cls", "mean"]
+Pooling = Literal["auto", "default", "cls", "mean"]
 Method = Literal["full", "frozen", "lora", "probe"]
 EncoderMethod = Literal["full", "frozen", "lora"]
-ProbeHead = Literal["logistic", "linear_svm", "svm", "random_forest", "knn", "ridge", "lda"]
+ProbeClassifier = Literal["logistic", "linear_svm", "svm", "random_forest", "knn", "ridge", "lda"]
 Fusion = Literal["concat", "gated", "cross_attention"]
-Schedule = Literal["linear", "cosine", "constant"]
-BatchNorm = Literal["auto", "keep", "update"]
+SchedulerType = Literal["linear", "cosine", "constant"]
+BatchNorm = Literal["auto", "frozen", "train"]
 OnNonfinite = Literal["stop", "skip"]
 OnOutOfMemory = Literal["halve", "raise"]
 Resume = Literal["never", "auto"]
@@ -81,12 +81,9 @@ class DataConfig:
     """Likewise columns with categories: by default texts of which train has few different ones."""
     ignore_columns: list[str] = field(default_factory=list)
     """Columns that a model of images and texts does not read."""
-    pair_loss: PairLoss = "auto"
-    """What pairs teach. Scored texts: cosine (the score itself) or cosent (the order of scores). Pairs that belong
-    together: infonce (each against the rest of the batch) or, for images and texts, siglip. auto: the first of each."""
     validation_fraction: float = 0.1
     """Share of train cut off, stratified by label, when there is no validation split; in [0, 1). 0: no validation."""
-    train_per_class: int | None = None
+    max_train_samples_per_class: int | None = None
     """Keep only this many training rows of each class (few-label experiments)."""
     seed: int = 0
     """Seed of the cuts above. Apart from `train.seed`, so that several training seeds see the same split."""
@@ -107,7 +104,7 @@ class DataConfig:
     on_error: OnError = "raise"
     """Rows that cannot be used (image, text or label). raise: refuse the data. skip: look at every row first, leave
     the bad ones out and write them to quarantine.jsonl with the reason."""
-    max_skipped: float = 0.05
+    max_skipped_fraction: float = 0.05
     """Share of the rows of a split that may be left out before the data are refused all the same, in [0, 1]."""
 
 
@@ -115,9 +112,9 @@ class DataConfig:
 class DetectorConfig:
     """RT-DETR's neck and decoder, which a timm backbone gets for object detection; a detector brings its own."""
 
-    width: int = 128
+    d_model: int = 128
     """Channels of neck and decoder; a multiple of 32."""
-    levels: int = 2
+    num_feature_levels: int = 2
     """Feature maps of the backbone that are used, 1 to 3: of stride 32, then 16, then 8. Each finds smaller objects,
     and has four times as many places."""
     decoder_layers: int = 2
@@ -140,7 +137,7 @@ class ModelConfig:
     """Branch, tag or commit of a text checkpoint on the hub."""
     image_size: int | list[int] | None = None
     """Side of the square input in pixels, or [height, width]; the backbone's own by default."""
-    decoder_size: int = 64
+    decoder_channels: int = 64
     """Channels of the decoder that segmentation puts on the backbone; its time grows with their square."""
     dropout: float | None = None
     """Dropout probability everywhere in the model, in [0, 1); the checkpoint's own by default."""
@@ -152,11 +149,11 @@ class ModelConfig:
     fusion: Fusion = "concat"
     """How image and text are joined. concat: both vectors, their product and difference. gated: a gate chooses between
     them, feature by feature. cross_attention: the words look at the places of the image."""
-    fusion_size: int = 256
+    fusion_dim: int = 256
     """Width of the fusion, a multiple of 4."""
     modality_dropout: float = 0.0
     """Share of the training rows that lose their image or their text, in [0, 1): either may then be missing later."""
-    projection_size: int = 256
+    projection_dim: int = 256
     """Size of the space that images and texts share (retrieval)."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
 
@@ -182,14 +179,14 @@ class FrozenConfig:
 
     cache: bool = True
     """Compute the features once. False runs the backbone again in every epoch, with new augmentation each time."""
-    views: int = 0
+    num_views: int = 0
     """Augmented views of every training image whose features are computed; epoch e learns from view e modulo this.
     0: the images as they are."""
     lr_factors: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0])
     """Multiples of train.head_lr that are tried, all in one pass over the features; validation chooses."""
     weight_decays: list[float] | None = None
     """Values of train.weight_decay that are tried with each of them; train.weight_decay, 0 and 0.1 by default."""
-    seeds: int = 1
+    num_seeds: int = 1
     """Heads of each setting that are tried, from as many initialisations and orders (train.seed, train.seed + 1, …)."""
 
 
@@ -197,10 +194,10 @@ class FrozenConfig:
 class ProbeConfig:
     """A classic head on the features of the frozen backbone (scikit-learn); its settings by cross-validation."""
 
-    head: ProbeHead = "logistic"
+    classifier: ProbeClassifier = "logistic"
     """logistic, linear_svm, ridge and lda are linear and become the stock model's own head; svm, random_forest and knn
     are saved beside the backbone."""
-    folds: int = 5
+    num_folds: int = 5
     """Parts of the training rows for cross-validation, at least 2."""
 
 
@@ -218,9 +215,9 @@ class AdaptConfig:
     """Batch norms of the backbone in a full run. keep: as the checkpoint has them (statistics, scale and shift), so
     that a step does not depend on how its rows are cut into batches. update: they learn. auto: keep, unless training
     starts from random weights."""
-    image: EncoderMethod | None = None
+    image_method: EncoderMethod | None = None
     """Way for the image encoder alone, where there is a text encoder too; as `method` by default."""
-    text: EncoderMethod | None = None
+    text_method: EncoderMethod | None = None
     """Likewise for the text encoder."""
 
 
@@ -236,7 +233,7 @@ class TrainConfig:
     """Peak learning rate of the backbone (or of the adapters); default by method and modality."""
     head_lr: float | None = None
     """Peak learning rate of the head; default by method and modality."""
-    head_first: float | None = None
+    freeze_backbone_ratio: float | None = None
     """Share of the steps in which the head learns alone before the backbone joins, in [0, 1): a new head disturbs
     pretrained features (LP-FT, https://arxiv.org/abs/2202.10054). Default by method and modality."""
     weight_decay: float = 0.01
@@ -249,26 +246,29 @@ class TrainConfig:
     """Gradient norm above which gradients are scaled down; 0 switches it off."""
     warmup_ratio: float = 0.1
     """Share of the steps over which lr rises linearly from 0, in [0, 1]."""
-    schedule: Schedule = "linear"
+    lr_scheduler_type: SchedulerType = "linear"
     """How lr falls after the warm-up."""
     seed: int = 0
     """Seed of head initialisation, order, dropout and augmentation."""
-    eval_every: int | None = None
+    eval_steps: int | None = None
     """Steps between evaluations on validation; by default once an epoch."""
-    log_every: int = 10
+    logging_steps: int = 10
     """Steps between log lines."""
-    best_metric: str | None = None
+    pair_loss: PairLoss = "auto"
+    """Loss of pairs. Scored texts: cosine (squared error of the score) or cosent (order of the scores). Positive pairs:
+    infonce (in-batch negatives) or, for image-text pairs, siglip. auto: the first of each."""
+    metric_for_best_model: str | None = None
     """Metric on validation that chooses the weights to keep, e.g. `macro_f1`; the task's own by default."""
     metrics: list[str] = field(default_factory=list)
     """Further metrics by the name that `evaluate.load` takes (hub id or local script)."""
     early_stopping_patience: int | None = None
-    """Evaluations without a better best_metric after which training stops; never by default."""
+    """Evaluations without a better metric_for_best_model after which training stops; never by default."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Accelerate trackers that receive the history beside history.jsonl."""
     on_nonfinite: OnNonfinite = "stop"
     """Loss or gradient that is NaN or infinite, seen before the optimizer uses it. stop: end with an error. skip: leave
-    the weights as they are in this step, at most max_nonfinite times."""
-    max_nonfinite: int = 10
+    the weights as they are in this step, at most max_nonfinite_steps times."""
+    max_nonfinite_steps: int = 10
     """Steps of a run that may be skipped so."""
     on_oom: OnOutOfMemory = "halve"
     """Out of memory. halve: run the same step again in micro-batches of half the rows (and exchange gradients after the
@@ -285,19 +285,19 @@ class TrainConfig:
 class CheckpointConfig:
     """When the full state of training is saved, to go on from after a stop. At its end and on a signal it always is."""
 
-    every_minutes: float | None = 15.0
+    save_minutes: float | None = 15.0
     """Minutes between saves; null: none by time."""
-    every_steps: int | None = None
+    save_steps: int | None = None
     """Steps between saves; none by steps by default."""
-    keep: int = 2
+    total_limit: int = 2
     """Newest states that stay on disk. An older one is deleted when a newer one is complete."""
 
 
 @dataclass(frozen=True)
-class PublishConfig:
+class HubConfig:
     """Where the finished model goes, beside its folder."""
 
-    push_to_hub: str | None = None
+    repo_id: str | None = None
     """Hub repository `user/name` that receives the verified model; rights are checked before training."""
     private: bool = False
     """Make the repository private. One that is public already is refused then, not used."""
@@ -314,7 +314,7 @@ class RunConfig:
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    publish: PublishConfig = field(default_factory=PublishConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     task: str = "auto"
     """What is learnt: the name of a task (`hftl.tasks.registry.TASKS`), or auto: found from the columns and labels
     of the data, and said. A recipe for one task has it already."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.data.columns import arrow_column, find_column
 from hftl.errors import DataError, first_line, nearest, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +20,7 @@ FILES = ("labels.json", "classes.json")
 FILE = FILES[0]
 
 
-def names_beside(folder: Path) -> list[str] | None:
+def read_class_names(folder: Path) -> list[str] | None:
     """Returns the class names in `folder/labels.json` (or classes.json), in the order of the label numbers, or None.
 
     Raises:
@@ -35,7 +35,7 @@ def names_beside(folder: Path) -> list[str] | None:
     except (ValueError, RecursionError) as error:
         raise DataError(f"data.source: {file} is not valid JSON: {first_line(error)}.") from error
     if file.name != FILE and not isinstance(names, list):
-        say(f"data: {file.name} is not used: it is not a list of class names")
+        log(f"data: {file.name} is not used: it is not a list of class names")
         return None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise DataError(f"data.source: {file} must hold a list of class names, in the order of the label numbers.")
@@ -51,7 +51,7 @@ def check_labels(rows: Dataset, column: str | None, names: Sequence[str] | None)
     Args:
         rows: Training rows.
         column: `data.label_column`.
-        names: From `names_beside`.
+        names: From `read_class_names`.
 
     Raises:
         DataError: Some of the labels are in `names` and some are not.
@@ -72,7 +72,7 @@ def check_labels(rows: Dataset, column: str | None, names: Sequence[str] | None)
     fitting = set(names) if is_text else set(range(len(names)))
     strange = sorted(value for value in values if value not in fitting)
     if len(strange) == len(values):
-        say(f"data: {FILE} is not used: it names none of the labels in column '{name}'")
+        log(f"data: {FILE} is not used: it names none of the labels in column '{name}'")
     elif strange:
         hint = nearest(strange[0], names) if is_text else f" (0 to {len(names) - 1})"
         raise DataError(
@@ -89,7 +89,7 @@ def _say_alike(column: str, values: Sequence[Any]) -> None:
         alike[" ".join(value.split()).casefold()].append(value)
     groups = [" and ".join(repr(value) for value in sorted(group)) for group in alike.values() if len(group) > 1]
     if groups:
-        say(
+        log(
             f"data: labels in column '{column}' differ by case or blanks alone and count as different classes: "
             f"{shorten(groups, 5)}"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hftl.data.roles import ROLES, is_usual_name, type_name, usual_column, usual_pair
 from hftl.errors import DataError, nearest
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,7 +105,7 @@ def splits_without(splits: Mapping[str, Dataset], column: str) -> list[str]:
         if column in rows.features:
             continue
         if split == "test":
-            say(f"data: test has no column '{column}'; its rows are predicted and not measured")
+            log(f"data: test has no column '{column}'; its rows are predicted and not measured")
         else:
             problems.append(
                 f"data.source: {split} has no column '{column}', which holds the labels of train. Columns: "

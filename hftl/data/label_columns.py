@@ -89,11 +89,11 @@ def read_numbers(dataset: Dataset, columns: Sequence[str]) -> Any:
     import numpy as np
 
     return np.array(
-        [[number(cell) for cell in arrow_column(dataset, name).to_pylist()] for name in columns], dtype=np.float64
+        [[parse_number(cell) for cell in arrow_column(dataset, name).to_pylist()] for name in columns], dtype=np.float64
     ).T.reshape(len(dataset), len(columns))
 
 
-def number(cell: Any) -> float:
+def parse_number(cell: Any) -> float:
     """Returns a cell as a number; NaN where it is none."""
     return float(cell) if isinstance(cell, (int, float)) else math.nan
 

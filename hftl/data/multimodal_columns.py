@@ -13,7 +13,7 @@ from hftl.config.schema import DataConfig
 from hftl.data.columns import arrow_column, find_column, find_text_columns
 from hftl.data.roles import is_usual_name
 from hftl.errors import DataError, nearest, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -116,18 +116,18 @@ def _find_texts(found: MixedColumns, left: Any, config: DataConfig, ignored: set
 
 def _announce(found: MixedColumns, features: Features, taken: Sequence[str]) -> None:
     if found.image:
-        say(f"data: images from column '{found.image}' ({found.why[found.image]})")
+        log(f"data: images from column '{found.image}' ({found.why[found.image]})")
     for name in found.texts:
-        say(f"data: texts from column '{name}' ({found.why[name]})")
+        log(f"data: texts from column '{name}' ({found.why[name]})")
     if len(found.texts) > 1:
-        say(f"data: texts are joined as {found.template!r} (data.text_template)")
+        log(f"data: texts are joined as {found.template!r} (data.text_template)")
     for what, names in (("numbers", found.numbers), ("categories", found.categories)):
         if names:
-            say(f"data: {what} from {', '.join(names)}")
+            log(f"data: {what} from {', '.join(names)}")
     read = {found.image, *found.texts, *found.numbers, *found.categories, *taken}
     unread = [name for name in features if name not in read]
     if unread:
-        say(f"data: not read: {shorten(unread)}")
+        log(f"data: not read: {shorten(unread)}")
 
 
 def template_columns(template: str) -> list[str]:

@@ -19,7 +19,7 @@ from hftl.config.schema import DataConfig
 from hftl.data.columns import find_text_columns
 from hftl.data.roles import ROLES, is_usual_name
 from hftl.errors import DataError, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +79,7 @@ def with_images(
         elif getattr(kind, "dtype", "") in ("string", "large_string") and (given or _holds_paths(first, column)):
             problems = _problems(out, column, root, within)
             if problems and not given and _has_texts(first, config, column):
-                say(f"data: column '{column}' is not used: {problems[0].partition(': ')[2]}")
+                log(f"data: column '{column}' is not used: {problems[0].partition(': ')[2]}")
                 continue
             _refuse(problems)
             out = {split: _cast(rows, column, str(root)) for split, rows in out.items()}

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
 from hftl.data.class_names import FILES as LABELS
-from hftl.data.class_names import check_labels, names_beside
-from hftl.data.layouts.detection_folders import open_box_folders
-from hftl.data.layouts.in_memory import GIVEN, given_rows
+from hftl.data.class_names import check_labels, read_class_names
+from hftl.data.layouts.detection_folders import open_detection_folders
+from hftl.data.layouts.in_memory import GIVEN, dataset_from_rows
 from hftl.data.layouts.mask_folders import open_mask_folders
 from hftl.data.paths import IMAGES, check_stored, with_images
 from hftl.data.splits import SPLIT_NAMES, Splits, cut_validation, first_word, keep_few, split_folders, split_of
 from hftl.data.tables.table_files import TABLES, files_of_split, open_tables
 from hftl.data.validation import without
 from hftl.errors import DataError, first_line, nearest, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +43,7 @@ def load_splits(
     Args:
         config: The data section of a run.
         training: Whether training rows are needed; a model can be evaluated on a source that has none.
-        rows: Rows from Python in place of `config.source`, as `given_rows` takes them; paths of images in them are
+        rows: Rows from Python in place of `config.source`, as `dataset_from_rows` takes them; their image paths are
             the caller's own.
         leave_out: Numbers of rows that are not used, by split; they count the rows of the source's own splits.
 
@@ -61,7 +61,7 @@ def load_splits(
         wanted, found = "training rows" if sets else "rows", shorten(list(sets)) or "none"
         raise DataError(f"data.source: '{config.source}' has no {wanted} (splits found: {found}).")
     folder = _folder_of(config.source)
-    splits = Splits(sets, config, names_beside(folder) if folder else None)
+    splits = Splits(sets, config, read_class_names(folder) if folder else None)
     given = set(sets)
     if "train" in sets:
         check_labels(sets["train"], config.label_column, splits.class_names)
@@ -69,7 +69,7 @@ def load_splits(
         sets = cut_validation(splits)
         sets["train"] = keep_few(sets["train"], config)
     order = [name for name in SPLIT_NAMES if name in sets]
-    say("data: " + ", ".join(f"{name} {len(sets[name])}" for name in order) + f" rows from {config.source}")
+    log("data: " + ", ".join(f"{name} {len(sets[name])}" for name in order) + f" rows from {config.source}")
     cut = "validation" in {*sets} - given
     return Splits({name: sets[name] for name in order}, config, splits.class_names, cut)
 
@@ -111,7 +111,7 @@ def _open(config: DataConfig) -> Mapping[str, Dataset]:
 
 def _given(rows: Any, config: DataConfig) -> Mapping[str, Dataset]:
     """Opens rows from Python, whose paths are those of the code that gives them: only addresses are refused."""
-    opened = _named(given_rows(rows))
+    opened = _named(dataset_from_rows(rows))
     return with_images(opened, config, Path.cwd(), within=Path("/")) if opened else {}
 
 
@@ -135,7 +135,7 @@ def _named(loaded: Mapping[Any, Dataset]) -> dict[str, Dataset]:
     for name, rows in loaded.items():
         ours = split_of(str(name))
         if ours is None or ours in out:
-            say(f"data: split '{name}' is not used")
+            log(f"data: split '{name}' is not used")
         else:
             out[ours] = rows
     return out
@@ -150,7 +150,7 @@ def _folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
         except Exception as error:
             raise DataError(f"data.source: cannot read the saved data set '{path}': {first_line(error)}") from error
         return with_images(_named(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}, config, path)
-    with_boxes = open_box_folders(path, config)
+    with_boxes = open_detection_folders(path, config)
     if with_boxes:
         return with_boxes
     with_masks = open_mask_folders(path)
@@ -175,7 +175,7 @@ def _folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
         found = {split: files_of_split(path, split, files) for split, files in tables.items()}
         left = {file for files in tables.values() for several in files.values() for file in several}
         for file in sorted({*others, *left} - {file for files in found.values() for file in files} if found else ()):
-            say(f"data: '{file.name}' is not used")
+            log(f"data: '{file.name}' is not used")
         return with_images(open_tables(found or {"train": others}), config, path)
     return _images(path)
 
@@ -186,7 +186,7 @@ def _images(path: Path) -> Mapping[str, Dataset]:
     folders = split_folders(path)
     for sub in sorted(path.iterdir()):
         if folders and sub.is_dir() and sub not in folders.values():
-            say(f"data: folder '{sub.name}' is not used")
+            log(f"data: folder '{sub.name}' is not used")
     folders = folders or {"train": path}
     for folder in folders.values():
         if not any(file.suffix.lower() in IMAGES for file in folder.rglob("*")):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hftl.config.schema import DataConfig
+from hftl.config.schema import DataConfig, PairLoss
 from hftl.data.columns import find_column, label_codes
 from hftl.errors import DataError
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,6 +55,8 @@ class Splits(Mapping[str, "Dataset"]):
     """Names of integer labels where they stand beside the tables (labels.json), else None."""
     cut: bool = False
     """Whether the source has no validation split, so that it was cut from train."""
+    pair_loss: PairLoss = "auto"
+    """Setting `train.pair_loss`, for targets of pairs."""
     lenient: bool = False
     """Rows that cannot be used are no reason for a task to refuse these: they will be looked for and left out."""
 
@@ -94,19 +96,19 @@ def cut_validation(splits: Splits) -> dict[str, Dataset]:
             "Give a validation split, or --data.validation_fraction 0 to train without one."
         ) from error
     how = "stratified by label" if stratify is not None else "at random"
-    say(f"data: no validation split; {size} of {len(rows)} training rows cut off {how} (data.seed {config.seed})")
+    log(f"data: no validation split; {size} of {len(rows)} training rows cut off {how} (data.seed {config.seed})")
     return {**sets, "train": rows.select(np.sort(kept)), "validation": rows.select(np.sort(cut))}
 
 
 def keep_few(rows: Dataset, config: DataConfig) -> Dataset:
-    """Returns at most `config.train_per_class` rows of each class."""
+    """Returns at most `config.max_train_samples_per_class` rows of each class."""
     import numpy as np
 
     codes = _label_codes(rows, config)
-    if config.train_per_class is None or codes is None:
+    if config.max_train_samples_per_class is None or codes is None:
         return rows
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    kept = [order[codes[order] == code][: config.train_per_class] for code in np.unique(codes)]
+    kept = [order[codes[order] == code][: config.max_train_samples_per_class] for code in np.unique(codes)]
     return rows.select(np.sort(np.concatenate(kept)))
 
 

@@ -7,17 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hftl.config.schema import DataConfig
+from hftl.config.schema import DataConfig, PairLoss
 from hftl.data.source import load_splits
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRows, Judge, announce, refuse_many
+from hftl.data.validation import InvalidRows, RowValidator, announce, check_skipped_fraction
 from hftl.errors import ConfigError
-from hftl.logging import muted
+from hftl.logging import suppress_logs
 
 
 def load_usable_splits(
-    config: DataConfig, make_task: Callable[[Splits], Any], rows: Any = None, folder: Path | None = None
-) -> tuple[Splits, BadRows]:
+    config: DataConfig,
+    make_task: Callable[[Splits], Any],
+    rows: Any = None,
+    folder: Path | None = None,
+    pair_loss: PairLoss = "auto",
+) -> tuple[Splits, InvalidRows]:
     """Returns the splits and, with `data.on_error skip`, the rows that were left out.
 
     Rows are validated as the source has them, and left out before anything is cut off. Every process validates for
@@ -27,21 +31,22 @@ def load_usable_splits(
         config: The data section of a run.
         make_task: Builds the task that validates the rows.
         rows: Rows from Python in place of `config.source`; see `load_splits`.
+        pair_loss: As `train.pair_loss`, for tasks of pairs.
         folder: Run folder whose quarantine.jsonl will list the rows; None if no file will.
 
     Raises:
         ConfigError: The task cannot validate rows.
-        DataError: The data cannot be opened, or more than `config.max_skipped` of a split is invalid.
+        DataError: The data cannot be opened, or more than `config.max_skipped_fraction` of a split is invalid.
     """
     if config.on_error != "skip":
-        return load_splits(config, rows=rows), {}
-    with muted():  # logged once, on the rows that remain
-        everything = load_splits(replace(config, validation_fraction=0.0, train_per_class=None), rows=rows)
-        judge = make_task(replace(everything, lenient=True))
-    if not isinstance(judge, Judge):
-        raise ConfigError("data.on_error: this task cannot say which rows are of no use (bad_rows); say raise.")
-    bad = judge.bad_rows(everything)
+        return replace(load_splits(config, rows=rows), pair_loss=pair_loss), {}
+    with suppress_logs():  # logged once, on the rows that remain
+        everything = load_splits(replace(config, validation_fraction=0.0, max_train_samples_per_class=None), rows=rows)
+        judge = make_task(replace(everything, lenient=True, pair_loss=pair_loss))
+    if not isinstance(judge, RowValidator):
+        raise ConfigError("data.on_error: this task cannot say which rows are of no use (invalid_rows); say raise.")
+    bad = judge.invalid_rows(everything)
     sizes = {split: len(rows) for split, rows in everything.items()}
-    refuse_many(bad, sizes, config.max_skipped)
+    check_skipped_fraction(bad, sizes, config.max_skipped_fraction)
     announce(bad, sizes, folder)
-    return load_splits(config, rows=rows, leave_out=bad), bad
+    return replace(load_splits(config, rows=rows, leave_out=bad), pair_loss=pair_loss), bad

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hftl.atomic_files import write_text
 from hftl.errors import DataError, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,36 +48,36 @@ class BadRow:
         return self.reason.partition(":")[0]
 
 
-BadRows = Mapping[str, Mapping[int, BadRow]]
+InvalidRows = Mapping[str, Mapping[int, BadRow]]
 """By split and row number."""
 
 
 @runtime_checkable
-class Judge(Protocol):
+class RowValidator(Protocol):
     """Inputs, targets and tasks that can tell which rows are of no use; one that cannot does not have this method."""
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows that cannot be used; numbers count the rows of `splits`."""
         ...
 
 
-def judge_rows(splits: Splits, judges: Sequence[Any]) -> dict[str, dict[int, BadRow]]:
+def validate_rows(splits: Splits, judges: Sequence[Any]) -> dict[str, dict[int, BadRow]]:
     """Returns what the judges find; each sees only the rows that those before it let pass.
 
     So a class whose training images are all broken is one that train lacks.
 
     Args:
         splits: All rows.
-        judges: Those of them that are no `Judge` find nothing.
+        judges: Those of them that are no `RowValidator` find nothing.
     """
     import numpy as np
 
     found: dict[str, dict[int, BadRow]] = {split: {} for split in splits}
     for judge in judges:
-        if not isinstance(judge, Judge):
+        if not isinstance(judge, RowValidator):
             continue
         rest = replace(splits, sets=without(splits, found))
-        for split, bad in judge.bad_rows(rest).items():
+        for split, bad in judge.invalid_rows(rest).items():
             numbers = np.delete(np.arange(len(splits[split])), list(found[split]))
             found[split] |= {int(numbers[row]): why for row, why in bad.items()}
     return found
@@ -105,7 +105,7 @@ def without(sets: Mapping[str, Dataset], rows: Mapping[str, Mapping[int, Any]]) 
     }
 
 
-def refuse_many(bad: BadRows, sizes: Mapping[str, int], most: float) -> None:
+def check_skipped_fraction(bad: InvalidRows, sizes: Mapping[str, int], most: float) -> None:
     """Checks that few enough rows are left out.
 
     Args:
@@ -121,7 +121,7 @@ def refuse_many(bad: BadRows, sizes: Mapping[str, int], most: float) -> None:
         if not rows or len(rows) <= most * sizes[split] and len(rows) < sizes[split]:
             continue
         first = [f"row {row} ({why.path or why.column}): {why.reason}" for row, why in sorted(rows.items())[:5]]
-        more = f" Data with more than {most:g} of such rows (data.max_skipped) are refused."
+        more = f" Data with more than {most:g} of such rows (data.max_skipped_fraction) are refused."
         problems.append(
             f"data.source: {len(rows)} of {sizes[split]} rows of {split} cannot be used ({_counted(rows)}). First: "
             f"{shorten(first, 5)}.{more if len(rows) < sizes[split] else ''} Repair the data."
@@ -130,7 +130,7 @@ def refuse_many(bad: BadRows, sizes: Mapping[str, int], most: float) -> None:
         raise DataError(*problems)
 
 
-def records(bad: BadRows) -> tuple[dict[str, Any], ...]:
+def records(bad: InvalidRows) -> tuple[dict[str, Any], ...]:
     """Returns a JSON object for each row: split, row, path, column, value and reason."""
     return tuple(
         {"split": split, "row": row, **asdict(replace(why, value=why.value[:_SHOWN]))}
@@ -139,12 +139,12 @@ def records(bad: BadRows) -> tuple[dict[str, Any], ...]:
     )
 
 
-def announce(bad: BadRows, sizes: Mapping[str, int], folder: Path | None) -> None:
+def announce(bad: InvalidRows, sizes: Mapping[str, int], folder: Path | None) -> None:
     """Says how many rows of each split are left out, and why."""
     for split, rows in bad.items():
         if rows:
             listed = f", listed in {folder / FILE}" if folder else ""
-            say(f"data: {split}: {len(rows)} of {sizes[split]} rows left out ({_counted(rows)}){listed}")
+            log(f"data: {split}: {len(rows)} of {sizes[split]} rows left out ({_counted(rows)}){listed}")
 
 
 def write_quarantine(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

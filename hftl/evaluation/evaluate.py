@@ -14,13 +14,13 @@ from hftl.config.schema import RunConfig
 from hftl.data.splits import Splits
 from hftl.distributed import shared_row_error
 from hftl.errors import RESUME_ADVICE, ROW_ADVICE, RowError, row_advice
-from hftl.loading.loader import Key, Rows, Share, default_workers, eval_batches, make_loader
+from hftl.loading.loader import Examples, Key, Share, default_workers, eval_batches, make_loader
 from hftl.loading.workers import Batches
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.oom_retry import joined, rows_of
 from hftl.models.task_model import TaskModel
 from hftl.tasks.metrics import MeanLoss, all_metrics
-from hftl.tasks.task import Batch, Outputs, Task, Tunable, worth_a_line
+from hftl.tasks.task import Batch, Outputs, Task, ThresholdTuning, is_logged
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,11 +62,13 @@ def evaluate(
                 continue
             rows = task.encode(splits[split], model.processor, None, run.data.max_length)
             labelled = _Labelled(writer, split) if writer else None
-            tune = split == "validation" and isinstance(task, Tunable)
-            found = evaluate_rows(accelerator, model, task, rows, run, labelled, bool(predictions), tune=tune)
+            tune_thresholds = split == "validation" and isinstance(task, ThresholdTuning)
+            found = evaluate_rows(
+                accelerator, model, task, rows, run, labelled, bool(predictions), tune_thresholds=tune_thresholds
+            )
             metrics |= {f"{split}/{name}": value for name, value in found.items()}
-            shown = " ".join(f"{name} {value:.4f}" for name, value in found.items() if worth_a_line(name, task))
-            say(f"{split}: {shown or 'no labels, so predictions only'}")
+            shown = " ".join(f"{name} {value:.4f}" for name, value in found.items() if is_logged(name, task))
+            log(f"{split}: {shown or 'no labels, so predictions only'}")
     accelerator.wait_for_everyone()
     return metrics
 
@@ -75,12 +77,12 @@ def evaluate_rows(
     accelerator: Accelerator,
     model: TaskModel,
     task: Task,
-    rows: Rows,
+    rows: Examples,
     run: RunConfig,
     writer: Any = None,
     collect: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
-    tune: bool = False,
+    tune_thresholds: bool = False,
 ) -> dict[str, float]:
     """Returns the metrics of one encoded split, the same on all processes; none where no row has labels.
 
@@ -93,7 +95,8 @@ def evaluate_rows(
         writer: Takes predictions on the main process: `write(list of rows)`.
         collect: Whether predictions are gathered at all (the same on all processes).
         interrupted: Asked after every few batches, by all processes together: whether to break off.
-        tune: Whether these rows choose what the task leaves open (`Tunable`), before its metrics are computed.
+        tune_thresholds: Whether these rows select the task's thresholds (`ThresholdTuning`) before its metrics are
+            computed.
 
     Raises:
         Interrupted: `interrupted` said so.
@@ -128,8 +131,8 @@ def evaluate_rows(
     wholes = [_merged(_gather(accelerator, [mine])) for mine in [loss, *metrics]]
     if not wholes[0].count:
         return {}
-    if tune:
-        cast(Tunable, task).tune(wholes[1:])
+    if tune_thresholds:
+        cast(ThresholdTuning, task).tune_thresholds(wholes[1:])
     return {name: value for whole in wholes for name, value in whole.compute().items()}
 
 
@@ -158,7 +161,7 @@ def _merged(parts: list[Any]) -> Any:
     return whole
 
 
-def evaluation_batches(accelerator: Accelerator, task: Task, rows: Rows, run: RunConfig) -> Batches:
+def evaluation_batches(accelerator: Accelerator, task: Task, rows: Examples, run: RunConfig) -> Batches:
     """Returns this process's share of one pass over `rows`; every process has as many batches."""
     share = Share(accelerator.process_index, accelerator.num_processes, run.train.batch_size_per_device)
     device, workers = accelerator.device.type, run.data.num_workers

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from hftl.config.schema import RunConfig
-from hftl.distributed import shared_row_error, together
+from hftl.distributed import heartbeat_barrier, shared_row_error
 from hftl.errors import ROW_ADVICE, FeatureError, RowError, disk_error, row_advice, shorten
 from hftl.evaluation.evaluate import predict
 from hftl.features.cache_key import backbone_identity, code_identity, hashed
-from hftl.features.extractor import FeatureReader, Layers
-from hftl.features.store import Growing, cache_folder, read_whole
-from hftl.loading.loader import Key, Rows, default_workers, make_loader
-from hftl.logging import say
+from hftl.features.extractor import FeatureExtractor, Layers
+from hftl.features.store import PartialFeatures, cache_folder, read_whole
+from hftl.loading.loader import Examples, Key, default_workers, make_loader
+from hftl.logging import log
 from hftl.models.task_model import TaskModel
 from hftl.tasks.task import Batch, Outputs, Task
 
@@ -84,21 +84,21 @@ def compute_features(
         FeatureError: A feature is NaN or infinite; the head takes no vector; the cache cannot be written.
         RowError: A row cannot be read; the same error on all processes.
     """
-    reader = FeatureReader(model, layers)
+    reader = FeatureExtractor(model, layers)
     seed = None if view is None else run.train.seed
     rows = task.encode(dataset, model.processor, seed, run.data.max_length)
     # as hftl.distributed counts: Accelerate numbers processes of a machine only where it was told to use them
     keeps = accelerator.num_processes == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     with ExitStack() as stack:
-        with together("find features"):
+        with heartbeat_barrier("find features"):
             described, place = _place(accelerator, model, task, rows, layers, view)
             if keeps:
                 stack.enter_context(_alone(place, split))
         found = read_whole(place)
         if not _all(accelerator, found is not None):
-            growing = Growing(place, len(rows)) if keeps else None
+            growing = PartialFeatures(place, len(rows)) if keeps else None
             _fill(accelerator, reader, task, rows, run, split, view or 0, growing)
-            with together("keep features"):
+            with heartbeat_barrier("keep features"):
                 if growing is not None:
                     growing.finish({"key": described, "rows": len(rows)}, reader.linear)
             found, from_cache = read_whole(place), False
@@ -108,24 +108,24 @@ def compute_features(
         raise FeatureError(f"features: '{place}' cannot be read back; give another folder by HFTL_CACHE.")
     values, labels, meta = found
     if from_cache:
-        say(f"features: {split}: {len(values):,} rows x {values.shape[-1]} from the cache")
+        log(f"features: {split}: {len(values):,} rows x {values.shape[-1]} from the cache")
     return Features(values, labels, meta["seconds"], from_cache, meta["linear"])
 
 
 def _fill(
     accelerator: Accelerator,
-    reader: FeatureReader,
+    reader: FeatureExtractor,
     task: Task,
-    rows: Rows,
+    rows: Examples,
     run: RunConfig,
     split: str,
     epoch: int,
-    growing: Growing | None,
+    growing: PartialFeatures | None,
 ) -> None:
     """Computes the rows that are missing, on all processes; those with `growing` keep them."""
     left = _missing(accelerator, growing, len(rows))
     if len(left) < len(rows):
-        say(f"features: {split}: {len(rows) - len(left):,} of {len(rows):,} rows are there; going on")
+        log(f"features: {split}: {len(rows) - len(left):,} of {len(rows):,} rows are there; going on")
     began = kept = time.perf_counter()
     try:
         for index, values, labels in _passes(accelerator, reader, task, rows, run, left, epoch):
@@ -143,14 +143,14 @@ def _fill(
         said = disk_error(error, cache_folder())
         raise FeatureError(f"features: {said or error} (HFTL_CACHE names another folder.)") from error
     seconds = time.perf_counter() - began
-    say(f"features: {split}: {len(left):,} rows in {seconds:.1f} s, kept in {cache_folder()}")
+    log(f"features: {split}: {len(left):,} rows in {seconds:.1f} s, kept in {cache_folder()}")
 
 
 def _passes(
     accelerator: Accelerator,
-    reader: FeatureReader,
+    reader: FeatureExtractor,
     task: Task,
-    rows: Rows,
+    rows: Examples,
     run: RunConfig,
     left: np.ndarray,
     epoch: int,
@@ -229,7 +229,7 @@ def _refuse_nonfinite(index: np.ndarray, values: np.ndarray, split: str) -> None
         raise error
 
 
-def _missing(accelerator: Accelerator, growing: Growing | None, rows: int) -> np.ndarray:
+def _missing(accelerator: Accelerator, growing: PartialFeatures | None, rows: int) -> np.ndarray:
     """Returns the rows that at least one machine lacks, [M]."""
     done = torch.ones(rows, dtype=torch.uint8) if growing is None else torch.from_numpy(growing.done.astype(np.uint8))
     if accelerator.num_processes > 1:
@@ -255,7 +255,7 @@ def _alone(place: Path, split: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say(f"features: {split}: another process computes them; waiting")
+            log(f"features: {split}: another process computes them; waiting")
             lock.acquire()
     except OSError as error:
         raise FeatureError(
@@ -269,7 +269,7 @@ def _alone(place: Path, split: str) -> Iterator[None]:
 
 
 def _place(
-    accelerator: Accelerator, model: TaskModel, task: Task, rows: Rows, layers: Layers, view: int | None
+    accelerator: Accelerator, model: TaskModel, task: Task, rows: Examples, layers: Layers, view: int | None
 ) -> tuple[dict[str, Any], Path]:
     """Returns what determines the features, and their folder.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hftl.errors import FeatureError
-from hftl.models.oom_retry import RowLimit
+from hftl.models.oom_retry import MicroBatchLimit
 from hftl.models.task_model import TaskModel
 
 Layers = Literal["head", "mean", "all"]
@@ -29,7 +29,7 @@ def head_layers(model: TaskModel) -> list[tuple[str, nn.Module]]:
 def linear_head(model: TaskModel) -> nn.Linear | None:
     """Returns the head where it is one linear layer, else None.
 
-    That its output is what the model calls logits, `FeatureReader` sees for itself.
+    That its output is what the model calls logits, `FeatureExtractor` sees for itself.
     """
     layers = [module for _, module in head_layers(model)]
     return layers[0] if len(layers) == 1 and isinstance(layers[0], nn.Linear) else None
@@ -46,7 +46,7 @@ def random_before_head(model: TaskModel) -> list[str]:
     return [*found, f"drop_rate ({rate:g})"] if rate else found
 
 
-class FeatureReader(nn.Module):
+class FeatureExtractor(nn.Module):
     """A model seen up to its head: inputs -> `features` [B, D] ([B, L, D] for all layers).
 
     It takes the place of a model in `hftl.evaluation.evaluate.predict`.
@@ -62,14 +62,14 @@ class FeatureReader(nn.Module):
     def __init__(self, model: TaskModel, layers: Layers = "head") -> None:
         super().__init__()
         self.model = model
-        self.evaluation_limit: RowLimit = model.evaluation_limit
+        self.evaluation_limit: MicroBatchLimit = model.evaluation_limit
         self.layers = layers
         self.linear = True
         """Whether every batch so far had logits that are the output of the one linear layer of the head."""
         if layers != "head" and (model.modality != "text" or not model.backbone_root):
             raise FeatureError(f"features: layers '{layers}' are for text models; say head.")
 
-    def train(self, mode: bool = True) -> FeatureReader:
+    def train(self, mode: bool = True) -> FeatureExtractor:
         """Passes on to the model."""
         self.training = mode
         self.model.train(mode)

@@ -10,7 +10,7 @@ import numpy as np
 
 from hftl.errors import DataError, FeatureError, shorten
 
-Kind = Literal["classes", "labels", "values"]
+LabelKind = Literal["classes", "labels", "values"]
 """What is learnt: one class a row, several yes/no labels a row, or numbers."""
 
 
@@ -29,7 +29,7 @@ class Spectrum:
     size: int
 
 
-class Sample:
+class LabeledFeatures:
     """Rows to estimate from.
 
     Args:
@@ -44,10 +44,12 @@ class Sample:
         DataError: Labels do not fit the rows, are not finite, or say the same of every row.
     """
 
-    def __init__(self, features: Any, labels: Any, kind: Kind | None = None, source: Any = None, k: int = 5) -> None:
+    def __init__(
+        self, features: Any, labels: Any, kind: LabelKind | None = None, source: Any = None, k: int = 5
+    ) -> None:
         self.features = _checked_features(features)
         labels = np.asarray(labels)
-        self.kind: Kind = kind or kind_of(labels)
+        self.kind: LabelKind = kind or kind_of(labels)
         self.targets, self.classes = _checked_labels(labels, self.kind, len(self.features))
         self.source = None if source is None else _checked_source(source, len(self.features))
         self.k = min(k, len(self.features) - 1)
@@ -96,7 +98,7 @@ class Sample:
         return found, cosines
 
 
-def kind_of(labels: np.ndarray) -> Kind:
+def kind_of(labels: np.ndarray) -> LabelKind:
     """Returns what labels are by their type and shape: integers [N], zeros and ones [N, K], other numbers."""
     if labels.ndim == 1 and labels.dtype.kind in "iub":
         return "classes"
@@ -117,7 +119,7 @@ def _checked_features(features: Any) -> np.ndarray:
     return found
 
 
-def _checked_labels(labels: np.ndarray, kind: Kind, rows: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _checked_labels(labels: np.ndarray, kind: LabelKind, rows: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns targets [N, K] float64 (one-hot for classes) and classes [N] as 0..K-1."""
     if labels.ndim not in (1, 2) or len(labels) != rows:
         raise DataError(f"labels are of shape {list(labels.shape)} for {rows} rows of features.")

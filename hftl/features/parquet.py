@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hftl.atomic_files import output_folder, whole_file
+from hftl.atomic_files import atomic_write, output_folder
 from hftl.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.data.splits import Splits
 from hftl.data.usable_rows import load_usable_splits
-from hftl.distributed import together
+from hftl.distributed import heartbeat_barrier
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import Layers
 from hftl.launcher import build_accelerator
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.build import build_model
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.task import Task
@@ -72,17 +72,17 @@ def write_features(
     for split, rows in splits.items():
         found = compute_features(accelerator, net, made, rows, run, split=split, layers=layers)
         files[split] = folder / f"{split}.parquet"
-        with together("write features"):
+        with heartbeat_barrier("write features"):
             if accelerator.is_main_process:
                 _write(found, made, files[split])
-        say(f"features: {files[split]}")
+        log(f"features: {files[split]}")
     return files
 
 
 def _write(found: Features, task: Task, file: Path) -> None:
     from pyarrow.parquet import ParquetWriter
 
-    with whole_file(file) as aside:
+    with atomic_write(file) as aside:
         first = _table(found, task, 0)
         with ParquetWriter(aside, first.schema) as writer:
             writer.write_table(first)

@@ -40,7 +40,7 @@ def read_whole(folder: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, A
     return None
 
 
-class Growing:
+class PartialFeatures:
     """The arrays of one folder while rows are added, in any order.
 
     What is there is found again after a stop at any moment: a row is marked as done after it was written. Only one
@@ -57,7 +57,7 @@ class Growing:
         self.rows = rows
         self.seconds = 0.0
         self.linear = True
-        """Whether all batches so far were linear in the head; see `FeatureReader.linear`."""
+        """Whether all batches so far were linear in the head; see `FeatureExtractor.linear`."""
         self._arrays: dict[str, np.memmap] = {}
         self._new: list[np.ndarray] = []
         if not self._reopen():

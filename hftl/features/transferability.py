@@ -1,7 +1,8 @@
 """How well a backbone would do on a task, from the features of frozen weights alone: scores without any training.
 
-Each function takes a `Sample` and returns an `Estimate`: the score (larger is better), and how much each row moved it.
-`ESTIMATORS` lists them, with what each assumes and where it comes from.
+Each function takes a `LabeledFeatures` and returns an `Estimate`: the score (larger is better) and the influence of
+each row on it.
+`TRANSFERABILITY_SCORES` lists them, with what each assumes and where it comes from.
 
 Shapes: N rows, D feature size, R rank of the features, K targets (classes, labels or numbers), Z source classes.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hftl.errors import FeatureError
-from hftl.features.labeled_features import Kind, Sample
+from hftl.features.labeled_features import LabeledFeatures, LabelKind
 
 _STRENGTHS = tuple(10.0**power for power in range(-4, 3))
 """Penalties of the linear probe, in units of the mean variance along an axis of the features."""
@@ -49,7 +50,7 @@ class Estimate:
         return self.value - z * self.standard_error, self.value + z * self.standard_error
 
 
-def logme(sample: Sample) -> Estimate:
+def logme(sample: LabeledFeatures) -> Estimate:
     """Returns the log evidence per row of a Bayesian linear model, at its best prior, averaged over targets.
 
     You et al. 2021 (https://arxiv.org/abs/2102.11005, equation 2). Targets are one-hot columns, labels, or numbers as
@@ -94,7 +95,7 @@ def _fit(sigma: np.ndarray, along: np.ndarray, outside: np.ndarray, ratio: np.nd
     return residual, norm, sigma @ weights
 
 
-def h_score(sample: Sample) -> Estimate:
+def h_score(sample: LabeledFeatures) -> Estimate:
     """Returns (1 - a) tr(S^-1 B): spread of the class means B against the shrunk covariance S of all features.
 
     Ibrahim et al. 2021 (https://arxiv.org/abs/2110.06893), after Bao et al. 2019; shrinkage a by Ledoit & Wolf 2004.
@@ -143,7 +144,7 @@ def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
         return pinvh(matrix) @ right
 
 
-def linear_probe(sample: Sample) -> Estimate:
+def linear_probe(sample: LabeledFeatures) -> Estimate:
     """Returns the leave-one-out score of ridge regression on the features: accuracy, mean AUC, or R^2.
 
     One-hot classes (the largest output wins), labels or numbers, with an intercept that is not penalised. Leaving a row
@@ -170,7 +171,7 @@ def linear_probe(sample: Sample) -> Estimate:
     return best
 
 
-def knn(sample: Sample) -> Estimate:
+def knn(sample: LabeledFeatures) -> Estimate:
     """Returns the leave-one-out score of the k nearest rows by cosine: accuracy, mean AUC, or R^2.
 
     Classes by majority, ties by summed cosine; labels and numbers by the neighbours' mean (Cover & Hart 1967,
@@ -197,7 +198,7 @@ def knn(sample: Sample) -> Estimate:
     return Estimate(found.value, found.influence + pulled - pulled.mean())
 
 
-def nce(sample: Sample) -> Estimate:
+def nce(sample: LabeledFeatures) -> Estimate:
     """Returns the mean log p(class | source class), from how often each pair occurs: minus a conditional entropy.
 
     Tran et al. 2019 (https://arxiv.org/abs/1908.08142, equation 3). A row's source class is its most probable one.
@@ -210,7 +211,7 @@ def nce(sample: Sample) -> Estimate:
     return Estimate(float(terms.mean()), terms - terms.mean())
 
 
-def leep(sample: Sample) -> Estimate:
+def leep(sample: LabeledFeatures) -> Estimate:
     """Returns the mean log likelihood of the classes when source probabilities are turned into target ones.
 
     Nguyen et al. 2020 (https://arxiv.org/abs/2002.12462, equations 1 and 2): p(y | x) = sum_z p(y | z) p(z | x), with
@@ -228,13 +229,13 @@ def leep(sample: Sample) -> Estimate:
     return Estimate(float(terms.mean()), influence - influence.mean())
 
 
-def _classes_and_source(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+def _classes_and_source(sample: LabeledFeatures) -> tuple[np.ndarray, np.ndarray]:
     if sample.classes is None or sample.source is None:
         raise FeatureError("NCE and LEEP need classes, and probabilities of the checkpoint's own classes.")
     return sample.classes, sample.source
 
 
-def score_predictions(sample: Sample, predicted: np.ndarray, setting: str = "") -> Estimate:
+def score_predictions(sample: LabeledFeatures, predicted: np.ndarray, setting: str = "") -> Estimate:
     """Returns what predictions [N, K] for rows that were left out are worth.
 
     Classes: accuracy. Labels: mean area under the ROC curve (influence: DeLong et al. 1988). Numbers: mean R^2.
@@ -266,35 +267,35 @@ def _auc(truth: np.ndarray, guess: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Estimator:
-    """An entry of `ESTIMATORS`."""
+class TransferabilityScore:
+    """An entry of `TRANSFERABILITY_SCORES`."""
 
-    compute: Callable[[Sample], Estimate]
+    compute: Callable[[LabeledFeatures], Estimate]
     assumes: str
     """What must hold for its order to be right, in a line."""
     citation: str
-    kinds: tuple[Kind, ...] = ("classes", "labels", "values")
+    kinds: tuple[LabelKind, ...] = ("classes", "labels", "values")
     needs_source: bool = False
 
-    def fits(self, sample: Sample) -> bool:
+    def fits(self, sample: LabeledFeatures) -> bool:
         """Whether the score is defined for this sample."""
         return sample.kind in self.kinds and (sample.source is not None or not self.needs_source)
 
 
-ESTIMATORS: dict[str, Estimator] = {
-    "linear probe": Estimator(
+TRANSFERABILITY_SCORES: dict[str, TransferabilityScore] = {
+    "linear probe": TransferabilityScore(
         linear_probe,
         "What a linear head reaches on unseen rows is what fine-tuning will order by; blind to what changes when the "
         "backbone itself learns. Duplicates in the data flatter it.",
         "leave-one-out ridge regression: Allen 1974, https://doi.org/10.2307/1267500",
     ),
-    "LogME": Estimator(
+    "LogME": TransferabilityScore(
         logme,
         "Labels are linear in the features with Gaussian noise and a Gaussian prior on the weights, one of each for "
         "every class; classes are treated as numbers 0 and 1.",
         "You et al. 2021, https://arxiv.org/abs/2102.11005; 2022, https://arxiv.org/abs/2110.10545",
     ),
-    "H-score": Estimator(
+    "H-score": TransferabilityScore(
         h_score,
         "Classes lie apart by their means under one covariance, which is shrunk to stay invertible with few rows. "
         "Grows with the feature size.",
@@ -302,20 +303,20 @@ ESTIMATORS: dict[str, Estimator] = {
         "https://doi.org/10.1109/ICIP.2019.8803726",
         ("classes", "labels"),
     ),
-    "k-NN": Estimator(
+    "k-NN": TransferabilityScore(
         knn,
         "Rows that the backbone puts side by side have the same label, whatever the scale of its features. Duplicates "
         "in the data flatter it.",
         "Cover & Hart 1967, https://doi.org/10.1109/TIT.1967.1053964",
     ),
-    "NCE": Estimator(
+    "NCE": TransferabilityScore(
         nce,
         "The checkpoint's own best guess for a row says what the row is; the rest of the features does not count.",
         "Tran et al. 2019, https://arxiv.org/abs/1908.08142",
         ("classes",),
         True,
     ),
-    "LEEP": Estimator(
+    "LEEP": TransferabilityScore(
         leep,
         "The checkpoint's own classes, softly guessed, say what the row is; more source classes fit the same rows more "
         "closely.",

@@ -22,7 +22,7 @@ class HeadSetting:
     """Of its initialisation and of the order of its rows."""
 
 
-class HeadBank:
+class BatchedHeads:
     """H linear heads [D -> K] that learn from rows of their own seed's order.
 
     A step is AdamW (Loshchilov and Hutter 2019) on the mean loss of each head, its gradient cut to a norm of its own:

@@ -10,7 +10,7 @@ _TREES = 200
 
 
 @dataclass(frozen=True)
-class Kind:
+class ClassifierSpec:
     """One way of fitting a head.
 
     Attributes:
@@ -82,27 +82,29 @@ def _each(name: str, *values: Any, **fixed: Any) -> list[dict[str, Any]]:
 
 
 # Grids are for standardised features. The numbers of rows keep a cross-validation of 1,280 features within minutes.
-KINDS: dict[str, Kind] = {
-    "logistic": Kind(
+KINDS: dict[str, ClassifierSpec] = {
+    "logistic": ClassifierSpec(
         _logistic,
         _each("C", 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0),
         10_000,
         calibrated=False,
         meanwhile={"tol": 1e-4},
     ),
-    "linear_svm": Kind(_linear_svm, _each("C", 1e-5, 1e-4, 1e-3, 1e-2), 3_000),
-    "ridge": Kind(_ridge, _each("alpha", 1.0, 10.0, 1e2, 1e3, 1e4), 10_000),
-    "lda": Kind(_lda, _each("shrinkage", 0.01, 0.1, 0.3, 0.7), 5_000, components=512),
-    "svm": Kind(_svm, [*_each("C", 1.0, 10.0, gamma=1.0), *_each("C", 1.0, 10.0, gamma=0.3)], 4_000, linear=False),
-    "random_forest": Kind(
+    "linear_svm": ClassifierSpec(_linear_svm, _each("C", 1e-5, 1e-4, 1e-3, 1e-2), 3_000),
+    "ridge": ClassifierSpec(_ridge, _each("alpha", 1.0, 10.0, 1e2, 1e3, 1e4), 10_000),
+    "lda": ClassifierSpec(_lda, _each("shrinkage", 0.01, 0.1, 0.3, 0.7), 5_000, components=512),
+    "svm": ClassifierSpec(
+        _svm, [*_each("C", 1.0, 10.0, gamma=1.0), *_each("C", 1.0, 10.0, gamma=0.3)], 4_000, linear=False
+    ),
+    "random_forest": ClassifierSpec(
         _random_forest, _each("min_samples_leaf", 1, 4), 2_000, linear=False, meanwhile={"n_estimators": _TREES // 4}
     ),
-    "knn": Kind(_knn, _each("n_neighbors", 1, 5, 10, 20, 40), 5_000, linear=False, unit_length=True),
+    "knn": ClassifierSpec(_knn, _each("n_neighbors", 1, 5, 10, 20, 40), 5_000, linear=False, unit_length=True),
 }
-"""By the names of `adapt.probe.head`. An SVM's gamma is in units of 1 / D."""
+"""By the names of `adapt.probe.classifier`. An SVM's gamma is in units of 1 / D."""
 
 
-def pipeline(kind: Kind, rows: int, features: int, *last: Any) -> Any:
+def pipeline(kind: ClassifierSpec, rows: int, features: int, *last: Any) -> Any:
     """Returns scikit-learn's pipeline of what happens to features before a head, and `last`."""
     from sklearn.decomposition import PCA
     from sklearn.pipeline import make_pipeline

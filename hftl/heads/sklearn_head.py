@@ -39,7 +39,7 @@ _LOADERS = frozenset({
 })  # fmt: skip
 
 
-class ClassicHead(nn.Module):
+class SklearnHead(nn.Module):
     """Features [B, D] -> logits [B, K], by scikit-learn on the CPU. It has no parameters and passes no gradient.
 
     Args:
@@ -83,13 +83,13 @@ class ClassicHead(nn.Module):
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> ClassicHead:
+    def from_bytes(cls, content: bytes) -> SklearnHead:
         """Returns the head in the content of a file.
 
         Raises:
             ArtifactError: skops is missing, or the content is damaged or holds types that no head of ours consists of.
         """
-        problem = missing_problem()
+        problem = skops_problem()
         if problem:
             raise ArtifactError(problem)
         import skops.io
@@ -106,7 +106,7 @@ class ClassicHead(nn.Module):
         )
 
 
-def missing_problem() -> str | None:
+def skops_problem() -> str | None:
     """Returns a sentence where skops, which reads and writes these heads, is not installed."""
     from importlib.util import find_spec
 
@@ -165,27 +165,27 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
             pending += node.values() if isinstance(node, dict) else node
 
 
-def save_head(head: ClassicHead, folder: Path) -> None:
+def save_head(head: SklearnHead, folder: Path) -> None:
     """Writes `folder/head.skops`."""
     (folder / FILE).write_bytes(head.to_bytes())
 
 
-def open_head(folder: Path) -> ClassicHead:
+def open_head(folder: Path) -> SklearnHead:
     """Returns the head in a folder that `save_head` wrote to.
 
     Raises:
-        ArtifactError: It is not there, or does not open: see `ClassicHead.from_bytes`.
+        ArtifactError: It is not there, or does not open: see `SklearnHead.from_bytes`.
     """
     path = folder / FILE
     if not path.is_file():
         raise ArtifactError(f"{folder} has no {FILE}, which holds the head of this model.")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        head = ClassicHead.from_bytes(path.read_bytes())
+        head = SklearnHead.from_bytes(path.read_bytes())
     for warning in said:
         if "version" in str(warning.message):  # scikit-learn promises nothing between its versions
-            from hftl.logging import say
+            from hftl.logging import log
 
-            say(f"model: {path}: {first_line(Exception(str(warning.message)))}")
+            log(f"model: {path}: {first_line(Exception(str(warning.message)))}")
             break
     return head

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from hftl.errors import FeatureError, shorten
-from hftl.heads.classifiers import KINDS, Kind, pipeline
+from hftl.heads.classifiers import KINDS, ClassifierSpec, pipeline
 from hftl.heads.sklearn_head import decides, logits, raw_outputs
-from hftl.logging import say
+from hftl.logging import log
 
 _ABSENT = -50.0
 """Logit of a class without training rows, beside others that average 0: its probability is 0 in float32."""
@@ -75,7 +75,7 @@ class Probe:
         return {name: getattr(self, name) for name in names}
 
 
-def fit_probe(
+def fit_classifier(
     values: np.ndarray,
     labels: np.ndarray,
     num_classes: int,
@@ -136,7 +136,7 @@ def usable_folds(values: np.ndarray, labels: np.ndarray, folds: int) -> int:
     """Returns the number of folds that every class has a row for, at most `folds`; says so where it is lower.
 
     Raises:
-        FeatureError: No cross-validation is possible; see `fit_probe`.
+        FeatureError: No cross-validation is possible; see `fit_classifier`.
     """
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
@@ -154,7 +154,7 @@ def usable_folds(values: np.ndarray, labels: np.ndarray, folds: int) -> int:
     if not np.ptp(values, axis=0).any():
         raise FeatureError("probe: the features of all training rows are the same: this backbone tells none apart.")
     if counts.min() < folds:
-        say(f"probe: {counts.min()} folds instead of {folds}: the smallest class has no more training rows")
+        log(f"probe: {counts.min()} folds instead of {folds}: the smallest class has no more training rows")
     return int(min(folds, counts.min()))
 
 
@@ -188,7 +188,7 @@ def calibrate(outputs: np.ndarray, codes: np.ndarray, decision: bool) -> float:
 
 
 def _cross_validate(
-    kind: Kind,
+    kind: ClassifierSpec,
     head: str,
     grid: Sequence[dict[str, Any]],
     values: np.ndarray,
@@ -220,7 +220,7 @@ def _cross_validate(
     return out
 
 
-def _grid(kind: Kind, rows: int, features: int) -> list[dict[str, Any]]:
+def _grid(kind: ClassifierSpec, rows: int, features: int) -> list[dict[str, Any]]:
     """Returns the settings that make sense for so many rows to fit to and so many features."""
     grid = [dict(setting) for setting in kind.grid if setting.get("n_neighbors", 1) <= rows]
     for setting in grid:
@@ -239,7 +239,7 @@ def _stratified(labels: np.ndarray, most: int, folds: int, seed: int) -> np.ndar
     within = np.arange(len(labels)) - np.repeat(starts, np.diff([*starts, len(labels)]))
     first = by_class[within < folds]
     rest = order[~np.isin(order, first)]
-    say(f"probe: settings are chosen on {most:,} of the {len(labels):,} training rows; the head is fitted to all")
+    log(f"probe: settings are chosen on {most:,} of the {len(labels):,} training rows; the head is fitted to all")
     return np.sort(np.concatenate([first, rest])[: max(most, len(first))])
 
 

@@ -114,7 +114,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ExampleGroup:
     """A few rows beside each other, and what is said about them."""
 
     cards: Sequence[Card]
@@ -122,11 +122,11 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Comparisons:
+class ExampleGroups:
     """Rows that belong together, shown together."""
 
     kind: ClassVar[str] = "comparisons"
-    comparisons: Sequence[Comparison]
+    comparisons: Sequence[ExampleGroup]
 
 
 @dataclass(frozen=True)

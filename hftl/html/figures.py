@@ -59,7 +59,7 @@ def lines(curves: Curves, alt: str, *, x: str, y: str, mark: float | None = None
     return _svg(draw, alt, height=3.5 + 0.2 * (len(curves) if len(curves) > 4 else 0))
 
 
-def confusion(counts: Any, names: Sequence[str], alt: str) -> str:
+def confusion_heatmap(counts: Any, names: Sequence[str], alt: str) -> str:
     """Returns a confusion matrix [K, K] coloured by share of the true class; with few classes the counts are in it."""
     size = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -176,7 +176,7 @@ def shares(counts: Mapping[str, Any], names: Sequence[str], alt: str) -> str:
     return _svg(draw, alt, height=3.5 if size > 24 else 1.7 + 0.34 * size)
 
 
-def differences(found: Mapping[str, tuple[float, float, float]], alt: str, *, x: str) -> str:
+def difference_plot(found: Mapping[str, tuple[float, float, float]], alt: str, *, x: str) -> str:
     """Returns one line for each name: a value with the interval around it (value, low, high), and where zero is."""
     names = list(found)
 

@@ -9,7 +9,7 @@ from typing import Any
 from hftl.atomic_files import write_text
 from hftl.errors import ConfigError
 from hftl.html.blocks import Measured, Quantity, Section
-from hftl.redaction import shown
+from hftl.redaction import sanitize
 from hftl.version import __version__
 
 
@@ -44,7 +44,7 @@ def write_page(output: str | Path, title: str, about: Sequence[str], sections: S
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number
+    environment.filters["number"] = format_number
     environment.tests["measured"] = lambda value: isinstance(value, Measured)
     environment.tests["quantity"] = lambda value: isinstance(value, Quantity)
     page = environment.get_template("page.html.jinja").render(
@@ -55,13 +55,13 @@ def write_page(output: str | Path, title: str, about: Sequence[str], sections: S
         version=__version__,
     )
     try:
-        write_text(target, shown(page))
+        write_text(target, sanitize(page))
     except OSError as error:
         raise ConfigError(f"--output: '{target}' cannot be written: {error.strerror}.") from error
     return target
 
 
-def number(value: Any) -> str:
+def format_number(value: Any) -> str:
     """Returns a number as tables show it: integers with separators, others with four digits, a dash for none."""
     if value is None or value != value:
         return "–"

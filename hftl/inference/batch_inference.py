@@ -15,15 +15,15 @@ from hftl.evaluation.evaluate import TableWriter
 from hftl.inference.predictor import load
 from hftl.inference.zero_shot import Labelled, Ranked, images_alone, prompts
 from hftl.launcher import require_group
-from hftl.logging import muted, say
-from hftl.redaction import shown
-from hftl.tasks.task import Task, input_kinds, optional_columns
+from hftl.logging import log, suppress_logs
+from hftl.redaction import sanitize
+from hftl.tasks.task import Task, input_column_types, optional_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def evaluate_place(
+def evaluate_saved(
     place: str,
     source: str | None = None,
     split: str = "test",
@@ -54,7 +54,7 @@ def evaluate_place(
     return {f"{split}/{name}": value for name, value in metrics.items()}
 
 
-def predict_to_table(
+def predict_to_file(
     place: str,
     given: str,
     pair: str | None = None,
@@ -96,7 +96,7 @@ def predict_to_table(
         texts = predictor.texts(prompts(labels, template), labels)
     elif query is not None:
         texts = predictor.texts([query], [query])
-    with muted():  # what is printed is the table
+    with suppress_logs():  # what is printed is the table
         rows, names = _rows_to_predict(predictor.task, given, pair)
         encoded = predictor.encode(rows if texts is None else images_alone(predictor.task, rows))
     file = Path(output, "predictions.jsonl") if output and in_folder else output and Path(output)
@@ -108,7 +108,7 @@ def predict_to_table(
             writer = Labelled(writer, texts) if query is None else Ranked(writer, texts)
         predictor.run(encoded, batch_size, writer)
     if output:
-        say(f"{len(rows)} predictions in {output}")
+        log(f"{len(rows)} predictions in {output}")
 
 
 def _check_output(output: str | None) -> None:
@@ -125,7 +125,7 @@ def _rows_to_predict(task: Task, given: str, pair: str | None) -> tuple[Dataset,
     """Returns the rows, and a name for each where they have one (file names)."""
     from datasets import Dataset, Image
 
-    kinds, optional = input_kinds(task), optional_columns(task)
+    kinds, optional = input_column_types(task), optional_columns(task)
     needed, required = list(kinds), {name for name in kinds if name not in optional}
     columns = [name for name, kind in kinds.items() if kind in ("text", "words")]
     image = next((name for name, kind in kinds.items() if kind == "image"), None)
@@ -216,7 +216,7 @@ class _Pictures:
 
 def _cell(value: Any) -> str:
     """Returns a value as one cell of a line, whatever its text would tell the terminal."""
-    return shown(str(value)).replace("\t", " ").replace("\n", " ")
+    return sanitize(str(value)).replace("\t", " ").replace("\n", " ")
 
 
 def _joined(value: Any) -> Any:

@@ -20,11 +20,11 @@ from hftl.data.image_decoding import decode_image
 from hftl.data.source import load_splits
 from hftl.errors import ArtifactError, ConfigError, DataError, HftlError, first_line, shorten
 from hftl.inference.predictor import Predictor, load
-from hftl.logging import muted, say
+from hftl.logging import log, suppress_logs
 from hftl.reporting.run_record import RunRecord
 from hftl.tasks.capabilities import Capability
 from hftl.tasks.registry import unsupported
-from hftl.tasks.task import input_kinds
+from hftl.tasks.task import input_column_types
 
 if TYPE_CHECKING:
     import gradio
@@ -68,7 +68,7 @@ def serve(
     predictor = load(folder)
     rows, origin = example_rows(predictor, source)
     demo = build_demo(predictor, rows, origin, title=Path(place).resolve().name, about=describe(place, predictor))
-    say(f"demo: {start(demo, host, port)}  (Ctrl-C ends it)")
+    log(f"demo: {launch(demo, host, port)}  (Ctrl-C ends it)")
     demo.block_thread()
 
 
@@ -119,7 +119,7 @@ def build_demo(
     return demo
 
 
-def start(demo: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
+def launch(demo: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
     """Serves a page from a thread of its own and returns the address; `demo.close()` ends it.
 
     Nothing is asked of other machines, neither by the server nor by the page: no telemetry, no tunnel, no web fonts.
@@ -131,7 +131,7 @@ def start(demo: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None)
 
     port = free_port(host, port)
     if not _is_loopback(host):
-        say(f"demo: warning: on {host}, anyone who reaches port {port} can use this model; there is no password.")
+        log(f"demo: warning: on {host}, anyone who reaches port {port} can use this model; there is no password.")
     try:
         _, url, _ = demo.launch(
             server_name=f"[{host}]" if ":" in host else host,
@@ -189,18 +189,18 @@ def example_rows(predictor: Predictor, source: str | None = None) -> tuple[list[
     """
     config = predictor.data
     if source is not None:
-        config = replace(config, source=source, train_per_class=None, validation_fraction=0.0)
+        config = replace(config, source=source, max_train_samples_per_class=None, validation_fraction=0.0)
     try:
-        with muted():
+        with suppress_logs():
             splits = load_splits(config, training=False, leave_out=predictor.left_out if source is None else None)
         wanted = ("test", "validation") if source is None else ("test", "validation", "train")
         split = next((name for name in wanted if name in splits), None)
         if split is None:
-            say(f"demo: no examples: {config.source} has no test or validation rows.")
+            log(f"demo: no examples: {config.source} has no test or validation rows.")
             return [], ""
         rows = _chosen(splits[split], predictor)
     except (HftlError, OSError) as error:
-        say(f"demo: no examples: {first_line(error)}")
+        log(f"demo: no examples: {first_line(error)}")
         return [], ""
     return rows, f"Examples from the {split} split"
 
@@ -226,7 +226,7 @@ def _need_gradio() -> None:
 
 
 def _takes_image(predictor: Predictor) -> bool:
-    return list(input_kinds(predictor.task).values()) == ["image"]
+    return list(input_column_types(predictor.task).values()) == ["image"]
 
 
 def _is_loopback(host: str) -> bool:

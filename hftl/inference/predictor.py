@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hftl.artifacts.locate import artifact_folder, find, rows_left_out, trained_data
-from hftl.artifacts.save_model import load_artifact
+from hftl.artifacts.save_model import load_model_and_task
 from hftl.config.schema import DataConfig, RunConfig, TrainConfig
 from hftl.data.paths import IMAGES
 from hftl.errors import DataError, nearest, shorten
 from hftl.evaluation.evaluate import evaluate_rows
 from hftl.inference.zero_shot import Labelled, Texts, embed_texts, images_alone, prompts
 from hftl.launcher import build_accelerator
-from hftl.loading.loader import Rows
-from hftl.logging import muted
+from hftl.loading.loader import Examples
+from hftl.logging import suppress_logs
 from hftl.models.task_model import TaskModel
-from hftl.tasks.task import Task, input_kinds, optional_columns
+from hftl.tasks.task import Task, input_column_types, optional_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,8 +35,8 @@ def load(place: str | Path, revision: str | None = None, subfolder: str = "") ->
         ArtifactError: There is no such model, or it is incomplete, or its base model does not open.
     """
     folder = artifact_folder(find(place, revision, subfolder))
-    with muted():
-        model, task = load_artifact(folder)
+    with suppress_logs():
+        model, task = load_model_and_task(folder)
     return Predictor(model, task, trained_data(folder), rows_left_out(folder))
 
 
@@ -66,7 +66,7 @@ class Predictor:
     @property
     def columns(self) -> list[str]:
         """The columns that rows are read from."""
-        return list(input_kinds(self.task))
+        return list(input_column_types(self.task))
 
     def predict(
         self, inputs: Any, batch_size: int = 32, labels: Sequence[str] | None = None, template: str | None = None
@@ -88,21 +88,21 @@ class Predictor:
         found = _Collected()
         writer = found if labels is None else Labelled(found, self.texts(prompts(labels, template), labels))
         if len(rows):
-            with muted():
+            with suppress_logs():
                 encoded = self.encode(rows if labels is None else images_alone(self.task, rows))
             self.run(encoded, batch_size, writer)
         return [{name: value for name, value in row.items() if name not in ("row", "label")} for row in found.rows]
 
     def texts(self, texts: Sequence[str], names: Sequence[str]) -> Texts:
         """Returns texts in the space that the model has for images and texts; see `hftl.inference.zero_shot`."""
-        with muted():
+        with suppress_logs():
             return embed_texts(self.model.eval(), self.task, texts, names, self.data.max_length)
 
-    def encode(self, rows: Dataset) -> Rows:
+    def encode(self, rows: Dataset) -> Examples:
         """Returns rows as the model's examples, preprocessed as for evaluation."""
         return self.task.encode(rows, self.model.processor, None, self.data.max_length)
 
-    def run(self, rows: Rows, batch_size: int, writer: Any = None) -> dict[str, float]:
+    def run(self, rows: Examples, batch_size: int, writer: Any = None) -> dict[str, float]:
         """Applies the model to encoded rows, shared out over the processes of a launcher where there are several.
 
         Args:
@@ -116,7 +116,7 @@ class Predictor:
         accelerator = build_accelerator()
         mine = writer if accelerator.is_main_process else None
         run = RunConfig(data=self.data, train=TrainConfig(batch_size_per_device=batch_size))
-        with muted():
+        with suppress_logs():
             metrics = evaluate_rows(accelerator, self.model, self.task, rows, run, mine, collect=writer is not None)
         if mine is not None:
             mine.close()
@@ -139,7 +139,7 @@ class Predictor:
             table = {name: [row[position] for row in inputs] for position, name in enumerate(columns)}
         else:
             raise DataError(f"predict: this model takes {self._wanted()} a row ({', '.join(columns)}).")
-        kinds = {name: kind for name, kind in input_kinds(self.task).items() if name in table}
+        kinds = {name: kind for name, kind in input_column_types(self.task).items() if name in table}
         for name, kind in kinds.items():
             if kind == "image":
                 table[name] = _images(table[name])
@@ -159,7 +159,7 @@ class Predictor:
 
     def _alone(self, inputs: Sequence[Any]) -> str | None:
         """Returns the column that inputs belong to which are no tuples, where the model can do without the others."""
-        kinds, optional = input_kinds(self.task), optional_columns(self.task)
+        kinds, optional = input_column_types(self.task), optional_columns(self.task)
         if len(kinds) == 1:
             return next(iter(kinds))
         if any(isinstance(value, (tuple, list)) for value in inputs):
@@ -172,7 +172,7 @@ class Predictor:
 
     def _wanted(self) -> str:
         """Returns what a row of inputs is, in words."""
-        kinds = list(input_kinds(self.task).values())
+        kinds = list(input_column_types(self.task).values())
         if len(kinds) == 1:
             return {"image": "an image", "words": "a list of words"}.get(kinds[0], f"a {kinds[0]}")
         return f"a tuple of {len(kinds)} texts" if set(kinds) == {"text"} else f"a tuple of {', '.join(kinds)}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from hftl.errors import DataError
 from hftl.models.task_model import TaskModel
-from hftl.tasks.task import Task, input_kinds
+from hftl.tasks.task import Task, input_column_types
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +79,7 @@ def embed_texts(model: TaskModel, task: Task, texts: Sequence[str], names: Seque
             f"labels and queries are for models that compare images with texts (image text retrieval); this one is for "
             f"{named}."
         )
-    column = next(name for name, kind in input_kinds(task).items() if kind == "text")
+    column = next(name for name, kind in input_column_types(task).items() if kind == "text")
     rows = task.encode(Dataset.from_dict({column: list(texts)}), model.processor, None, longest)
     found = []
     with torch.no_grad():
@@ -97,7 +97,7 @@ def images_alone(task: Task, rows: Dataset) -> Dataset:
     Raises:
         DataError: There are none.
     """
-    column = next((name for name, kind in input_kinds(task).items() if kind == "image"), None)
+    column = next((name for name, kind in input_column_types(task).items() if kind == "image"), None)
     if column is None or column not in rows.column_names:
         raise DataError("labels and queries are compared with images; give images, not texts.")
     return rows.select_columns([column])

@@ -23,7 +23,7 @@ _SORT_WINDOW = 50
 """Batches whose rows are sorted together by length: large enough to save padding, small enough to stay random."""
 
 
-class Rows(Protocol):
+class Examples(Protocol):
     """Rows of one split, ready to be turned into examples."""
 
     @property
@@ -122,7 +122,7 @@ def eval_batches(rows: int, lengths: np.ndarray | None, share: Share) -> Iterato
 
 
 def make_loader(
-    rows: Rows,
+    rows: Examples,
     batches: Callable[[], Iterator[list[Key]]],
     collate: Callable[[list[Example]], dict[str, Any]],
     *,
@@ -202,9 +202,9 @@ class _Passes:
 
 
 class _Fetching:
-    """Map-style view of `Rows` that fetches a whole batch at once (torch calls `__getitems__`)."""
+    """Map-style view of `Examples` that fetches a whole batch at once (torch calls `__getitems__`)."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Examples) -> None:
         self.rows = rows
 
     def __len__(self) -> int:

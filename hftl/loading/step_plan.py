@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import RunConfig
 from hftl.loading.loader import Share, steps_per_epoch
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What happens when; everything is counted in steps."""
 
     share: Share
     epoch_steps: int
     total: int
-    eval_every: int
+    eval_steps: int
 
 
-def make_plan(accelerator: Accelerator, run: RunConfig, rows: int, earlier: dict[str, Any] | None) -> Plan:
+def make_step_plan(accelerator: Accelerator, run: RunConfig, rows: int, earlier: dict[str, Any] | None) -> StepPlan:
     """Returns the plan of a training, and says it.
 
     A training that goes on keeps the rows of each step. On fewer processes they make more micro-batches.
@@ -35,9 +35,9 @@ def make_plan(accelerator: Accelerator, run: RunConfig, rows: int, earlier: dict
     share = Share(accelerator.process_index, world, batch, -(-step_rows // (batch * world)), step_rows)
     epoch_steps = steps_per_epoch(rows, share)
     total = config.max_steps or math.ceil(epoch_steps * (config.num_epochs or 1))
-    eval_every = config.eval_every or epoch_steps
-    say(
+    eval_steps = config.eval_steps or epoch_steps
+    log(
         f"fit: {total} steps of {step_rows} rows at most ({batch} x {world} process(es) x {share.accumulation}), "
-        f"{epoch_steps} an epoch; evaluation every {eval_every}"
+        f"{epoch_steps} an epoch; evaluation every {eval_steps}"
     )
-    return Plan(share, epoch_steps, total, eval_every)
+    return StepPlan(share, epoch_steps, total, eval_steps)

@@ -9,7 +9,7 @@ from typing import Any
 from hftl.config.schema import ModelConfig, RunConfig
 from hftl.errors import ArtifactError
 from hftl.heads.sklearn_head import open_head
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.target_scaling import add_scale
 from hftl.models.task_model import HeadSpec, TaskModel
 
@@ -23,7 +23,7 @@ FAMILIES: dict[str, str] = {
     "ImageTextForClassification": "hftl.models.image_text_model",
     "ImageTextDualEncoder": "hftl.models.image_text_model",
 }
-"""`HeadSpec.stock` -> the module that builds it; auto classes of transformers are built by the one for text.
+"""`HeadSpec.model_class` -> the module that builds it; auto classes of transformers are built by the one for text.
 
 Each module has `build(run, spec)`, `open_saved(folder, spec)` and `name_problem(config)`; it may have
 `spec_problem(config, spec)`.
@@ -40,31 +40,31 @@ def build_model(run: RunConfig, spec: HeadSpec) -> TaskModel:
     Raises:
         ModelError: The name is unknown, or the weights cannot be loaded.
     """
-    model: TaskModel = _family(spec.stock).build(run, spec)
+    model: TaskModel = _family(spec.model_class).build(run, spec)
     add_scale(model, spec)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     new = sum(parameter.numel() for parameter in model.head_parameters())
     start = "pretrained" if run.model.pretrained else "random weights"
-    say(
+    log(
         f"model: {run.model.name} ({start}), {parameters:,} parameters; "
         f"new head: {', '.join(model.head_modules) or 'none'} ({new:,})"
     )
     return model
 
 
-def model_name_problem(config: ModelConfig, stock: str) -> str | None:
+def model_name_problem(config: ModelConfig, model_class: str) -> str | None:
     """Returns what is wrong with the names of models for a class, seen without building anything; None if nothing."""
-    return _family(stock).name_problem(config)
+    return _family(model_class).name_problem(config)
 
 
 def model_problem(config: ModelConfig, spec: HeadSpec) -> str | None:
     """Returns what is wrong with a model for what a task asks for, where its family can say so; None if nothing."""
-    check = getattr(_family(spec.stock), "spec_problem", None)
+    check = getattr(_family(spec.model_class), "spec_problem", None)
     return check(config, spec) if check is not None else None
 
 
-def _family(stock: str) -> Any:
-    return import_module(FAMILIES.get(stock, "hftl.models.text_model"))
+def _family(model_class: str) -> Any:
+    return import_module(FAMILIES.get(model_class, "hftl.models.text_model"))
 
 
 def trust_problems(run: RunConfig) -> list[str]:
@@ -75,7 +75,7 @@ def trust_problems(run: RunConfig) -> list[str]:
     return [problem] if problem else []
 
 
-def skeleton(run: RunConfig, spec: HeadSpec) -> TaskModel:
+def build_on_meta(run: RunConfig, spec: HeadSpec) -> TaskModel:
     """Returns the network without weights (on torch's meta device), for checks that need only its module names."""
     from dataclasses import replace
 
@@ -98,9 +98,9 @@ def open_model(folder: Path, spec: HeadSpec, classic: bool = False) -> TaskModel
         ArtifactError: The folder is incomplete or damaged.
     """
     try:
-        model: TaskModel = _family(spec.stock).open_saved(folder, spec)
+        model: TaskModel = _family(spec.model_class).open_saved(folder, spec)
         if classic:
-            model.use_classic_head(open_head(folder))
+            model.use_sklearn_head(open_head(folder))
     except ArtifactError:
         raise
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What stands beside a text checkpoint: how it pools, its licence; in a folder or on the hub."""
+"""What stands beside a text checkpoint: how it pools, its license; in a folder or on the hub."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def pooling_of(config: ModelConfig) -> tuple[str, str]:
         return config.pooling, "model.pooling"
     declared = read_json(config, "1_Pooling/config.json")
     if declared is None:
-        return "stock", "the checkpoint does not say how it pools"
+        return "default", "the checkpoint does not say how it pools"
     mode = declared.get("pooling_mode")
     if declared.get("pooling_mode_mean_tokens") or mode == "mean":
         return "mean", "the checkpoint's 1_Pooling says so"
     if declared.get("pooling_mode_cls_token") or mode == "cls":
         return "cls", "the checkpoint's 1_Pooling says so"
-    return "stock", "the checkpoint's 1_Pooling names a way that hftl does not have"
+    return "default", "the checkpoint's 1_Pooling names a way that hftl does not have"
 
 
 def read_json(config: ModelConfig, file: str) -> dict[str, Any] | None:
@@ -67,7 +67,7 @@ def name_problem(config: ModelConfig) -> str | None:
 
 
 def source_of(config: ModelConfig) -> Source:
-    """Returns where the checkpoint came from, with what its card says of licence and language."""
+    """Returns where the checkpoint came from, with what its card says of license and language."""
     from huggingface_hub import ModelCard
 
     hub_id = None if Path(config.name).expanduser().is_dir() else config.name
@@ -77,5 +77,5 @@ def source_of(config: ModelConfig) -> Source:
         said = ModelCard.load(card).data.to_dict() if card else {}
     except ValueError:  # a card that does not parse says nothing
         said = {}
-    licence = said.get("license") if isinstance(said.get("license"), str) else None
-    return Source(config.name, revision, config.pretrained, "transformers", hub_id, licence, said.get("language"))
+    license = said.get("license") if isinstance(said.get("license"), str) else None
+    return Source(config.name, revision, config.pretrained, "transformers", hub_id, license, said.get("language"))

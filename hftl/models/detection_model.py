@@ -16,7 +16,7 @@ from hftl.models.checkpoint_metadata import read_json, source_of
 from hftl.models.remote_code import check_files
 from hftl.models.rt_detr import build_rt_detr, label_names
 from hftl.models.suppress_warnings import quiet
-from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel, compared_outputs
+from hftl.models.task_model import HeadSpec, ReloadedModel, Source, TaskModel, compared_outputs
 from hftl.models.timm_files import name_problem as timm_problem
 from hftl.preprocessing.joint_transforms import GeometryProcessor
 
@@ -58,7 +58,7 @@ class DetectionModel(TaskModel):
             self.net.save_pretrained(folder)
             self.processor.save(folder)
 
-    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
         """Opens with `AutoModelForObjectDetection`."""
         from transformers import AutoModelForObjectDetection
 
@@ -67,11 +67,11 @@ class DetectionModel(TaskModel):
             net = AutoModelForObjectDetection.from_pretrained(place, **options).eval()
         return {"transformers": lambda inputs: compared_outputs(ordered(net(**inputs)), ORDERED)}
 
-    def stock_labels(self) -> list[str]:
+    def original_labels(self) -> list[str]:
         """Returns transformers' `id2label` in order."""
         return [label for _, label in sorted(self.net.config.id2label.items())]
 
-    def fresh(self) -> nn.Module:
+    def build_untrained(self) -> nn.Module:
         """Returns the same class with the checkpoint's weights and untrained new parts."""
         with quiet():
             return self.make()
@@ -203,19 +203,19 @@ def _processor(run: RunConfig) -> GeometryProcessor:
     """Returns how the checkpoint takes images, at one size for all."""
     from transformers import AutoImageProcessor
 
-    stock: Any = AutoImageProcessor.from_pretrained(run.model.name, revision=run.model.revision)
-    size = dict(stock.size)
+    model_class: Any = AutoImageProcessor.from_pretrained(run.model.name, revision=run.model.revision)
+    size = dict(model_class.size)
     edge = size.get("shortest_edge") or size.get("height")
     wanted = run.model.image_size or [size.get("height") or edge, size.get("width") or edge]
     sides = [wanted, wanted] if isinstance(wanted, int) else wanted
-    normalised = bool(stock.do_normalize)
+    normalised = bool(model_class.do_normalize)
     config = {
         "input_size": (3, *sides),
         "interpolation": "bilinear",
-        "mean": tuple(stock.image_mean) if normalised else (0.0, 0.0, 0.0),
-        "std": tuple(stock.image_std) if normalised else (1.0, 1.0, 1.0),
+        "mean": tuple(model_class.image_mean) if normalised else (0.0, 0.0, 0.0),
+        "std": tuple(model_class.image_std) if normalised else (1.0, 1.0, 1.0),
     }
-    kind = type(stock).__name__.removesuffix("Fast").removesuffix("Pil")
+    kind = type(model_class).__name__.removesuffix("Fast").removesuffix("Pil")
     return GeometryProcessor(config, run.data.augment, kind, {"do_pad": False})
 
 

@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from hftl.config.schema import ModelConfig, RunConfig
 from hftl.errors import ModelError, first_line, shorten
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models import checkpoint_metadata as checkpoint_files
 from hftl.models.checkpoint_metadata import file_beside, pooling_of, read_json, source_of
 from hftl.models.remote_code import check_files
 from hftl.models.suppress_warnings import quiet
-from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel
+from hftl.models.task_model import HeadSpec, ReloadedModel, Source, TaskModel
 from hftl.models.text_model import set_dropout
 from hftl.preprocessing.tokenization import token_limit
 
@@ -78,14 +78,14 @@ class EmbeddingModel(TaskModel):
             _take_pooler(self.net)
         _describe(folder, self.net.config.hidden_size, self.pooling, self.processor.model_max_length)
 
-    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
         """Opens with `AutoModel` and pooling by hand, and with sentence-transformers where that is installed."""
         from transformers import AutoModel
 
         with quiet():
             net = AutoModel.from_pretrained(place, revision=revision, use_safetensors=True).eval()
-        stock = EmbeddingModel(net, None, self.source, self.spec, self.pooling, None)
-        readers: dict[str, Reader] = {"transformers": lambda inputs: stock(inputs)["embedding"]}
+        reloaded = EmbeddingModel(net, None, self.source, self.spec, self.pooling, None)
+        readers: dict[str, ReloadedModel] = {"transformers": lambda inputs: reloaded(inputs)["embedding"]}
         if find_spec("sentence_transformers") is not None:
             readers["sentence-transformers"] = _sentence_transformer(place, revision)
         return readers
@@ -95,7 +95,7 @@ class EmbeddingModel(TaskModel):
         """How token features become one vector."""
         return {"pooling": self.pooling}
 
-    def fresh(self) -> nn.Module:
+    def build_untrained(self) -> nn.Module:
         """Returns the checkpoint's network again, without a pooler."""
         net = self.net.get_base_model() if self.adapted else self.net
         with quiet():
@@ -150,7 +150,7 @@ def name_problem(config: ModelConfig) -> str | None:
     """Returns what is wrong with the checkpoint's name or settings, seen without a network; None if nothing."""
     if config.trust_remote_code:
         return "model.trust_remote_code: text embeddings are trained on the networks that transformers has; say false."
-    if config.pooling == "stock":
+    if config.pooling == "default":
         return "model.pooling: an embedding is pooled by mean or cls; 'stock' has no meaning for it."
     return checkpoint_files.name_problem(config)
 
@@ -189,8 +189,8 @@ def _refuse_modules(config: ModelConfig) -> None:
 
 def _pooling(config: ModelConfig) -> str:
     pooling, why = pooling_of(config)
-    pooling = "mean" if pooling == "stock" else pooling
-    say(f"model: embeddings of {config.name} by {pooling} ({why})")
+    pooling = "mean" if pooling == "default" else pooling
+    log(f"model: embeddings of {config.name} by {pooling} ({why})")
     return pooling
 
 
@@ -250,7 +250,7 @@ def _describe(folder: Path, size: int, pooling: str, longest: int) -> None:
         (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
-def _sentence_transformer(place: str | Path, revision: str | None) -> Reader:
+def _sentence_transformer(place: str | Path, revision: str | None) -> ReloadedModel:
     from sentence_transformers import SentenceTransformer
 
     with quiet():

@@ -7,7 +7,7 @@ from typing import Any
 
 from hftl.config.schema import ModelConfig, RunConfig
 from hftl.errors import HftlError, ModelError, first_line, shorten
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models import timm_files
 from hftl.models.checkpoint_metadata import name_problem as text_name_problem
 from hftl.models.checkpoint_metadata import pooling_of, read_json
@@ -72,9 +72,9 @@ def text_encoder(config: ModelConfig) -> tuple[Any, str]:
     try:
         check_files(of_text, lambda file: read_json(of_text, file))
         pooling, why = pooling_of(of_text)
-        if pooling == "stock":
+        if pooling == "default":
             pooling, why = "mean", f"{why}; model.pooling cls is the other way"
-        say(f"model: text features of {name} by {pooling} ({why})")
+        log(f"model: text features of {name} by {pooling} ({why})")
         net_config = AutoConfig.from_pretrained(name, **options)
         if config.dropout is not None:
             set_dropout(net_config, config.dropout)
@@ -101,7 +101,7 @@ def configuration(run: RunConfig, spec: HeadSpec, image: Any, text: Any, pooling
     """Returns the configuration of the class that `spec` names, with these encoders (None where there is none)."""
     from hftl.models import modeling_image_text
 
-    kind = getattr(modeling_image_text, spec.stock).config_class
+    kind = getattr(modeling_image_text, spec.model_class).config_class
     config, vision, backbone = run.model, None, None
     if image is not None:
         data = data_config_of(image, config.image_size)
@@ -122,10 +122,10 @@ def configuration(run: RunConfig, spec: HeadSpec, image: Any, text: Any, pooling
         text=backbone,
         pooling=pooling,
         fusion=config.fusion,
-        fusion_size=config.fusion_size,
+        fusion_dim=config.fusion_dim,
         fusion_dropout=config.dropout if config.dropout is not None else 0.1,
         modality_dropout=config.modality_dropout,
-        projection_size=config.projection_size,
+        projection_dim=config.projection_dim,
         problem_type=spec.problem_type,
         **chosen,
         **names,

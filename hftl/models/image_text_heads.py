@@ -52,7 +52,7 @@ class FusionHead(nn.Module):
 
     def __init__(self, config, image_size, map_size, text_size):
         super().__init__()
-        width = config.fusion_size
+        width = config.fusion_dim
         self.modality_dropout = config.modality_dropout
         both = image_size is not None and text_size is not None
         crossed = both and config.fusion == "cross_attention"
@@ -66,7 +66,9 @@ class FusionHead(nn.Module):
             self.join = kind(width, config.fusion_dropout)
         self.crossed = crossed
         self.table = (
-            Table(config.numbers, config.categories, width) if config.numbers["names"] or config.categories else None
+            TabularEncoder(config.numbers, config.categories, width)
+            if config.numbers["names"] or config.categories
+            else None
         )
         size = self.join.size if both else width * (image_size is not None or text_size is not None)
         size += width * (self.table is not None)
@@ -184,7 +186,7 @@ class CrossAttention(nn.Module):
         return masked_mean(text, torch.ones(text.shape[:2], device=text.device) if mask is None else mask)
 
 
-class Table(nn.Module):
+class TabularEncoder(nn.Module):
     """Numbers and categories of a row -> one vector [B, F].
 
     Numbers are standardised by the training rows; a missing one is their mean, and an indicator says so where training
@@ -233,8 +235,8 @@ class Projection(nn.Module):
 
     def __init__(self, config, image_size, text_size):
         super().__init__()
-        self.image = nn.Linear(image_size, config.projection_size, bias=False)
-        self.text = nn.Linear(text_size, config.projection_size, bias=False)
+        self.image = nn.Linear(image_size, config.projection_dim, bias=False)
+        self.text = nn.Linear(text_size, config.projection_dim, bias=False)
         sigmoid = config.objective == "siglip"
         self.logit_scale = nn.Parameter(torch.tensor(10.0 if sigmoid else 1 / 0.07).log())
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None

@@ -22,7 +22,7 @@ from hftl.models.image_text_encoders import (
 )
 from hftl.models.remote_code import check_files, check_own_code
 from hftl.models.suppress_warnings import quiet
-from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel, compared_outputs
+from hftl.models.task_model import HeadSpec, ReloadedModel, Source, TaskModel, compared_outputs
 from hftl.models.timm_files import data_config_of, origin, timm_name
 from hftl.models.timm_model import create_network
 from hftl.preprocessing.image_transforms import ImageProcessor
@@ -75,7 +75,7 @@ class ImageTextModel(TaskModel):
     @property
     def joins_vectors(self) -> bool:
         """Whether the head takes one vector of each encoder."""
-        return self.spec.stock == "ImageTextDualEncoder" or self.net.config.fusion != "cross_attention"
+        return self.spec.model_class == "ImageTextDualEncoder" or self.net.config.fusion != "cross_attention"
 
     def vectors(self, inputs: dict[str, Tensor]) -> Tensor:
         """Returns the vectors of both encoders side by side [B, D]; any where a row has no such input."""
@@ -95,7 +95,7 @@ class ImageTextModel(TaskModel):
             self.net.save_pretrained(folder)
             self._saved_processor().save_pretrained(folder)
 
-    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
         """Opens with `AutoModel`, by the file that was saved with the weights."""
         from transformers import AutoModel
 
@@ -110,7 +110,7 @@ class ImageTextModel(TaskModel):
             net = AutoModel.from_pretrained(place, trust_remote_code=True, use_safetensors=True, **options).eval()
         return {"transformers": lambda inputs: compared_outputs(net(**inputs), self.compared)}
 
-    def stock_labels(self) -> list[str]:
+    def original_labels(self) -> list[str]:
         """Returns transformers' `id2label` in order."""
         named = self.net.config.id2label
         return [named[position] for position in sorted(named)] if self.spec.labels else []
@@ -124,9 +124,9 @@ class ImageTextModel(TaskModel):
     @property
     def compared(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The logits, or both embeddings."""
-        return ("image_embeds", "text_embeds") if self.spec.stock == "ImageTextDualEncoder" else ("logits",)
+        return ("image_embeds", "text_embeds") if self.spec.model_class == "ImageTextDualEncoder" else ("logits",)
 
-    def fresh(self) -> nn.Module:
+    def build_untrained(self) -> nn.Module:
         """Returns the same class with the checkpoints' weights and an untrained head."""
         net = self.net.get_base_model() if self.adapted else self.net
         if self.config is None:
@@ -153,7 +153,7 @@ def build(run: RunConfig, spec: HeadSpec) -> ImageTextModel:
     """
     from hftl.models import modeling_image_text
 
-    config, kind = run.model, getattr(modeling_image_text, spec.stock)
+    config, kind = run.model, getattr(modeling_image_text, spec.model_class)
     problem = spec_problem(config, spec)
     if problem:
         raise ModelError(problem)
@@ -176,7 +176,7 @@ def open_saved(folder: Path, spec: HeadSpec) -> ImageTextModel:
 
     from hftl.models import modeling_image_text
 
-    kind = getattr(modeling_image_text, spec.stock)
+    kind = getattr(modeling_image_text, spec.model_class)
     check_files(ModelConfig(name=str(folder)), lambda file: _astext_encoder(folder, file))
     with quiet():
         config = kind.config_class.from_pretrained(folder)
@@ -226,8 +226,8 @@ def _task_model(run: RunConfig, spec: HeadSpec, net: Any, image: Any) -> ImageTe
     if image is not None:
         name = timm_name(config.name)
         hub_id, revision = origin(name, image)
-        licence = image.pretrained_cfg.get("license") if config.pretrained else None
-        sources.append(Source(name, revision, config.pretrained, "timm", hub_id, licence))
+        license = image.pretrained_cfg.get("license") if config.pretrained else None
+        sources.append(Source(name, revision, config.pretrained, "timm", hub_id, license))
         net.image_encoder.to(memory_format=torch.channels_last)
     tokenizer = None
     if net.config.text:
@@ -235,7 +235,7 @@ def _task_model(run: RunConfig, spec: HeadSpec, net: Any, image: Any) -> ImageTe
         sources.append(source_of(of_text))
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(of_text.name, revision=of_text.revision, trust_remote_code=False)
-    source = replace(sources[0], beside=sources[1]) if len(sources) == 2 else sources[0]
+    source = replace(sources[0], text_source=sources[1]) if len(sources) == 2 else sources[0]
     processor = None
     if image is not None:
         processor = ImageProcessor(data_config_of(image, config.image_size), run.data.augment)

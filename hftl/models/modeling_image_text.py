@@ -31,12 +31,12 @@ class ImageTextConfig(PreTrainedConfig):
         text: The text encoder's own configuration; None where there are no texts.
         pooling: How token features become one vector: `mean` or `cls`.
         fusion: One of `FUSIONS` (classifier).
-        fusion_size: F, a multiple of 4.
+        fusion_dim: F, a multiple of 4.
         fusion_dropout: Dropout probability in the fusion.
         modality_dropout: Share of the training rows that lose their image or their text.
         numbers: `names`, and `mean` and `std` of the training rows, a list each, of the numeric columns.
         categories: Values of each categorical column by its name; position i has id i + 1, and 0 is anything else.
-        projection_size: P (dual encoder).
+        projection_dim: P (dual encoder).
         objective: One of `OBJECTIVES`: which start the temperature has, and whether there is a bias (dual encoder).
     """
 
@@ -48,12 +48,12 @@ class ImageTextConfig(PreTrainedConfig):
         text=None,
         pooling="mean",
         fusion="concat",
-        fusion_size=256,
+        fusion_dim=256,
         fusion_dropout=0.1,
         modality_dropout=0.0,
         numbers=None,
         categories=None,
-        projection_size=256,
+        projection_dim=256,
         objective="infonce",
         **kwargs,
     ):
@@ -61,12 +61,12 @@ class ImageTextConfig(PreTrainedConfig):
         self.text = text
         self.pooling = pooling
         self.fusion = fusion
-        self.fusion_size = fusion_size
+        self.fusion_dim = fusion_dim
         self.fusion_dropout = fusion_dropout
         self.modality_dropout = modality_dropout
         self.numbers = numbers or {"names": [], "mean": [], "std": []}
         self.categories = categories or {}
-        self.projection_size = projection_size
+        self.projection_dim = projection_dim
         self.objective = objective
         super().__init__(**kwargs)
 

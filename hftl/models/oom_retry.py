@@ -14,7 +14,7 @@ T = TypeVar("T")
 Batch = dict[str, Any]
 
 
-class RowLimit:
+class MicroBatchLimit:
     """The most rows that go through the model at once, as far as is known by now; it only ever shrinks.
 
     Args:

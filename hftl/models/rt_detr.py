@@ -18,7 +18,7 @@ from torch import nn
 
 from hftl.config.schema import ModelConfig
 from hftl.errors import ModelError, first_line
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.suppress_warnings import quiet
 from hftl.models.task_model import HeadSpec, Source
 from hftl.models.timm_files import check_channels_first, create, data_config_of, origin, recorded_args, timm_name
@@ -59,9 +59,9 @@ def build_rt_detr(config: ModelConfig, spec: HeadSpec) -> RTDetr:
     _initialise(net)
     _fill(net.get_submodule(_ROOT).model._backbone, body, config.name, recorded_args(name))
     net.pretrained_cfg = {"first_conv": _first_convolution(net)}  # as timm's networks say it, for LoRA
-    licence = body.pretrained_cfg.get("license") if config.pretrained else None
+    license = body.pretrained_cfg.get("license") if config.pretrained else None
     hub_id, revision = origin(name, body)
-    source = Source(name, revision, config.pretrained, "timm", hub_id, licence)
+    source = Source(name, revision, config.pretrained, "timm", hub_id, license)
     return RTDetr(net, source, data_config, _new_modules(net))
 
 
@@ -78,13 +78,13 @@ def _check_size(config: ModelConfig, sides: Sequence[int], strides: Sequence[int
         raise ModelError(
             f"model.detector.num_queries: {config.detector.num_queries} proposals, but an image of {sides[0]} x "
             f"{sides[1]} pixels has {places} places (strides {', '.join(map(str, strides))}); lower it, or raise "
-            "model.image_size or model.detector.levels."
+            "model.image_size or model.detector.num_feature_levels."
         )
 
 
 def _feature_maps(config: ModelConfig, name: str) -> tuple[Any, list[tuple[int, int, int]]]:
     """Returns the backbone, and index, channels and stride of each feature map that is used."""
-    wanted = STRIDES[-config.detector.levels :]
+    wanted = STRIDES[-config.detector.num_feature_levels :]
     try:
         with quiet(), torch.device("meta"):
             info = create(name, pretrained=False, features_only=True).feature_info
@@ -94,7 +94,7 @@ def _feature_maps(config: ModelConfig, name: str) -> tuple[Any, list[tuple[int, 
             raise ModelError(
                 f"model.name: '{config.name}' has feature maps of the strides {', '.join(map(str, strides))}; "
                 f"detection needs {', '.join(map(str, wanted))} (a network that is finer at first, as ResNet, ConvNeXt "
-                "or MobileNet; or fewer of them: model.detector.levels)."
+                "or MobileNet; or fewer of them: model.detector.num_feature_levels)."
             )
         with quiet():
             body = create(name, pretrained=config.pretrained, features_only=True, out_indices=tuple(indices))
@@ -115,7 +115,7 @@ def _config(config: ModelConfig, spec: HeadSpec, backbone: str, levels: list[tup
     backbone_config = TimmBackboneConfig(backbone=backbone)
     backbone_config.out_indices = [index for index, _, _ in levels]
     wanted, count = config.detector, len(levels)
-    width, heads = wanted.width, max(1, wanted.width // 32)
+    width, heads = wanted.d_model, max(1, wanted.d_model // 32)
     return RTDetrConfig(
         backbone_config=backbone_config,
         # its frozen kind drops the activations that timm's batch norms hold; hftl keeps them frozen by itself
@@ -159,7 +159,7 @@ def _fill(backbone: nn.Module, body: nn.Module, name: str, own: dict[str, Any]) 
             "TimmBackbone cannot keep; take a network with its architecture's own settings."
         ) from error
     if own and repr(backbone) != repr(body):
-        say(
+        log(
             f"model: the backbone is built without {', '.join(f'{key}={value}' for key, value in own.items())}, which "
             "transformers' TimmBackbone cannot keep: its features differ a little from those it was trained to give"
         )

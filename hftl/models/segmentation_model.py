@@ -19,7 +19,7 @@ from hftl.config.schema import ModelConfig, RunConfig
 from hftl.errors import ModelError, first_line
 from hftl.models import timm_files
 from hftl.models.suppress_warnings import quiet
-from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel
+from hftl.models.task_model import HeadSpec, ReloadedModel, Source, TaskModel
 from hftl.preprocessing.joint_transforms import GeometryProcessor
 
 __all__ = ["build", "name_problem", "open_saved"]
@@ -63,7 +63,7 @@ class SegmentationModel(TaskModel):
             self.net.save_pretrained(folder)
             self.processor.save(folder)
 
-    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
         """Opens with transformers' `AutoModelForSemanticSegmentation`, which builds the backbone by timm."""
         from transformers import AutoModelForSemanticSegmentation
 
@@ -73,11 +73,11 @@ class SegmentationModel(TaskModel):
             ).eval()
         return {"transformers": lambda inputs: net(**inputs).logits}
 
-    def stock_labels(self) -> list[str]:
+    def original_labels(self) -> list[str]:
         """Returns transformers' `id2label` in order."""
         return [label for _, label in sorted(self.net.config.id2label.items())]
 
-    def fresh(self) -> nn.Module:
+    def build_untrained(self) -> nn.Module:
         """Returns the same class with the checkpoint's backbone and untrained heads."""
         net = self.net.get_base_model() if self.adapted else self.net
         backbone = _features(self.source.name, self.source.pretrained, net.config.backbone_config.out_indices)
@@ -127,9 +127,9 @@ def build(run: RunConfig, spec: HeadSpec) -> SegmentationModel:
     _check_size(config, data_config, backbone)
     net = _network(_net_config(config, spec, backbone), backbone)
     net.to(memory_format=torch.channels_last)
-    licence = backbone.pretrained_cfg.get("license") if config.pretrained else None
+    license = backbone.pretrained_cfg.get("license") if config.pretrained else None
     hub_id, revision = timm_files.origin(name, backbone)
-    source = Source(name, revision, config.pretrained, "timm", hub_id, licence)
+    source = Source(name, revision, config.pretrained, "timm", hub_id, license)
     return SegmentationModel(net, GeometryProcessor(data_config, run.data.augment), source, spec, _heads(net), _ROOT)
 
 
@@ -200,8 +200,8 @@ def _net_config(config: ModelConfig, spec: HeadSpec, backbone: Any) -> Any:
             num_channels=backbone.pretrained_cfg["input_size"][0],
             out_indices=backbone.hftl_levels,  # pyright: ignore[reportCallIssue]  a property with a setter
         ),
-        hidden_size=config.decoder_size,
-        auxiliary_channels=config.decoder_size,
+        hidden_size=config.decoder_channels,
+        auxiliary_channels=config.decoder_channels,
         pool_scales=_POOL_SCALES,
         use_auxiliary_head=len(backbone.hftl_levels) > 2,  # it reads the third map
         id2label=dict(enumerate(spec.labels)),

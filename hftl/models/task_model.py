@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hftl.heads.sklearn_head import ClassicHead
-from hftl.models.oom_retry import RowLimit
+from hftl.heads.sklearn_head import SklearnHead
+from hftl.models.oom_retry import MicroBatchLimit
 
 Frozen = Literal["nothing", "statistics", "all"]
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
-Reader = Callable[[dict[str, Tensor]], Tensor]
+ReloadedModel = Callable[[dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Source:
     pretrained: bool
     library: str
     hub_id: str | None = None
-    licence: str | None = None
+    license: str | None = None
     language: str | list[str] | None = None
-    beside: Source | None = None
+    text_source: Source | None = None
     """The text encoder's, where this is the image encoder's and the model has both."""
 
 
@@ -39,7 +39,7 @@ class HeadSpec:
     """What a task wants on top of a backbone.
 
     Attributes:
-        stock: The class to build: a name in `hftl.models.build.FAMILIES`, or a transformers auto class
+        model_class: The class to build: a name in `hftl.models.build.FAMILIES`, or a transformers auto class
             (`AutoModelForSequenceClassification`, …).
         num_outputs: Width K of the output; 0: there is no head, the network itself learns.
         labels: Names of the outputs, or empty.
@@ -48,7 +48,7 @@ class HeadSpec:
         options: What else the data say about the architecture, as JSON values.
     """
 
-    stock: str
+    model_class: str
     num_outputs: int
     labels: tuple[str, ...] = ()
     problem_type: ProblemType | None = "single_label_classification"
@@ -102,7 +102,7 @@ class TaskModel(nn.Module, ABC):
         self.frozen: Frozen = "nothing"
         self.still: tuple[str, ...] = ()
         """Modules of the backbone that stay in eval mode whole, beside what `frozen` says."""
-        self.evaluation_limit = RowLimit("evaluation")
+        self.evaluation_limit = MicroBatchLimit("evaluation")
         self.adapted = False
         """Whether `net` is peft's wrapper around the stock network."""
 
@@ -115,7 +115,7 @@ class TaskModel(nn.Module, ABC):
         """Writes `net` (a stock network, adapters merged) and its preprocessing into `folder`."""
 
     @abstractmethod
-    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
         """Opens what `save` wrote with every library that users will open it with.
 
         Args:
@@ -123,26 +123,26 @@ class TaskModel(nn.Module, ABC):
             revision: Commit on the hub.
 
         Returns:
-            A function inputs -> `stock_outputs` for each library by name; the libraries have no help from this object.
+            A function inputs -> `reference_outputs` for each library by name, independent of this object.
         """
 
     @property
-    def classic(self) -> ClassicHead | None:
+    def sklearn_head(self) -> SklearnHead | None:
         """The head, where scikit-learn computes it."""
-        return next((module for module in self.net.modules() if isinstance(module, ClassicHead)), None)
+        return next((module for module in self.net.modules() if isinstance(module, SklearnHead)), None)
 
-    def use_classic_head(self, head: ClassicHead) -> None:
+    def use_sklearn_head(self, head: SklearnHead) -> None:
         """Puts `head` in the place of the network's one linear layer, and leaves everything else as it is."""
         (name,) = self.head_modules
         self.net.set_submodule(name, head)
 
-    def stock_outputs(self, inputs: dict[str, Tensor]) -> Tensor:
+    def reference_outputs(self, inputs: dict[str, Tensor]) -> Tensor:
         """Returns what the stock network computes in eval mode: logits [B, K] (or what is `compared` [B, …]).
 
         Under a classic head they are features [B, D]: no stock class holds such a head, so what is saved is the network
         without one, and the head beside it.
         """
-        head = self.classic
+        head = self.sklearn_head
         if head is not None:
             head.bypassed = True
         try:
@@ -152,7 +152,7 @@ class TaskModel(nn.Module, ABC):
             if head is not None:
                 head.bypassed = False
 
-    def stock_labels(self) -> list[str]:
+    def original_labels(self) -> list[str]:
         """Returns the names of the outputs as the stock library recorded them, or [] where it has none."""
         return []
 
@@ -177,10 +177,10 @@ class TaskModel(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def fresh(self) -> nn.Module:
+    def build_untrained(self) -> nn.Module:
         """Returns the stock network as built before training, for an adapter to be loaded onto."""
 
-    def stock_name(self, name: str) -> str:
+    def original_name(self, name: str) -> str:
         """Returns the name that a module or parameter of this model has in the stock network."""
         name = name.removeprefix("net.").removeprefix("base_model.model.")
         return name.replace(".modules_to_save.default", "").replace(".original_module", "").replace(".base_layer", "")
@@ -191,12 +191,12 @@ class TaskModel(nn.Module, ABC):
 
     def under(self, name: str, modules: Iterable[str]) -> bool:
         """Whether a module or parameter is one of some modules (by their stock names) or inside of one."""
-        name = self.stock_name(name)
+        name = self.original_name(name)
         return any(name == module or name.startswith(module + ".") for module in modules)
 
     def in_backbone(self, name: str) -> bool:
         """Whether a module or parameter belongs to the backbone."""
-        name, root = self.stock_name(name), self.backbone_root
+        name, root = self.original_name(name), self.backbone_root
         return not self.in_head(name) and (not root or name == root or name.startswith(root + "."))
 
     def head_parameters(self) -> list[nn.Parameter]:

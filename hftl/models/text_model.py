@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from hftl.config.schema import ModelConfig, RunConfig
 from hftl.errors import ModelError, first_line, shorten
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.checkpoint_metadata import file_beside, name_problem, pooling_of, read_json, source_of
 from hftl.models.remote_code import check_files, check_own_code, only_pickled
 from hftl.models.suppress_warnings import quiet
-from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel
+from hftl.models.task_model import HeadSpec, ReloadedModel, Source, TaskModel
 
 _DROPOUTS = (
     "hidden_dropout_prob",
@@ -53,13 +53,13 @@ class TextModel(TaskModel):
         with quiet():
             self.net.save_pretrained(folder)
             self.processor.save_pretrained(folder)
-        if self.classic is not None:
+        if self.sklearn_head is not None:
             _forget_labels(folder)
 
-    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
         """Opens with the auto class of the task; our pooled class from the file that was saved with it."""
         net = self.reopened(place, revision)
-        if self.classic is not None:
+        if self.sklearn_head is not None:
             net.set_submodule(*self.head_modules, nn.Identity())  # it has no weights there
         return {"transformers": lambda inputs: net(**inputs).logits}
 
@@ -67,7 +67,7 @@ class TextModel(TaskModel):
         """Returns what was saved at a place as the auto class of the task opens it, in eval mode."""
         import transformers
 
-        auto = getattr(transformers, self.spec.stock)
+        auto = getattr(transformers, self.spec.model_class)
         with quiet():
             options: dict[str, Any] = {"revision": revision, "code_revision": revision} if revision else {}
             if is_pooled(self.net) and not Path(place).is_dir():
@@ -78,11 +78,11 @@ class TextModel(TaskModel):
             trust = is_pooled(self.net) or self.trusted
             return auto.from_pretrained(place, trust_remote_code=trust, use_safetensors=True, **options).eval()
 
-    def stock_labels(self) -> list[str]:
+    def original_labels(self) -> list[str]:
         """Returns transformers' `id2label` in order."""
         return [label for _, label in sorted(self.net.config.id2label.items())]
 
-    def fresh(self) -> nn.Module:
+    def build_untrained(self) -> nn.Module:
         """Returns the same class with the checkpoint's weights and an untrained head."""
         net = self.net.get_base_model() if self.adapted else self.net
         with quiet():
@@ -128,7 +128,7 @@ def build(run: RunConfig, spec: HeadSpec, kind: type[TextModel] = TextModel) -> 
             raise ModelError(only_pickled(config.name, pickled)) from error
         first = first_line(error)
         raise ModelError(
-            f"model.name: '{config.name}' cannot be built as {spec.stock}: {type(error).__name__}: {first}"
+            f"model.name: '{config.name}' cannot be built as {spec.model_class}: {type(error).__name__}: {first}"
         ) from error
 
 
@@ -141,7 +141,7 @@ def open_saved(folder: Path, spec: HeadSpec, kind: type[TextModel] = TextModel) 
     with quiet():
         # our pooled class is the one registered above, whatever file lies in the folder
         options = {"trust_remote_code": False, "use_safetensors": True}
-        net = getattr(transformers, spec.stock).from_pretrained(folder, **options)
+        net = getattr(transformers, spec.model_class).from_pretrained(folder, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     root = net.base_model_prefix
     source = Source(str(folder), None, True, "transformers")
@@ -154,15 +154,15 @@ def _build(config: ModelConfig, spec: HeadSpec, of: type[TextModel]) -> TextMode
 
     check_files(config, lambda file: read_json(config, file))
     tokenizer = AutoTokenizer.from_pretrained(config.name, **_trust(config))
-    pooling, why = pooling_of(config) if of.pools else ("stock", "")
-    say(f"model: features of {config.name} by {pooling} ({why})" if of.pools else "model: features of each token")
+    pooling, why = pooling_of(config) if of.pools else ("default", "")
+    log(f"model: features of {config.name} by {pooling} ({why})" if of.pools else "model: features of each token")
     kind, net_config = _class_and_config(config, spec, pooling)
     if config.pretrained:
         net, new = _load(kind, config.name, config.revision, net_config)
-    elif pooling != "stock" or not kind.__module__.startswith("transformers."):
+    elif pooling != "default" or not kind.__module__.startswith("transformers."):
         net, new = kind(net_config), set()
     else:
-        net, new = getattr(transformers, spec.stock).from_config(net_config, trust_remote_code=False), set()
+        net, new = getattr(transformers, spec.model_class).from_config(net_config, trust_remote_code=False), set()
     net = net.float()
     root = net.base_model_prefix
     head = _head_modules(net, new, root)
@@ -214,23 +214,23 @@ def _class_and_config(config: ModelConfig, spec: HeadSpec, pooling: str) -> tupl
     base = AutoConfig.from_pretrained(config.name, **_trust(config))
     if config.dropout is not None:
         set_dropout(base, config.dropout)
-    if pooling == "stock":
+    if pooling == "default":
         base.problem_type = spec.problem_type
         for key, value in names.items():
             setattr(base, key, value)
-        auto = getattr(transformers, spec.stock)
-        brought = (getattr(base, "auto_map", None) or {}).get(spec.stock)
+        auto = getattr(transformers, spec.model_class)
+        brought = (getattr(base, "auto_map", None) or {}).get(spec.model_class)
         if brought and config.trust_remote_code:
             from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
             kind = get_class_from_dynamic_module(brought, config.name, revision=config.revision)
-            kind.register_for_auto_class(spec.stock)  # so that its file goes where its weights go
+            kind.register_for_auto_class(spec.model_class)  # so that its file goes where its weights go
             return kind, base
         try:
             return auto._model_mapping[type(base)], base
         except KeyError:
             raise ModelError(
-                f"model.name: transformers has no {spec.stock} for '{base.model_type}' ({config.name})."
+                f"model.name: transformers has no {spec.model_class} for '{base.model_type}' ({config.name})."
             ) from None
     from hftl.models.modeling_pooled_text import PooledTextConfig, PooledTextForSequenceClassification
 

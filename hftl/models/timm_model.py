@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hftl.config.schema import AugmentConfig, ModelConfig, RunConfig
 from hftl.errors import ModelError
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.suppress_warnings import quiet
-from hftl.models.task_model import HeadSpec, Reader, Source, TaskModel
+from hftl.models.task_model import HeadSpec, ReloadedModel, Source, TaskModel
 from hftl.models.timm_files import (
     create,
     data_config_of,
@@ -54,20 +54,20 @@ class TimmModel(TaskModel):
         config["pretrained_cfg"] |= self._preprocessing()
         if self.spec.problem_type != "single_label_classification":
             config["problem_type"] = self.spec.problem_type  # transformers' pipeline reads it, timm does not
-        if self.classic is not None:  # timm's way of saying that there is no classifier
+        if self.sklearn_head is not None:  # timm's way of saying that there is no classifier
             config["num_classes"] = config["pretrained_cfg"]["num_classes"] = 0
         if not self.source.pretrained:
             for claim in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
                 config["pretrained_cfg"].pop(claim, None)  # these describe weights that were not used
         path.write_text(json.dumps(config, indent=2))
 
-    def stock_labels(self) -> list[str]:
+    def original_labels(self) -> list[str]:
         """Returns timm's `label_names`."""
         return list(self.net.pretrained_cfg.get("label_names") or [])
 
     def _label_names(self) -> dict[str, Any]:
         """Returns timm's config entries for the labels."""
-        return {"label_names": list(self.spec.labels)} if self.spec.labels and self.classic is None else {}
+        return {"label_names": list(self.spec.labels)} if self.spec.labels and self.sklearn_head is None else {}
 
     def _preprocessing(self) -> dict[str, Any]:
         config = self.processor.data_config
@@ -79,7 +79,7 @@ class TimmModel(TaskModel):
         """Arguments beside the name that rebuild the same architecture."""
         return self.net.hftl_build_args
 
-    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
         """Opens with timm's `local-dir:` or `hf-hub:`, and transformers' `AutoModelForImageClassification`."""
         import timm
         from transformers import AutoModel, AutoModelForImageClassification
@@ -90,11 +90,11 @@ class TimmModel(TaskModel):
         except Exception:
             if not Path(place).is_dir():
                 raise
-            say(f"publish: timm {timm.__version__} does not read safetensors from local-dir: folders; newer ones do")
+            log(f"publish: timm {timm.__version__} does not read safetensors from local-dir: folders; newer ones do")
             by_timm = create(name, pretrained=True).eval()
         with quiet():
             auto, output = (AutoModelForImageClassification, "logits")
-            if self.classic is not None:
+            if self.sklearn_head is not None:
                 auto, output = (AutoModel, "pooler_output")
             by_transformers = auto.from_pretrained(
                 place, revision=revision, trust_remote_code=False, use_safetensors=True
@@ -104,7 +104,7 @@ class TimmModel(TaskModel):
             "transformers": lambda inputs: by_transformers(**inputs)[output],
         }
 
-    def fresh(self) -> nn.Module:
+    def build_untrained(self) -> nn.Module:
         """Returns the same architecture with the checkpoint's weights and an untrained classifier."""
         name = self.source.name
         net = create(name, pretrained=self.source.pretrained, num_classes=self.spec.num_outputs, **self.build_args)
@@ -123,9 +123,9 @@ def build(run: RunConfig, spec: HeadSpec) -> TimmModel:
     name = timm_name(config.name)
     net = create_network(config, spec.num_outputs)
     data_config = data_config_of(net, config.image_size)
-    licence = net.pretrained_cfg.get("license") if config.pretrained else None
+    license = net.pretrained_cfg.get("license") if config.pretrained else None
     hub_id, revision = origin(name, net)
-    source = Source(name, revision, config.pretrained, "timm", hub_id, licence)
+    source = Source(name, revision, config.pretrained, "timm", hub_id, license)
     net.to(memory_format=torch.channels_last)
     return TimmModel(net, ImageProcessor(data_config, run.data.augment), source, spec, _classifier_names(net))
 

@@ -12,7 +12,7 @@ from hftl.config.schema import RunConfig
 from hftl.errors import ModelError
 from hftl.models import text_model
 from hftl.models.checkpoint_metadata import name_problem
-from hftl.models.task_model import HeadSpec, Reader
+from hftl.models.task_model import HeadSpec, ReloadedModel
 from hftl.models.text_model import TextModel
 
 __all__ = ["build", "name_problem", "open_saved"]
@@ -27,7 +27,7 @@ class WindowModel(TextModel):
         """Returns `logits` [B, W, T, K] from `input_ids`, `attention_mask` [B, W, T]; 0 where there is no window."""
         return {"logits": through_windows(self.net, inputs)}
 
-    def readers(self, place: str | Path, revision: str | None = None) -> dict[str, Reader]:
+    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
         """Opens with the auto class of the task."""
         net = self.reopened(place, revision)
         return {"transformers": lambda inputs: through_windows(net, inputs)}
@@ -60,7 +60,7 @@ def build(run: RunConfig, spec: HeadSpec) -> TextModel:
     """
     if run.model.pooling in ("cls", "mean"):
         raise ModelError(
-            f"model.pooling: '{run.model.pooling}' makes one vector of a text, but {spec.stock} takes one of each "
+            f"model.pooling: '{run.model.pooling}' makes one vector of a text; {spec.model_class} takes one of each "
             "token; say auto."
         )
     return text_model.build(run, spec, WindowModel)

@@ -20,7 +20,7 @@ from hftl.data.image_decoding import Stored, check_header, decode_image, place, 
 from hftl.data.validation import BadRow
 from hftl.errors import DataError, RowError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -255,7 +255,7 @@ def _refused(
     with quiet_pillow(), ThreadPoolExecutor(8) as pool:
         for start in range(0, len(rows), _AT_ONCE):
             if progress and monotonic() - said > _SAY_EVERY:
-                say(f"data: {progress}: looked at {start:,} of {len(rows):,} images")
+                log(f"data: {progress}: looked at {start:,} of {len(rows):,} images")
                 said = monotonic()
             values = rows[start : start + _AT_ONCE][column]
             for offset, found in enumerate(pool.map(reason, values)):

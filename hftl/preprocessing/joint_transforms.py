@@ -147,11 +147,11 @@ class GeometryProcessor(ImageProcessor):
     """As `ImageProcessor`, for pictures with masks or boxes.
 
     Attributes:
-        stock: transformers' class that prepares images alike; `SegformerImageProcessor`, `RTDetrImageProcessor`, ….
+        model_class: transformers' image processor, such as `SegformerImageProcessor` or `RTDetrImageProcessor`.
         options: Further arguments of that class.
     """
 
-    stock: str = "SegformerImageProcessor"
+    model_class: str = "SegformerImageProcessor"
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -181,7 +181,7 @@ class GeometryProcessor(ImageProcessor):
         from PIL.Image import Resampling
 
         height, width = self.size
-        processor = getattr(transformers, self.stock)(
+        processor = getattr(transformers, self.model_class)(
             do_resize=True,
             size={"height": height, "width": width},
             resample=int(Resampling[self.data_config["interpolation"].upper()]),
@@ -211,11 +211,11 @@ class GeometryProcessor(ImageProcessor):
                 "mean": tuple(mean),
                 "std": tuple(saved["image_std"]),
             }
-            stock = saved["image_processor_type"]
+            model_class = saved["image_processor_type"]
             options = {name: saved[name] for name in ("do_pad",) if name in saved}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{folder / STOCK_FILE} is damaged: {type(error).__name__}: {error}") from error
-        return cls(config, AugmentConfig(crop_scale=1, hflip=0, color_jitter=0), stock, options)
+        return cls(config, AugmentConfig(crop_scale=1, hflip=0, color_jitter=0), model_class, options)
 
 
 class GeometryRows(ImageRows):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hftl.data.columns import arrow_column
 from hftl.data.image_decoding import Stored
 from hftl.data.multimodal_columns import filled
-from hftl.distributed import in_turns
+from hftl.distributed import main_process_first
 from hftl.loading.loader import Example
 from hftl.preprocessing.image_transforms import ImageProcessor, ImageRows, is_absent
 from hftl.preprocessing.tokenization import TextRows
@@ -138,7 +138,7 @@ def joined_texts(dataset: Dataset, columns: Sequence[str], template: str) -> Dat
         rows = [dict(zip(columns, values, strict=True)) for values in cells]
         return {TEXT: [filled(template, row) if any(map(_is_text, row.values())) else "" for row in rows]}
 
-    with in_turns("join texts"):
+    with main_process_first("join texts"):
         return dataset.select_columns(list(columns)).map(
             join,
             batched=True,

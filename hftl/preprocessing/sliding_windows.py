@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hftl.distributed import in_turns
+from hftl.distributed import main_process_first
 from hftl.errors import DataError
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.preprocessing.tokenization import LENGTH, TextRows, tokenizer_identity
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _map(
     keep = [name for name in dict.fromkeys(keep) if name in dataset.column_names]
     manner = [tokenizer.model_input_names, "hftl windows 2"]
     key = [dataset._fingerprint, tokenizer_identity(tokenizer), manner, list(columns), max_length, stride, keep]
-    with in_turns("tokenize"):
+    with main_process_first("tokenize"):
         encoded = dataset.map(
             encode,
             batched=True,
@@ -275,12 +275,12 @@ def _map(
         )
     cut = sum(encoded[_CUT])
     if cut:
-        say(f"data: {cut} of {len(encoded)} questions are longer than half of {max_length} tokens: their ends are cut")
+        log(f"data: {cut} of {len(encoded)} questions are longer than half of {max_length} tokens: their ends are cut")
     rows = TextRows(encoded.remove_columns(_CUT))
     long = int((rows.lengths > max_length).sum())
     if long:
         share = max_length // 4 if stride is None else stride
-        say(
+        log(
             f"data: {long} of {len(rows)} texts are longer than {max_length} tokens (data.max_length) and are read in "
             f"windows that share {share} tokens (data.stride); nothing is cut off"
         )

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hftl.distributed import in_turns
+from hftl.distributed import main_process_first
 from hftl.errors import shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +64,7 @@ def tokenize(
     # the library would hash the tokenizer by pickling it, which changes once it has been used
     manner = [tokenizer.model_input_names, tokenizer.truncation_side, "hftl 2"]
     key = [dataset._fingerprint, tokenizer_identity(tokenizer), manner, list(columns), max_length, keep]
-    with in_turns("tokenize"):
+    with main_process_first("tokenize"):
         encoded = dataset.map(
             encode,
             batched=True,
@@ -75,7 +75,7 @@ def tokenize(
     rows = TextRows(encoded)
     cut = int((rows.lengths >= max_length).sum())
     if cut:
-        say(f"data: {cut} of {len(rows)} texts reach the limit of {max_length} tokens (data.max_length) and may be cut")
+        log(f"data: {cut} of {len(rows)} texts reach the limit of {max_length} tokens (data.max_length) and may be cut")
     return rows
 
 

@@ -51,7 +51,7 @@ def classes(run: Run) -> Section | None:
     return Section("Classes", blocks)
 
 
-def confusion(run: Run) -> Section | None:
+def confusion_section(run: Run) -> Section | None:
     """The matrix, and the pairs that are taken for each other most."""
     record, split = run.record, run.record.main_split
     if split not in record.judged:
@@ -68,7 +68,7 @@ def confusion(run: Run) -> Section | None:
     caption = f"{split}, {int(counts.sum()):,} rows; colour: share of the true class"
     if len(names) > 24:
         caption += " (its square root); axes: class numbers, as in the table of classes"
-    drawn = Figures([Figure(figures.confusion(counts, names, alt), caption, wide=True)])
+    drawn = Figures([Figure(figures.confusion_heatmap(counts, names, alt), caption, wide=True)])
     listed = Table("Most confused", ["true class", "taken for", "rows", "of the true class"], table)
     return Section("Confusion", [drawn, listed if table else Note("No row was confused.")])
 

@@ -19,7 +19,12 @@ _SAME_EACH = {"train.seed"}
 def compare_sections(records: Sequence[RunRecord]) -> list[Section]:
     """Returns the sections; what cannot be compared is said first."""
     names = unique_names(records)
-    made = [results(records, names), paired(records, names), curves(records, names), differences(records, names)]
+    made = [
+        results(records, names),
+        paired(records, names),
+        overlaid_curves(records, names),
+        setting_differences(records, names),
+    ]
     return [section for section in made if section]
 
 
@@ -60,7 +65,7 @@ def row_warnings(records: Sequence[RunRecord], names: Sequence[str]) -> list[str
 
 def results(records: Sequence[RunRecord], names: Sequence[str]) -> Section:
     """Method, cost and metrics of each run."""
-    metrics = list(dict.fromkeys(f"{r.main_split}/{m}" for r in records for m in (*r.shown, "loss")))
+    metrics = list(dict.fromkeys(f"{r.main_split}/{m}" for r in records for m in (*r.primary_metrics, "loss")))
     found = {name for record in records for name in record.metrics}
     metrics = [name for name in metrics if name in found] or sorted(found)[:3]
     intervals = [record.intervals(split) if (split := record.main_split) else {} for record in records]
@@ -73,7 +78,7 @@ def results(records: Sequence[RunRecord], names: Sequence[str]) -> Section:
             interval = known.get(short) if split == record.main_split else None
             row.append(Measured(record.metrics.get(metric), interval))
         memory = training.get("peak_device_bytes") or training.get("peak_resident_bytes")
-        row += [adapted.get("trained"), training.get("steps")]
+        row += [adapted.get("trainable"), training.get("steps")]
         row.append(duration(training["seconds"]) if "seconds" in training else None)
         row.append(mebibytes(memory) if memory else None)
         table.append(row)
@@ -143,7 +148,7 @@ def _p(value: float) -> Quantity:
     return Quantity(f"{value:.4f}" if value >= 0.0001 else "< 0.0001")
 
 
-def curves(records: Sequence[RunRecord], names: Sequence[str]) -> Section | None:
+def overlaid_curves(records: Sequence[RunRecord], names: Sequence[str]) -> Section | None:
     """Learning curves over one another."""
     best = (records[0].facts.get("training", {}).get("best") or {}).get("metric", "validation/accuracy")
     drawn = []
@@ -157,7 +162,7 @@ def curves(records: Sequence[RunRecord], names: Sequence[str]) -> Section | None
     return Section("Learning curves", [Figures(drawn)]) if drawn else None
 
 
-def differences(records: Sequence[RunRecord], names: Sequence[str]) -> Section:
+def setting_differences(records: Sequence[RunRecord], names: Sequence[str]) -> Section:
     """Settings and versions that are not the same in all runs."""
     settings = [{n: str(v) for n, v in record.settings.items() if n not in _SAYS_NOTHING} for record in records]
     around = []

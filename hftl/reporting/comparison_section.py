@@ -11,13 +11,13 @@ from hftl.html.formatting import duration, mebibytes
 from hftl.reporting.run_view import Run
 
 
-def verdict(run: Run) -> Section | None:
+def conclusion(run: Run) -> Section | None:
     """The comparison that the run comes from, where it comes from one."""
     found = run.record.comparison
-    return verdict_section(found, kept=run.record.name) if found else None
+    return conclusion_section(found, kept=run.record.name) if found else None
 
 
-def verdict_section(found: Mapping[str, Any], kept: str | None = None) -> Section:
+def conclusion_section(found: Mapping[str, Any], kept: str | None = None) -> Section:
     """Did transfer help? The sentence, the methods with their cost, differences and quality over time.
 
     Args:
@@ -53,7 +53,7 @@ def _table(found: Mapping[str, Any]) -> Table:
                 len(scores),
                 sum(scores) / len(scores) if scores else None,
                 Measured(apart["value"], (apart["low"], apart["high"])) if apart else None,
-                result["trained"],
+                result["trainable"],
                 duration(result["seconds"]) if result["seconds"] is not None else None,
                 mebibytes(peak) if peak else None,
             ]
@@ -72,7 +72,7 @@ def _differences(found: Mapping[str, Any]) -> Figure | None:
         return None
     said = ", ".join(f"{name} {value:+.1f} ({low:+.1f} to {high:+.1f})" for name, (value, low, high) in drawn.items())
     axis = f"points of {found['split']} {found['metric']} against {found['baseline']}"
-    return Figure(figures.differences(drawn, f"{axis}: {said}", x=axis), "Difference, with its 95 % interval")
+    return Figure(figures.difference_plot(drawn, f"{axis}: {said}", x=axis), "Difference, with its 95 % interval")
 
 
 def _costs(found: Mapping[str, Any]) -> Figure | None:

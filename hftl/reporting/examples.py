@@ -14,9 +14,9 @@ from hftl.data.columns import arrow_column
 from hftl.data.image_decoding import Stored, check_header, decode_image
 from hftl.errors import DataError, HftlError, first_line
 from hftl.html.blocks import Example
-from hftl.logging import muted
+from hftl.logging import suppress_logs
 from hftl.reporting.run_record import RunRecord
-from hftl.tasks.predictions import Estimated, Judged, Tagged
+from hftl.tasks.predictions import ClassPredictions, MultiLabelPredictions, RegressionPredictions
 from hftl.tasks.targets.label_target import restore_target
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _THUMBNAIL = 176
 """Pixels of the longer side."""
 
 
-class Rows:
+class ReportRows:
     """The data of a run.
 
     Args:
@@ -179,12 +179,12 @@ class Rows:
 def worst_errors(record: RunRecord, split: str) -> tuple[Any, int, str]:
     """Returns the positions in `record.answers[split]` of at most `SHOWN` wrong rows, their number and order."""
     answers = record.answers[split]
-    if isinstance(answers, Judged):
+    if isinstance(answers, ClassPredictions):
         badness, how = np.where(answers.labels != answers.predictions, answers.confidences, 0), "the surest"
-    elif isinstance(answers, Tagged):
+    elif isinstance(answers, MultiLabelPredictions):
         badness, how = (answers.labels != answers.predictions).sum(1), "those with most wrong labels"
     else:
-        badness, how = cast(Estimated, answers).errors, "the largest"
+        badness, how = cast(RegressionPredictions, answers).errors, "the largest"
     wrong = np.nonzero(badness)[0]
     return wrong[np.argsort(-badness[wrong], kind="stable")][:SHOWN], len(wrong), how
 
@@ -197,7 +197,7 @@ def _open(record: RunRecord) -> Mapping[str, Dataset]:
 
     # what another version of hftl called otherwise is left out: whether rows are the same is seen from their labels
     named = {item.name: record.settings.get(f"data.{item.name}") for item in fields(DataConfig)}
-    with muted():
+    with suppress_logs():
         config = DataConfig(**{name: value for name, value in named.items() if value is not None})
         return load_splits(config, leave_out=read_quarantine(record.folder))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from hftl.html.blocks import Cell, Note, Section, Table
 from hftl.reporting.run_view import CLASSES_LISTED, Run
-from hftl.tasks.predictions import Tagged
+from hftl.tasks.predictions import MultiLabelPredictions
 from hftl.tasks.targets.multi_label.metrics import label_scores
 
 
@@ -16,7 +16,7 @@ def labels(run: Run) -> Section | None:
     """Average precision, threshold, precision, recall and F1 of each label."""
     record, split = run.record, run.record.main_split
     found = record.answers.get(split or "")
-    if not isinstance(found, Tagged):
+    if not isinstance(found, MultiLabelPredictions):
         return None
     scores = label_scores(found.labels, found.probabilities, found.thresholds)
     lowest = len(found.names) > 20
@@ -38,7 +38,7 @@ def labels(run: Run) -> Section | None:
     return Section("Labels", blocks)
 
 
-def _about(found: Tagged, split: str) -> str:
+def _about(found: MultiLabelPredictions, split: str) -> str:
     none = int((~found.labels.any(1)).sum())
     chosen = set(found.thresholds) != {0.5}
     return (

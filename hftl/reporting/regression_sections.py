@@ -7,7 +7,7 @@ import numpy as np
 from hftl.html import figures
 from hftl.html.blocks import Cell, Figure, Figures, Note, Section, Table
 from hftl.reporting.run_view import Run
-from hftl.tasks.predictions import Estimated
+from hftl.tasks.predictions import RegressionPredictions
 
 DRAWN = 2_000
 """Points of a figure."""
@@ -18,7 +18,7 @@ def numbers(run: Run) -> Section | None:
     """Predictions over truth, and where the truth lies against what is answered."""
     record, split = run.record, run.record.main_split
     found = record.answers.get(split or "")
-    if not isinstance(found, Estimated):
+    if not isinstance(found, RegressionPredictions):
         return None
     rows = np.unique(np.linspace(0, len(found.rows) - 1, min(len(found.rows), DRAWN)).astype(int))
     drawn, table = [], []

@@ -37,13 +37,13 @@ def write_report(
         ArtifactError: The folder holds no finished run.
         ConfigError: `output` cannot be written.
     """
-    from hftl.reporting.examples import Rows
+    from hftl.reporting.examples import ReportRows
     from hftl.reporting.run_view import Run
     from hftl.reporting.sections import SECTIONS
 
     record = RunRecord(folder)
     target = page_path(output or record.folder / REPORT)
-    run = Run(record, Rows(record, splits, show_rows))
+    run = Run(record, ReportRows(record, splits, show_rows))
     sections = [section for make in SECTIONS if (section := make(run))]
     chosen = [record.settings.get(name) for name in ("model.name", "adapt.method", "data.source")]
     about = [record.task.replace("_", " "), *chosen, f"seed {record.settings.get('train.seed')}"]
@@ -65,11 +65,11 @@ def compare_reports(
         ConfigError: `output` cannot be written.
     """
     from hftl.reporting.compare import compare_sections
-    from hftl.reporting.comparison_section import verdict_section
+    from hftl.reporting.comparison_section import conclusion_section
 
     target = page_path(output)
     records = [RunRecord(folder) for folder in folders]
-    first = [verdict_section(comparison)] if comparison else []
+    first = [conclusion_section(comparison)] if comparison else []
     about = [f"{comparison['model']} on {comparison['data']}"] if comparison else _names(records)
     return write_page(target, f"{len(records)} runs compared", about, [*first, *compare_sections(records)])
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from hftl.errors import ArtifactError, first_line, nearest
 from hftl.tasks.capabilities import Capability
-from hftl.tasks.predictions import Answers, Judged, codes, needed_columns, read_answers
+from hftl.tasks.predictions import ClassPredictions, Predictions, codes, needed_columns, read_predictions
 
 DESCRIPTION = "hftl.json"
 """In `model/` and `adapter/`: task, labels, head and base model. Written last, so its presence means verified."""
@@ -70,9 +70,9 @@ class RunRecord:
         )
 
     @property
-    def shown(self) -> tuple[str, ...]:
+    def primary_metrics(self) -> tuple[str, ...]:
         """The metrics that are named first, in order."""
-        return tuple(self.described.get("shown", ("accuracy", "macro_f1")))
+        return tuple(self.described.get("primary_metrics", ("accuracy", "macro_f1")))
 
     def supports(self, capability: Capability) -> bool:
         """Whether the task of the run supports a capability that takes its predictions."""
@@ -96,14 +96,14 @@ class RunRecord:
         return [step for step, _ in points], [value for _, value in points]
 
     @cached_property
-    def answers(self) -> Mapping[str, Answers]:
+    def answers(self) -> Mapping[str, Predictions]:
         """Truth and predictions by split; empty where the run wrote none, or none that this could read."""
-        return read_answers(self.described, self._columns, lambda columns: self._batches(columns, 100_000))
+        return read_predictions(self.described, self._columns, lambda columns: self._batches(columns, 100_000))
 
     @property
-    def judged(self) -> dict[str, Judged]:
+    def judged(self) -> dict[str, ClassPredictions]:
         """True and predicted classes by split; empty where a row does not have exactly one class."""
-        return {split: found for split, found in self.answers.items() if isinstance(found, Judged)}
+        return {split: found for split, found in self.answers.items() if isinstance(found, ClassPredictions)}
 
     def intervals(self, split: str) -> dict[str, tuple[float, float]]:
         """Returns 95 % intervals of the metrics that the predictions on disk give as metrics.json has them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from hftl.html.blocks import Measured
-from hftl.reporting.examples import Rows
+from hftl.reporting.examples import ReportRows
 from hftl.reporting.run_record import RunRecord
 from hftl.tasks.capabilities import Capability
 
@@ -16,7 +16,7 @@ CLASSES_LISTED = 200
 class Run:
     """A run folder, and what several sections compute from it."""
 
-    def __init__(self, record: RunRecord, rows: Rows) -> None:
+    def __init__(self, record: RunRecord, rows: ReportRows) -> None:
         self.record = record
         self.rows = rows
 

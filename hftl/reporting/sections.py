@@ -10,8 +10,8 @@ import numpy as np
 from hftl.html import figures
 from hftl.html.blocks import Cell, Code, Figure, Figures, Note, Quantity, Section, Table, Tiles
 from hftl.html.formatting import duration, mebibytes
-from hftl.reporting.classification_sections import calibration, classes, confusion, errors
-from hftl.reporting.comparison_section import verdict
+from hftl.reporting.classification_sections import calibration, classes, confusion_section, errors
+from hftl.reporting.comparison_section import conclusion
 from hftl.reporting.multi_label_sections import labels
 from hftl.reporting.regression_sections import numbers
 from hftl.reporting.run_view import CLASSES_LISTED, Run
@@ -23,15 +23,15 @@ def summary(run: Run) -> Section:
     record = run.record
     names = list(dict.fromkeys(name.partition("/")[2] for name in record.metrics if "/" in name))
     best = record.facts.get("training", {}).get("best") or {}
-    first = [name for name in (best.get("metric", "").partition("/")[2], *record.shown) if name in names]
+    first = [name for name in (best.get("metric", "").partition("/")[2], *record.primary_metrics) if name in names]
     tiles: list[tuple[str, Cell, str]] = [
         (f"{record.main_split} {name}", run.measured(f"{record.main_split}/{name}"), "")
         for name in list(dict.fromkeys(first or names))[:2]
     ]
     adapted, training = record.facts.get("adapt", {}), record.facts.get("training", {})
     if adapted.get("total"):
-        share = 100 * adapted["trained"] / adapted["total"]
-        tiles.append(("parameters trained", adapted["trained"], f"{share:.3g} % of {adapted['total']:,}"))
+        share = 100 * adapted["trainable"] / adapted["total"]
+        tiles.append(("parameters trained", adapted["trainable"], f"{share:.3g} % of {adapted['total']:,}"))
     if "seconds" in training:
         chosen = training.get("selection")
         length = f"{len(chosen['tried'])} settings tried" if chosen else f"{training['steps']:,} steps"
@@ -63,12 +63,12 @@ def _how_measured(run: Run, micro: bool, best: dict[str, Any]) -> str:
     return text + ("Micro averages equal the accuracy, as each row has one class." if micro else "")
 
 
-def curves(run: Run) -> Section | None:
+def learning_curves(run: Run) -> Section | None:
     """Losses, the metric on validation, and learning rates over steps."""
     record = run.record
     best = record.facts.get("training", {}).get("best") or {}
     names = sorted({name for line in record.history for name in line})
-    shown = [f"validation/{name}" for name in record.shown]
+    shown = [f"validation/{name}" for name in record.primary_metrics]
     metric = best.get("metric", shown[0] if shown else "validation/loss")
     others = [name for name in dict.fromkeys((metric, *shown)) if not name.endswith("/loss")]
     panels = [
@@ -123,7 +123,7 @@ def training(run: Run) -> Section:
     """Parameters, time, memory and what was verified."""
     facts = run.record.facts
     adapted, made = facts.get("adapt", {}), facts.get("training", {})
-    parts = ("backbone", "backbone_trained", "adapters", "head", "trained", "total")
+    parts = ("backbone", "backbone_trainable", "adapters", "head", "trainable", "total")
     parameters: list[list[Cell]] = [[part.replace("_", ", "), adapted[part]] for part in parts if part in adapted]
     cost: list[list[Cell]] = [["steps", made.get("steps")]]
     if "seconds" in made:
@@ -173,10 +173,10 @@ def setting(run: Run) -> Section:
 
 SECTIONS: tuple[Callable[[Run], Section | None], ...] = (
     summary,
-    verdict,
-    curves,
+    conclusion,
+    learning_curves,
     classes,
-    confusion,
+    confusion_section,
     calibration,
     labels,
     numbers,

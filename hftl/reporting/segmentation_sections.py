@@ -12,7 +12,7 @@ import numpy as np
 
 from hftl.data.image_decoding import decode_indices
 from hftl.errors import DataError
-from hftl.html.blocks import Card, Comparison, Comparisons, Figure, Figures, Note, Section
+from hftl.html.blocks import Card, ExampleGroup, ExampleGroups, Figure, Figures, Note, Section
 from hftl.reporting.examples import thumbnail
 from hftl.reporting.run_view import Run
 
@@ -38,7 +38,7 @@ def masks(run: Run) -> Section | None:
     limit = run.rows.max_pixels
     images, true = (run.rows.stored(rows, column, chosen) for column in (run.rows.image_column, target["column"]))
     shown = [
-        Comparison(
+        ExampleGroup(
             [
                 Card(f"row {row}", thumbnail(image, limit)),
                 Card("labelled", _drawn(mask, colours, limit)),
@@ -51,7 +51,7 @@ def masks(run: Run) -> Section | None:
     ]
     note = Note(f"{len(shown)} of {len(rows)} pictures of {split}; void is black.")
     legend = Figures([Figure(_legend(target["classes"], list(colours.values())), "Classes")])
-    return Section("Masks", [Comparisons(shown), note, legend])
+    return Section("Masks", [ExampleGroups(shown), note, legend])
 
 
 def _legend(names: list[str], colours: list[tuple[int, int, int]]) -> str:

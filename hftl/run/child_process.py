@@ -25,11 +25,11 @@ _IMPORTS = (
 """What every training imports; the server does it once for all of them. A name that is missing is passed over."""
 
 
-class Failed(HftlError):
+class ChildFailedError(HftlError):
     """A child process that ended without an answer, or with an error that is not hftl's."""
 
 
-def in_child(work: Callable[..., Any], *arguments: Any, log: Path | None = None) -> Any:
+def run_in_child(work: Callable[..., Any], *arguments: Any, log: Path | None = None) -> Any:
     """Returns `work(*arguments)`, computed in a new process.
 
     The process is forked from a server that has imported everything and computed nothing (`forkserver`; started anew,
@@ -66,13 +66,13 @@ def in_child(work: Callable[..., Any], *arguments: Any, log: Path | None = None)
         mine.close()
     process.join()
     if answer is None:
-        raise Failed(_how_it_ended(process.exitcode, log))
+        raise ChildFailedError(_how_it_ended(process.exitcode, log))
     kind, value = answer
     if kind == "returned":
         return value
     if kind == "complete":
         raise RunComplete(*value)
-    raise getattr(errors, kind, Failed)(*value)
+    raise getattr(errors, kind, ChildFailedError)(*value)
 
 
 def _child(connection: Any, work: Callable[..., Any], arguments: Any, environment: Mapping, log: str | None) -> None:

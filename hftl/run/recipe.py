@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from hftl.config.parse import parse
+from hftl.config.parse import parse_config
 from hftl.config.schema import RunConfig
 from hftl.distributed import readable
 from hftl.errors import HftlError, RunComplete, Stopped, disk_error
-from hftl.logging import is_main_process, leave_process_group, say
+from hftl.logging import is_main_process, leave_process_group, log
 
 
 def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, description: str | None = None) -> None:
@@ -26,12 +26,12 @@ def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, descriptio
     folder = "the run folder"
     try:
         with _stopping():
-            run = parse(defaults, description=description or "", defer=True)
+            run = parse_config(defaults, description=description or "", defer=True)
             folder = run.output_dir or folder
             main(run)
     except RunComplete as complete:
         values = ", ".join(f"{name} {value}" for name, value in complete.metrics.items())
-        say(f"{complete}; nothing to do ({values})")
+        log(f"{complete}; nothing to do ({values})")
     except KeyboardInterrupt as interrupt:
         asked = interrupt.args[0] if interrupt.args else "SIGINT"
         _end(Stopped(f"stopped ({asked}) outside of training; the same command with --resume auto goes on."))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from hftl.config.parse import load
+from hftl.config.parse import load_config
 from hftl.config.schema import RunConfig
 from hftl.data.source import load_splits
-from hftl.data.validation import BadRows
+from hftl.data.validation import InvalidRows
 from hftl.errors import HftlError
-from hftl.logging import muted, say
+from hftl.logging import log, suppress_logs
 from hftl.run_folder.checkpoint import Checkpoints, read_state
 from hftl.run_folder.folder import MARKER, finished_metrics, get_run_folder, resumes
 from hftl.training.checkpointer import data_fingerprint
 
 
-def restarts(run: RunConfig, bad: BadRows, rows: Any = None) -> bool:
+def restarts(run: RunConfig, bad: InvalidRows, rows: Any = None) -> bool:
     """Whether the run in the folder begins again at step 0, because rows that it trained on are left out now.
 
     Order of training, validation cut and metrics depend on the rows that remain, so a checkpoint of more training rows
@@ -32,9 +32,9 @@ def restarts(run: RunConfig, bad: BadRows, rows: Any = None) -> bool:
     if not any(counts.values()) or not resumes(run) or finished_metrics(run) is not None:
         return False
     try:
-        if load(folder / MARKER).data.on_error == "skip":
+        if load_config(folder / MARKER).data.on_error == "skip":
             return False
-        newest = Checkpoints(folder / "checkpoints", run.checkpoint.keep).newest()
+        newest = Checkpoints(folder / "checkpoints", run.checkpoint.total_limit).newest()
     except HftlError:
         return False  # reported by `resume_problems` or `fit`
     if newest is None:
@@ -43,12 +43,12 @@ def restarts(run: RunConfig, bad: BadRows, rows: Any = None) -> bool:
     history = state.get("recorder", {}).get("history", {})
     if not counts["train"] and not history.get("best"):
         return False
-    with muted():
+    with suppress_logs():
         before = load_splits(run.data, rows=rows)["train"]
     if state.get("data") != data_fingerprint(before):
         return False
     left_out = " and ".join(f"{count} {split} row(s)" for split, count in counts.items() if count)
-    say(
+    log(
         f"resume: {left_out} of the checkpoint after step {history.get('steps')} are left out now "
         "(data.on_error skip); training restarts from step 0"
     )

@@ -1,4 +1,4 @@
-"""`prepare` refuses what cannot work, all at once; `start` is the only place that builds an Accelerator."""
+"""Run setup: `setup_run` reports all problems at once, `create_accelerator` builds the Accelerator."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from hftl.adaptation.apply import method_problem
 from hftl.adaptation.lora import find_targets
 from hftl.atomic_files import write_text
-from hftl.audit.quick_check import brief
+from hftl.audit.quick_check import quick_check
 from hftl.config.allowed_values import value_problems
 from hftl.config.defaults import BY_STEPS, resolve
-from hftl.config.parse import dump
+from hftl.config.parse import dump_config
 from hftl.config.schema import AugmentConfig, RunConfig
-from hftl.data.layouts.in_memory import GIVEN, given_rows
+from hftl.data.layouts.in_memory import GIVEN, dataset_from_rows
 from hftl.data.splits import Splits
 from hftl.data.usable_rows import load_usable_splits
-from hftl.data.validation import BadRows, records, write_quarantine
-from hftl.distributed import group_options, together
+from hftl.data.validation import InvalidRows, records, write_quarantine
+from hftl.distributed import group_options, heartbeat_barrier
 from hftl.errors import ConfigError, DataError, HftlError, RunComplete, nearest
-from hftl.hub_client import name_problem, redacted, repository_problem
+from hftl.hub_client import name_problem, redact_tokens, repository_problem
 from hftl.launcher import build_accelerator, launch_problem
-from hftl.logging import is_main_process, muted, say
-from hftl.models.build import model_name_problem, model_problem, skeleton, trust_problems
+from hftl.logging import is_main_process, log, suppress_logs
+from hftl.models.build import build_on_meta, model_name_problem, model_problem, trust_problems
 from hftl.models.task_model import HeadSpec
 from hftl.run.restart import restarts
 from hftl.run_folder.folder import (
@@ -52,7 +52,7 @@ SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_XPU", "MULTI_ML
 """Accelerate's kinds of processes in which each holds the whole model."""
 
 
-def prepare(
+def setup_run(
     run: RunConfig, make_task: Callable[[Splits], T] | None = None, rows: Any = None
 ) -> tuple[RunConfig, Splits, T]:
     """Opens the data, binds the task to it, and checks everything that can be known before a device is touched.
@@ -61,7 +61,8 @@ def prepare(
         run: The configuration as given.
         make_task: A task class, or anything that makes a task from splits; by default what `run.task` says.
         rows: Rows from Python in place of `run.data.source`, which is then only their name: a `DatasetDict`, or a
-            mapping of split names to data sets or iterables of rows (see `hftl.data.layouts.in_memory.given_rows`).
+            mapping of split names to datasets or iterables of rows (see
+            `hftl.data.layouts.in_memory.dataset_from_rows`).
 
     Returns:
         The configuration with all defaults filled in, the splits, and the task.
@@ -80,24 +81,24 @@ def prepare(
     name = getattr(make_task, "name", run.task)
     if run.task not in (AUTO, name):
         problems.append(f"task: '{run.task}', but this recipe is for {name}; the recipe auto takes any task of hftl's.")
-    bad: BadRows = {}
+    bad: InvalidRows = {}
     if run.data.source and not any(problem.startswith("data.max_") for problem in problems):
         try:
-            rows = None if rows is None else given_rows(rows)  # once: a stream cannot be read again
-            splits, bad = load_usable_splits(run.data, make, rows, get_run_folder(run))
+            rows = None if rows is None else dataset_from_rows(rows)  # once: a stream cannot be read again
+            splits, bad = load_usable_splits(run.data, make, rows, get_run_folder(run), run.train.pair_loss)
             task = make(splits)
             run = replace(run, restarts=restarts(run, bad, rows))
         except HftlError as error:
             problems += error.problems
-    stock = getattr(make, "stock", None) or (task.head.stock if task else None)
-    unknown = model_name_problem(run.model, stock) if stock and run.model.name else None
+    model_class = getattr(make, "model_class", None) or (task.head.model_class if task else None)
+    unknown = model_name_problem(run.model, model_class) if model_class and run.model.name else None
     if unknown is None and task is not None and run.model.name:
         unknown = model_problem(run.model, task.head)
     problems += trust_problems(run) + _method_problems(run, task)
     if unknown:
         problems.append(unknown)
-    elif stock and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
-        head = task.head if task else HeadSpec(stock, 2)
+    elif model_class and run.model.name and not any(problem.startswith(("model.", "adapt.")) for problem in problems):
+        head = task.head if task else HeadSpec(model_class, 2)
         problems += _target_problems(run, head) or probe_problems(run, head, splits, task)
     if splits and not resumes(run) and run.adapt.method != "probe":  # a run that goes on keeps the rows of its steps
         problems += _batch_problems(run, len(splits["train"]), task)
@@ -108,23 +109,23 @@ def prepare(
     if problems or splits is None or task is None:
         raise ConfigError(*problems)
     # opened by now; what trackers and files are told needs no credentials
-    run = replace(run, task=task.name, data=replace(run.data, source=redacted(run.data.source)))
+    run = replace(run, task=task.name, data=replace(run.data, source=redact_tokens(run.data.source)))
     resolved = replace(resolve(run, task.modality, getattr(task, "defaults", {})), quarantine=records(bad))
     different = resume_problems(resolved)
     if different:
         raise ConfigError(*different)
-    for sentence in brief(splits, task) if is_main_process() else ():
-        say(f"check: {sentence}")
+    for sentence in quick_check(splits, task) if is_main_process() else ():
+        log(f"check: {sentence}")
     if unsupported(task, Capability.INTERVALS):
-        say(f"report: metrics of {task.name} come without confidence intervals")
+        log(f"report: metrics of {task.name} come without confidence intervals")
     _say_defaults(run, resolved)
     return resolved, splits, task
 
 
-def start(run: RunConfig) -> Accelerator:
+def create_accelerator(run: RunConfig) -> Accelerator:
     """Returns the Accelerator of a run, seeds set and the run folder made.
 
-    Processes, precision and sharding come from the launcher and its configuration file. Rows that `prepare` left out
+    Processes, precision and sharding come from the launcher and its configuration file. Rows that `setup_run` left out
     are written to quarantine.jsonl.
 
     Raises:
@@ -160,14 +161,14 @@ def start(run: RunConfig) -> Accelerator:
     finished = broadcast_object_list([finished])[0] if accelerator.num_processes > 1 else finished
     if finished is not None:
         raise RunComplete(str(folder), finished)
-    with together("make the run folder"):
+    with heartbeat_barrier("make the run folder"):
         if accelerator.is_main_process:
             make_folder(folder, run)
-            write_text(folder / MARKER, redacted(dump(run)))
+            write_text(folder / MARKER, redact_tokens(dump_config(run)))
             write_quarantine(folder, run.quarantine)
     _agree(accelerator, run)
     set_seed(run.train.seed)
-    say(
+    log(
         f"start: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{torch.get_num_threads()} CPU thread(s) each, precision {accelerator.mixed_precision}, run folder {folder}"
     )
@@ -203,8 +204,8 @@ def _target_problems(run: RunConfig, head: HeadSpec) -> list[str]:
     if run.adapt.method != "lora" or run.adapt.lora.target_modules is None:
         return []
     try:
-        with muted():  # it is not the model that will be trained
-            find_targets(skeleton(run, head), run.adapt.lora.target_modules)
+        with suppress_logs():  # it is not the model that will be trained
+            find_targets(build_on_meta(run, head), run.adapt.lora.target_modules)
     except HftlError as error:
         return error.problems
     return []
@@ -222,7 +223,7 @@ def _batch_problems(run: RunConfig, rows: int, task: Task | None) -> list[str]:
             f"{run.train.batch_size_per_device} x accumulation {run.train.gradient_accumulation_steps} x {world} "
             f"process(es)) is larger than the {rows} training rows; lower it to at most {rows}."
         ]
-    if getattr(task, "across_rows", False) and run.train.batch_size_per_device * world < 2:
+    if getattr(task, "depends_on_batch", False) and run.train.batch_size_per_device * world < 2:
         return [
             "train.batch_size_per_device: this loss compares the rows of a batch with each other, and a batch of 1 has "
             "none to compare (train.gradient_accumulation_steps adds none); give 2 at least, better 64 or more."
@@ -232,15 +233,15 @@ def _batch_problems(run: RunConfig, rows: int, task: Task | None) -> list[str]:
 
 def _hub_problems(run: RunConfig, otherwise_fine: bool) -> list[str]:
     """Asks the hub once, and only about a run that will start: a repository may be created."""
-    repo = run.publish.push_to_hub
+    repo = run.hub.repo_id
     if not repo:
         return []
     problem = name_problem(repo)
     if problem is None and otherwise_fine and is_main_process():
-        problem = repository_problem(repo, run.publish.private)
+        problem = repository_problem(repo, run.hub.private)
         if problem is None:
-            say(f"push: {repo} will receive the model ({'private' if run.publish.private else 'as visible as it is'})")
-    return [f"publish.push_to_hub: {problem}"] if problem else []
+            log(f"push: {repo} will receive the model ({'private' if run.hub.private else 'as visible as it is'})")
+    return [f"hub.repo_id: {problem}"] if problem else []
 
 
 def _tracker_problems(names: Sequence[str]) -> list[str]:
@@ -286,13 +287,13 @@ def _metric_problems(run: RunConfig, task: Task | None) -> list[str]:
     )
     why_not = "" if one else "metrics of evaluate are computed for one class or one number a row"
     problems = metric_problems(run.train.metrics, own, why_not)
-    wanted = run.train.best_metric
+    wanted = run.train.metric_for_best_model
     if wanted and not problems:
         computed = {"loss", *own, *(Path(name).stem for name in run.train.metrics)}
         if wanted not in computed:
             allowed = ", ".join(sorted(computed))
             problems.append(
-                f"train.best_metric: '{wanted}' is not computed here; allowed: {allowed}, or name it in "
+                f"train.metric_for_best_model: '{wanted}' is not computed here; allowed: {allowed}, or name it in "
                 f"train.metrics too.{nearest(wanted, computed)}"
             )
     return problems
@@ -303,13 +304,13 @@ def _say_defaults(given: RunConfig, resolved: RunConfig) -> None:
     if resolved.adapt.method == "probe":
         vain = [f"train.{name}" for name in BY_STEPS if getattr(given.train, name) is not None]
         if vain:
-            say(f"config: a probe is not trained by steps; {', '.join(vain)} do not apply")
+            log(f"config: a probe is not trained by steps; {', '.join(vain)} do not apply")
         return
     chosen = {
         name: getattr(resolved.train, name)
-        for name in ("lr", "head_lr", "num_epochs", "head_first")
+        for name in ("lr", "head_lr", "num_epochs", "freeze_backbone_ratio")
         if getattr(given.train, name) is None and getattr(resolved.train, name) is not None
     }
     if chosen:
         method = given.adapt.method if given.model.pretrained else "training from scratch"
-        say(f"config: defaults for {method}: " + ", ".join(f"train.{name} {value:g}" for name, value in chosen.items()))
+        log(f"config: defaults for {method}: " + ", ".join(f"train.{name} {value:g}" for name, value in chosen.items()))

@@ -14,7 +14,7 @@ from hftl.config.schema import RunConfig
 from hftl.data.splits import Splits
 from hftl.errors import AdaptError
 from hftl.evaluation.evaluate import labeled_rows
-from hftl.loading.loader import Rows
+from hftl.loading.loader import Examples
 from hftl.models.build import build_model
 from hftl.models.oom_retry import rows_of
 from hftl.models.task_model import TaskModel
@@ -131,7 +131,7 @@ def _check_step(task: Task, model: TaskModel, batch: Batch, run: RunConfig, meth
     assert method == "full" or not buffers, f"{method}: buffers of the backbone have moved: {sorted(buffers)[:5]}"
 
 
-def _check_saved(task: Task, model: TaskModel, encoded: Rows, run: RunConfig) -> None:
+def _check_saved(task: Task, model: TaskModel, encoded: Examples, run: RunConfig) -> None:
     """Saving verifies itself: it raises when a reader computes something else."""
     from hftl.artifacts.save_model import save_artifact
 

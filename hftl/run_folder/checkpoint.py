@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hftl.atomic_files import PARTIAL, sync, write_text
 from hftl.errors import CheckpointError, first_line, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 MANIFEST = "manifest.json"
 """Written last: size and SHA-256 of every other file. A folder without it is not a checkpoint."""
@@ -63,14 +63,14 @@ class Checkpoints:
                 self.latest, self._good = int(path.name.removeprefix(_PREFIX)), [path.name]
                 return path
             damaged += 1
-            say(f"resume: {path} is passed over: {problem}")
+            log(f"resume: {path} is passed over: {problem}")
         if unreadable:
             raise CheckpointError(
                 f"resume: no state in '{self.folder}' can be read ({shorten(unreadable, 3)}). Mend the disk or the "
                 "permissions and run the same command again, or delete the folder to start from the beginning."
             )
         if damaged:
-            say(f"resume: WARNING: none of the {damaged} state(s) is whole; training starts FROM THE BEGINNING")
+            log(f"resume: WARNING: none of the {damaged} state(s) is whole; training starts FROM THE BEGINNING")
         return None
 
     def room(self) -> int:
@@ -194,7 +194,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def clear_partial(folder: Path) -> None:
     """Removes what an interrupted process left half written in a run folder."""
     for path in sorted(folder.rglob(f"*{PARTIAL}")):
-        say(f"resume: {path} was not finished when the run ended, and is removed")
+        log(f"resume: {path} was not finished when the run ended, and is removed")
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from hftl.atomic_files import sync
 from hftl.config.defaults import default_folder
-from hftl.config.parse import load
+from hftl.config.parse import load_config
 from hftl.config.schema import RunConfig, leaves
 from hftl.data.validation import FILE as QUARANTINE
 from hftl.errors import ConfigError, HftlError, first_line, shorten
-from hftl.hub_client import redacted
+from hftl.hub_client import redact_tokens
 from hftl.run_folder.checkpoint import MANIFEST, clear_partial
 
 _held: dict[Path, int] = {}
@@ -25,9 +25,9 @@ RUN_FILES = ("config.yaml", QUARANTINE, "history.jsonl", "metrics.json", "model"
 MARKER = "config.yaml"
 """Written first: only a folder that has it is ever cleared."""
 MAY_CHANGE = (
-    "checkpoint.", "data.max_skipped", "data.num_workers", "data.worker_timeout", "output_dir", "overwrite", "publish.",
-    "resume", "train.batch_size_per_device", "train.gradient_accumulation_steps", "train.log_every",
-    "train.max_nonfinite", "train.num_threads", "train.on_", "train.timeout_minutes", "train.trackers",
+    "checkpoint.", "data.max_skipped_fraction", "data.num_workers", "data.worker_timeout", "output_dir", "overwrite",
+    "hub.", "resume", "train.batch_size_per_device", "train.gradient_accumulation_steps", "train.logging_steps",
+    "train.max_nonfinite_steps", "train.num_threads", "train.on_", "train.timeout_minutes", "train.trackers",
 )  # fmt: skip
 """Settings that may differ when a run goes on. The rows of a step stay as they were, whatever batches it is made of."""
 MAY_BECOME = {"data.on_error": "skip"}
@@ -106,7 +106,7 @@ def hold(folder: Path) -> None:
 
 def finished_metrics(run: RunConfig) -> dict[str, float | None] | None:
     """Returns the metrics of the finished run in the run folder, or None where it is not finished, or not pushed."""
-    folder, repo = get_run_folder(run), run.publish.push_to_hub
+    folder, repo = get_run_folder(run), run.hub.repo_id
     try:
         if repo and repo not in json.loads((folder / PUSHED).read_text(encoding="utf-8")):
             return None
@@ -131,7 +131,7 @@ def resume_problems(run: RunConfig) -> list[str]:
     if run.resume != "auto" or not marker.is_file():
         return []
     try:
-        before = leaves(load(marker))
+        before = leaves(load_config(marker))
     except HftlError as error:
         return [f"resume: {marker} cannot be read: {first_line(error)} Choose another output_dir, or say --overwrite."]
     now = leaves(run)
@@ -139,7 +139,7 @@ def resume_problems(run: RunConfig) -> list[str]:
         f"{name} was {before[name]}, now {value}"
         for name, value in now.items()
         if value != before[name]
-        and redacted(str(value)) != str(before[name])
+        and redact_tokens(str(value)) != str(before[name])
         and not name.startswith(MAY_CHANGE)
         and MAY_BECOME.get(name) != value
     ]

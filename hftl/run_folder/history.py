@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hftl.atomic_files import write_text
 from hftl.config.schema import RunConfig, leaves
-from hftl.distributed import on_main
+from hftl.distributed import run_on_main
 from hftl.errors import CheckpointError, first_line
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,7 +70,7 @@ class Recorder:
         self.file: TextIO | None = None
         self.failure: CheckpointError | None = None
         """Why a record is not on disk; the loop brings it before all processes."""
-        on_main(accelerator, self._begin, folder)
+        run_on_main(accelerator, self._begin, folder)
         if run.train.trackers:
             values = leaves(run).items()
             config = {
@@ -147,9 +147,9 @@ class Recorder:
         if self.bar is not None:
             self.bar.write(f"step {self.history.steps}/{self.total} {line}")
         else:
-            say(f"step {self.history.steps}/{self.total} {line}")
+            log(f"step {self.history.steps}/{self.total} {line}")
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Raises the `CheckpointError` of a record that is not on disk; to be called by the main process for all."""
         if self.failure:
             raise self.failure

@@ -12,9 +12,9 @@ from hftl.config.schema import RunConfig
 from hftl.errors import DataError, HftlError, first_line
 from hftl.features.cache import compute_features
 from hftl.features.extractor import Layers
-from hftl.features.labeled_features import Kind, Sample
-from hftl.features.transferability import ESTIMATORS, Estimate
-from hftl.logging import say
+from hftl.features.labeled_features import LabeledFeatures, LabelKind
+from hftl.features.transferability import TRANSFERABILITY_SCORES, Estimate
+from hftl.logging import log
 from hftl.models.build import build_model
 from hftl.models.pretrained_head import source_head
 from hftl.models.task_model import TaskModel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LAYER_MEAN = "layer mean"
 """Name of the features that are the mean of a text model's pooled layers."""
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, LabelKind] = {
     "single_label_classification": "classes",
     "multi_label_classification": "labels",
     "regression": "values",
@@ -72,7 +72,7 @@ class Candidate:
         return self.views["head"]
 
 
-def look_at(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset) -> Candidate:
+def score_candidate(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset) -> Candidate:
     """Returns what the backbone `run.model` is worth on labelled rows; its failure is its problem, not an error.
 
     Raises:
@@ -87,7 +87,7 @@ def look_at(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset)
         problem = "; ".join(error.problems)
     except Exception as error:  # of any library that was asked to open it
         problem = f"{type(error).__name__}: {first_line(error)}"
-    say(f"rank: {name} left out: {problem}")
+    log(f"rank: {name} left out: {problem}")
     return Candidate(name, problem)
 
 
@@ -109,8 +109,8 @@ def _scored(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset)
         began = time.perf_counter()
         source = source_probabilities(run, task, found.values) if layers == "head" and found.linear else None
         classes = classes if source is None else source.shape[1]
-        sample = Sample(found.values, found.labels, kind, source)
-        estimates = {key: each.compute(sample) for key, each in ESTIMATORS.items() if each.fits(sample)}
+        sample = LabeledFeatures(found.values, found.labels, kind, source)
+        estimates = {key: each.compute(sample) for key, each in TRANSFERABILITY_SCORES.items() if each.fits(sample)}
         seconds = time.perf_counter() - began
         views[place] = View(found.values.shape[1], found.seconds, seconds, estimates)
     parameters = sum(each.numel() for key, each in model.named_parameters() if not model.in_head(key))
@@ -121,7 +121,7 @@ def source_probabilities(run: RunConfig, task: Task, features: np.ndarray) -> np
     """Returns what the checkpoint's own head says of the rows [N, Z], from the same features; None without one."""
     if task.head.problem_type != "single_label_classification":
         return None
-    head = source_head(run.model, task.head.stock)
+    head = source_head(run.model, task.head.model_class)
     if head is None or head.in_features != features.shape[1]:
         return None
     import torch

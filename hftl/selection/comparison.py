@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hftl.atomic_files import write_text
-from hftl.config.parse import load
+from hftl.config.parse import load_config
 from hftl.config.schema import RunConfig
 from hftl.errors import ConfigError, HftlError, Stopped, first_line
-from hftl.logging import say
+from hftl.logging import log
 from hftl.reporting import compare_reports, write_report
 from hftl.reporting.run_record import COMPARISON, RunRecord
-from hftl.run.child_process import in_child
-from hftl.selection.experiment_plan import Plan, make_plan, method_problems
+from hftl.run.child_process import run_in_child
+from hftl.selection.experiment_plan import ExperimentPlan, make_experiment_plan, method_problems
 from hftl.selection.results import Comparison, Failure, format_comparison, judge
 from hftl.selection.trial import train
 
@@ -44,7 +44,7 @@ def compare(
     """Trains a model in several ways, and says whether transfer helped on these data.
 
     All methods learn from the same rows for the same number of passes (see
-    `hftl.selection.experiment_plan.make_plan`), each from the same seeds, each in a process of its own,
+    `hftl.selection.experiment_plan.make_experiment_plan`), each from the same seeds, each in a process of its own,
     one after another; every training leaves a run folder `METHOD-sSEED`. Called again with
     the same settings, complete runs are read and not trained again.
 
@@ -73,7 +73,7 @@ def compare(
     """
     if run is not None and config is not None:
         raise ConfigError("config: give settings as `run` or as a file, not as both.")
-    base = load(config) if config is not None else run or RunConfig()
+    base = load_config(config) if config is not None else run or RunConfig()
     base = replace(
         base,
         data=replace(base.data, source=data or base.data.source),
@@ -85,25 +85,25 @@ def compare(
         raise ConfigError(*problems)
     with _interruptible():
         place = f"{task.__module__}:{task.__qualname__}" if task else None
-        plan = in_child(make_plan, base, methods, seeds, folder, overwrite, place)
-        say(f"compare: {len(methods)} methods x {seeds} seeds; {plan.budget}; runs in {folder}")
+        plan = run_in_child(make_experiment_plan, base, methods, seeds, folder, overwrite, place)
+        log(f"compare: {len(methods)} methods x {seeds} seeds; {plan.budget}; runs in {folder}")
         found = run_plan(plan)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / COMPARISON, json.dumps(found.to_dict(), indent=2))
     compare_reports([folder / name for result in found.results for name in result.runs], folder / PAGE, found.to_dict())
     if found.kept is not None:
         attach(found, folder / found.kept)
-    say(f"\nWritten: {folder / PAGE}")
+    log(f"\nWritten: {folder / PAGE}")
     return found
 
 
-def run_plan(plan: Plan) -> Comparison:
+def run_plan(plan: ExperimentPlan) -> Comparison:
     """Trains what is planned, one after another, and judges it; the table is printed.
 
     A training that fails is a line with its reason; the others go on.
 
     Args:
-        plan: From `make_plan`, or of your own making.
+        plan: From `make_experiment_plan`, or of your own making.
 
     Raises:
         ArtifactError: No training has a result.
@@ -115,27 +115,27 @@ def run_plan(plan: Plan) -> Comparison:
     for method, runs in plan.trainings.items():
         for run in runs:
             place, seed = Path(run.output_dir or ""), run.train.seed
-            log = place.with_name(f"{place.name}.log")
+            log_file = place.with_name(f"{place.name}.log")
             try:
                 if str(place) not in plan.complete:
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    log.unlink(missing_ok=True)
-                    in_child(train, run, plan.task, log=log)
+                    log_file.unlink(missing_ok=True)
+                    run_in_child(train, run, plan.task, log=log_file)
             except Stopped as stopped:
                 happened = stopped.problems[0].partition(";")[0]  # what follows is about a run alone
                 raise Stopped(
                     f"{method}, seed {seed}: {happened}. Complete runs are kept; the same call goes on from here."
                 ) from None
             except HftlError as error:
-                failures[method].append(Failure(seed, f"{first_line(error)} ({log})"))
-                say(f"  {method:<{width}} seed {seed}: failed: {first_line(error)}")
+                failures[method].append(Failure(seed, f"{first_line(error)} ({log_file})"))
+                log(f"  {method:<{width}} seed {seed}: failed: {first_line(error)}")
                 continue
             folders[method][seed] = place
-            say(f"  {method:<{width}} seed {seed}: {_measured(place, plan.split)}")
+            log(f"  {method:<{width}} seed {seed}: {_measured(place, plan.split)}")
     found = judge(folders, plan.split, plan.budget, failures)
-    say("\n" + format_comparison(found) + "\n\n" + found.sentence)
+    log("\n" + format_comparison(found) + "\n\n" + found.sentence)
     for warning in found.warnings:
-        say(f"Note: {warning}")
+        log(f"Note: {warning}")
     return found
 
 

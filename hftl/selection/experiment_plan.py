@@ -11,7 +11,7 @@ from hftl.config.allowed_values import value_problems
 from hftl.config.defaults import default_epochs, resolve
 from hftl.config.schema import RunConfig
 from hftl.errors import ConfigError, HftlError, nearest
-from hftl.logging import muted
+from hftl.logging import suppress_logs
 from hftl.selection.trial import find_task
 from hftl.tasks.capabilities import Capability
 
@@ -22,7 +22,7 @@ METHODS = (SCRATCH, "probe", "frozen", "lora", "full")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """The trainings of a comparison."""
 
     trainings: dict[str, list[RunConfig]]
@@ -37,14 +37,14 @@ class Plan:
     """Run folders that hold a complete run already."""
 
 
-def make_plan(
+def make_experiment_plan(
     base: RunConfig,
     methods: Sequence[str],
     seeds: int,
     folder: Path,
     overwrite: bool,
     task: str | None = None,
-) -> Plan:
+) -> ExperimentPlan:
     """Opens the data, writes out the settings of every run, and checks all that can be known before a training.
 
     Budget: every method makes the same number of passes over the same training rows (`train.num_epochs`, or
@@ -65,15 +65,17 @@ def make_plan(
         ConfigError: Every problem of configuration, data and model, in one message.
     """
     from hftl.data.usable_rows import load_usable_splits
-    from hftl.run.setup import prepare
+    from hftl.run.setup import setup_run
     from hftl.run_folder.folder import finished_metrics, resume_problems
     from hftl.tasks.auto_task import infer_task
     from hftl.tasks.registry import TASKS, unsupported
 
     try:
-        with muted():
+        with suppress_logs():
             named: Any = find_task(task) if task else TASKS.get(base.task)
-            splits, _ = load_usable_splits(base.data, lambda splits: (named or infer_task(splits))(splits))
+            splits, _ = load_usable_splits(
+                base.data, lambda splits: (named or infer_task(splits))(splits), pair_loss=base.train.pair_loss
+            )
             kind: Any = named or infer_task(splits)
             bound = kind(splits)
     except HftlError as error:
@@ -93,8 +95,8 @@ def make_plan(
             if run.resume == "auto" and finished_metrics(there) is not None:
                 complete.append(str(run.output_dir))
         try:
-            with muted():
-                prepare(runs[0], kind)
+            with suppress_logs():
+                setup_run(runs[0], kind)
         except HftlError as error:
             problems += error.problems
     if problems:
@@ -104,7 +106,7 @@ def make_plan(
     if "probe" in methods:
         budget += "; a probe is fitted to all of them at once"
     split = "test" if "test" in splits else "validation"
-    return Plan(trainings, f"{kind.__module__}:{kind.__qualname__}", budget, split, complete)
+    return ExperimentPlan(trainings, f"{kind.__module__}:{kind.__qualname__}", budget, split, complete)
 
 
 def trial(base: RunConfig, method: str, seed: int, folder: Path, overwrite: bool) -> RunConfig:
@@ -132,9 +134,9 @@ def method_problems(methods: Sequence[str], seeds: int, base: RunConfig) -> list
         problems.append("methods: name at least two; one alone cannot be compared.")
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         problems.append(f"seeds: {seeds!r} is not a whole number of at least 1.")
-    if base.publish.push_to_hub:
+    if base.hub.repo_id:
         problems.append(
-            "publish.push_to_hub: a comparison makes many runs and pushes none; push the one that you want with "
+            "hub.repo_id: a comparison makes many runs and pushes none; push the one that you want with "
             "`hftl push RUN USER/NAME`."
         )
     return problems

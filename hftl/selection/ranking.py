@@ -13,12 +13,12 @@ from hftl.config.schema import DataConfig, ModelConfig, RunConfig
 from hftl.data.splits import Splits
 from hftl.data.usable_rows import load_usable_splits
 from hftl.errors import ConfigError, ModelError, nearest, shorten
-from hftl.features.labeled_features import Kind
-from hftl.features.transferability import ESTIMATORS
+from hftl.features.labeled_features import LabelKind
+from hftl.features.transferability import TRANSFERABILITY_SCORES
 from hftl.launcher import build_accelerator
-from hftl.logging import is_main_process, muted, say
+from hftl.logging import is_main_process, log, suppress_logs
 from hftl.selection.bootstrap_ranks import Score, by_size, compare_scores
-from hftl.selection.candidate import KINDS, LAYER_MEAN, Candidate, look_at
+from hftl.selection.candidate import KINDS, LAYER_MEAN, Candidate, score_candidate
 from hftl.selection.ranking_report import Ranking
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.task import SupervisedTask
@@ -63,8 +63,10 @@ def rank(
         ModelError: No candidate at all could be scored. One that fails among others is a row with its reason.
     """
     names = candidate_names(models)
-    if by not in ESTIMATORS:
-        raise ConfigError(f"--by: '{by}' is not one of {', '.join(ESTIMATORS)}.{nearest(by, ESTIMATORS)}")
+    if by not in TRANSFERABILITY_SCORES:
+        raise ConfigError(
+            f"--by: '{by}' is not one of {', '.join(TRANSFERABILITY_SCORES)}.{nearest(by, TRANSFERABILITY_SCORES)}"
+        )
     folder = None if output is None else output_folder(output)
     data = DataConfig(source=source) if isinstance(source, str) else source
     make = task or (lambda splits: infer_task(splits)(splits))
@@ -76,18 +78,18 @@ def rank(
             f"rank: a row of {built.name} has no one label or number, which the scores look at; compare backbones by "
             "short trainings (hftl compare), or rank them on a classification of the same rows."
         )
-    if kind not in ESTIMATORS[by].kinds:
+    if kind not in TRANSFERABILITY_SCORES[by].kinds:
         raise ConfigError(f"--by: {by} is not defined for labels of this kind ({kind}); say {REFERENCE}.")
     used = _some(splits["train"], rows, data.seed)
     accelerator, candidates = build_accelerator(), []
     for number, name in enumerate(names, 1):
         run = RunConfig(data=data, model=replace(model or ModelConfig(), name=name))
-        with muted():
-            found = look_at(accelerator, run, built, used)
+        with suppress_logs():
+            found = score_candidate(accelerator, run, built, used)
         candidates.append(found)
         head = found.views.get("head")
         said = f"{head.forward_seconds:.1f} s forward" if head else f"left out: {found.problem}"
-        say(f"rank: {number}/{len(names)} {name}: {said}")
+        log(f"rank: {number}/{len(names)} {name}: {said}")
     if all(candidate.problem for candidate in candidates):
         raise ModelError(*(f"{candidate.name}: {candidate.problem}" for candidate in candidates))
     ranking = _ranked(data, built, kind, len(used), by, candidates)
@@ -96,7 +98,7 @@ def rank(
         from hftl.selection.ranking_report import write_ranking_page
 
         write_text(folder / "rank.json", json.dumps(ranking.as_json(), indent=1) + "\n")
-        say(f"written: {folder / 'rank.json'}, {write_ranking_page(ranking, folder / 'rank.html')}")
+        log(f"written: {folder / 'rank.json'}, {write_ranking_page(ranking, folder / 'rank.html')}")
     return ranking
 
 
@@ -130,7 +132,7 @@ def _some(train: Dataset, rows: int, seed: int) -> Dataset:
 
 
 def _ranked(
-    data: DataConfig, task: SupervisedTask, kind: Kind, rows: int, by: str, candidates: list[Candidate]
+    data: DataConfig, task: SupervisedTask, kind: LabelKind, rows: int, by: str, candidates: list[Candidate]
 ) -> Ranking:
     places = list(dict.fromkeys(place for candidate in candidates for place in candidate.views))
     scores: dict[str, dict[str, dict[str, Score]]] = {}
@@ -141,7 +143,7 @@ def _ranked(
                 {name: view.estimates[estimator] for name, view in views.items() if estimator in view.estimates},
                 data.seed,
             )
-            for estimator in ESTIMATORS
+            for estimator in TRANSFERABILITY_SCORES
         }
         scores[place] = {estimator: found for estimator, found in each.items() if found}
     scored = [candidate for candidate in candidates if not candidate.problem]
@@ -166,9 +168,9 @@ def _ranked(
 def _show(ranking: Ranking, explain: bool) -> None:
     from hftl.selection.ranking_report import explanation, format_ranking
 
-    say("\n" + format_ranking(ranking))
+    log("\n" + format_ranking(ranking))
     if ranking.undecided:
-        say(f"\nNot distinguishable from the first on these rows: {shorten(ranking.undecided)}.")
-    say(f"By size alone, the baseline to beat: {', '.join(ranking.by_size)}.")
+        log(f"\nNot distinguishable from the first on these rows: {shorten(ranking.undecided)}.")
+    log(f"By size alone, the baseline to beat: {', '.join(ranking.by_size)}.")
     if explain:
-        say("\n" + explanation(ranking))
+        log("\n" + explanation(ranking))

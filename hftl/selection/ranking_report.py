@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hftl.features.labeled_features import Kind
-from hftl.features.transferability import ESTIMATORS
+from hftl.features.labeled_features import LabelKind
+from hftl.features.transferability import TRANSFERABILITY_SCORES
 from hftl.html import figures
 from hftl.html.blocks import Cell, Figure, Figures, Measured, Note, Quantity, Section, Table, Tiles
 from hftl.html.page import write_page
 from hftl.selection.bootstrap_ranks import Score
 from hftl.selection.candidate import Candidate
 
-MEASURES: dict[Kind, str] = {"classes": "accuracy", "labels": "mean AUC", "values": "R²"}
+MEASURES: dict[LabelKind, str] = {"classes": "accuracy", "labels": "mean AUC", "values": "R²"}
 """What the linear probe and k-NN measure, for each kind of labels."""
 
 
@@ -38,7 +38,7 @@ class Ranking:
 
     source: str
     task: str
-    kind: Kind
+    kind: LabelKind
     rows: int
     by: str
     place: str
@@ -87,7 +87,7 @@ class Ranking:
             candidates.append(entry)
         cited = {
             name: {"assumes": each.assumes, "citation": each.citation}
-            for name, each in ESTIMATORS.items()
+            for name, each in TRANSFERABILITY_SCORES.items()
             if self.kind in each.kinds
         }
         return about | {"baseline": {"by_size": self.by_size}, "candidates": candidates, "estimators": cited}
@@ -198,7 +198,7 @@ def _baseline(ranking: Ranking) -> Section:
 def _assumptions(ranking: Ranking) -> Section:
     rows = [
         [name, each.assumes, each.citation]
-        for name, each in ESTIMATORS.items()
+        for name, each in TRANSFERABILITY_SCORES.items()
         if any(name in found for found in ranking.scores.values())
     ]
     return Section("What each score assumes", [Table("Estimators", ["score", "assumes", "source"], rows)])
@@ -284,10 +284,10 @@ def _aligned(lines: list[list[str]]) -> str:
 
 def explanation(ranking: Ranking) -> str:
     """Returns what each estimator in the table assumes, and its source."""
-    shown = [name for name in ESTIMATORS if any(name in found for found in ranking.scores.values())]
+    shown = [name for name in TRANSFERABILITY_SCORES if any(name in found for found in ranking.scores.values())]
     return "\n".join(
         textwrap.fill(
-            f"{name}: {ESTIMATORS[name].assumes} [{ESTIMATORS[name].citation}]",
+            f"{name}: {TRANSFERABILITY_SCORES[name].assumes} [{TRANSFERABILITY_SCORES[name].citation}]",
             100,
             subsequent_indent="  ",
             break_long_words=False,

@@ -12,7 +12,7 @@ import numpy as np
 from hftl.errors import ArtifactError, HftlError, first_line
 from hftl.reporting.run_record import RunRecord
 from hftl.selection.experiment_plan import METHODS, SCRATCH
-from hftl.statistics.score_difference import Difference, difference, needed, roughly
+from hftl.statistics.score_difference import Difference, difference, required_samples, roughly
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class MethodResult:
     """Mean over the runs of the time of training, evaluations included."""
     peak_bytes: int | None
     """Most memory that one of the runs held: on the device where there is one, else resident in its process."""
-    trained: int | None
+    trainable: int | None
     """Parameters that learn."""
     difference: Difference | None = None
     """Against the baseline."""
@@ -53,11 +53,11 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
-class Spared:
+class CostSaving:
     """What the dearest way of transfer gains over the simplest one."""
 
     simplest: str
-    dearest: str
+    most_expensive: str
     difference: Difference
 
 
@@ -78,8 +78,8 @@ class Comparison:
     """The best of the other methods on validation; the verdict is about this one."""
     kept: str | None
     """The run that is best on validation, of all."""
-    spared: Spared | None = None
-    verdict: str | None = None
+    cost_saving: CostSaving | None = None
+    conclusion: str | None = None
     """helped, hurt, better, worse or not distinguishable; None where a side is missing."""
     sentence: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -152,7 +152,7 @@ def judge(
             baseline=baseline,
             chosen=chosen,
             kept=kept,
-            spared=_spared(records, results, split),
+            cost_saving=_spared(records, results, split),
         )
     )
 
@@ -195,7 +195,7 @@ def _result(
         float(np.mean([-loss for _, loss in on_validation])) if found else None,
         float(np.mean(seconds)) if seconds else None,
         max((peak for peak in peaks if peak), default=None),
-        found[0].facts.get("adapt", {}).get("trained") if found else None,
+        found[0].facts.get("adapt", {}).get("trainable") if found else None,
         _apart(records, baseline, split),
         failures,
     )
@@ -210,13 +210,13 @@ def _apart(one: Mapping[int, RunRecord], other: Mapping[int, RunRecord], split: 
 
 def _spared(
     records: Mapping[str, Mapping[int, RunRecord]], results: Sequence[MethodResult], split: str
-) -> Spared | None:
+) -> CostSaving | None:
     pretrained = [result for result in results if result.method != SCRATCH and result.scores]
     if len(pretrained) < 2:
         return None
-    simplest, *_, dearest = sorted(pretrained, key=lambda result: METHODS.index(result.method))
-    found = _apart(records[dearest.method], records[simplest.method], split)
-    return Spared(simplest.method, dearest.method, found) if found else None
+    simplest, *_, most_expensive = sorted(pretrained, key=lambda result: METHODS.index(result.method))
+    found = _apart(records[most_expensive.method], records[simplest.method], split)
+    return CostSaving(simplest.method, most_expensive.method, found) if found else None
 
 
 def _validation(record: RunRecord) -> tuple[float, float]:
@@ -247,8 +247,8 @@ FEW_ROWS = 50
 
 def conclude(found: Comparison) -> Comparison:
     """Returns `found` with its verdict, the sentence for it, and what a reader should know beside them."""
-    verdict, sentence = _verdict(found)
-    return replace(found, verdict=verdict, sentence=sentence, warnings=_warnings(found))
+    conclusion, sentence = _verdict(found)
+    return replace(found, conclusion=conclusion, sentence=sentence, warnings=_warnings(found))
 
 
 def _verdict(found: Comparison) -> tuple[str | None, str]:
@@ -266,16 +266,16 @@ def _verdict(found: Comparison) -> tuple[str | None, str]:
     )
     size = f"{abs(100 * apart.value):.1f} points of {found.split} {found.metric}"
     transfer = baseline.method == SCRATCH
-    if apart.verdict == "not distinguishable":
-        return apart.verdict, (
+    if apart.conclusion == "not distinguishable":
+        return apart.conclusion, (
             f"Not distinguishable on this {found.split} size: {chosen.method} minus {baseline.method} is "
             f"{points(apart.value)} points of {found.metric} ({interval(apart)}). {_needed(apart)} [{about}]"
         )
     if transfer:
-        helped = "helped" if apart.verdict == "better" else "hurt"
+        helped = "helped" if apart.conclusion == "better" else "hurt"
         return helped, f"Transfer {helped} by {size} ({interval(apart, apart.value < 0)}): {about}."
-    return apart.verdict, (
-        f"{chosen.method} is {apart.verdict} than {baseline.method} by {size} "
+    return apart.conclusion, (
+        f"{chosen.method} is {apart.conclusion} than {baseline.method} by {size} "
         f"({interval(apart, apart.value < 0)}): {about}. Whether transfer helped is not known without scratch."
     )
 
@@ -283,7 +283,7 @@ def _verdict(found: Comparison) -> tuple[str | None, str]:
 def _needed(apart: Difference) -> str:
     if not apart.value:
         return "No difference was seen at all."
-    found = needed(apart)
+    found = required_samples(apart)
     ways = []
     if found.rows is not None:
         ways.append(f"about {roughly(found.rows):,} rows")
@@ -313,9 +313,9 @@ def _warnings(found: Comparison) -> list[str]:
         out.append(f"Training from scratch has no result; the others are compared with {found.baseline} instead.")
     for result in found.results:
         out += [f"{result.method}, seed {f.seed}, failed: {f.reason}" for f in result.failures]
-    if found.spared and found.spared.difference.verdict == "not distinguishable":
-        simple, dear = found.result(found.spared.simplest), found.result(found.spared.dearest)
-        apart = found.spared.difference
+    if found.cost_saving and found.cost_saving.difference.conclusion == "not distinguishable":
+        simple, dear = found.result(found.cost_saving.simplest), found.result(found.cost_saving.most_expensive)
+        apart = found.cost_saving.difference
         out.append(
             f"The simplest method is within the noise of the dearest: {dear.method} minus {simple.method} is "
             f"{points(apart.value)} points ({interval(apart)}), at {_cost(dear)} a run against {_cost(simple)}."
@@ -338,7 +338,7 @@ def format_comparison(found: Comparison) -> str:
                 result.method,
                 format_score(result),
                 f"{points(apart.value)} points [{points(apart.low)}, {points(apart.high)}]" if apart else "",
-                f"{result.trained:,}" if result.trained is not None else "",
+                f"{result.trainable:,}" if result.trainable is not None else "",
                 f"{result.seconds:.1f}" if result.seconds is not None else "",
                 f"{result.peak_bytes / 2**20:,.0f} MiB" if result.peak_bytes else "",
             ]
@@ -376,7 +376,7 @@ def interval(apart: Difference, turned: bool = False) -> str:
     """Returns the ends of an interval in words; `turned` gives those of the opposite difference."""
     ends = (-apart.high, -apart.low) if turned else (apart.low, apart.high)
     confidence = f"{100 * apart.confidence:.0f} %"
-    shown = [points(end) if apart.verdict == "not distinguishable" else f"{100 * end:.1f}" for end in ends]
+    shown = [points(end) if apart.conclusion == "not distinguishable" else f"{100 * end:.1f}" for end in ends]
     return f"{confidence} interval {shown[0]} to {shown[1]}"
 
 
@@ -389,6 +389,6 @@ def _seeds(count: int) -> str:
 
 
 def _cost(result: MethodResult) -> str:
-    parts = [f"{result.trained:,} trained parameters"] if result.trained is not None else []
+    parts = [f"{result.trainable:,} trained parameters"] if result.trainable is not None else []
     parts += [f"{result.seconds:.1f} s"] if result.seconds is not None else []
     return " and ".join(parts) or "an unknown cost"

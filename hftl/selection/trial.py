@@ -19,24 +19,24 @@ def train(run: RunConfig, task: str) -> None:
         HftlError: As in a recipe.
     """
     from hftl.adaptation.apply import adapt
-    from hftl.artifacts.save_run import Outcome, publish
+    from hftl.artifacts.save_run import RunResult, save_run
     from hftl.errors import RunComplete
     from hftl.evaluation.evaluate import evaluate
     from hftl.models.build import build_model
-    from hftl.run.setup import prepare, start
+    from hftl.run.setup import create_accelerator, setup_run
     from hftl.run_folder.folder import get_run_folder
     from hftl.training.fit import fit
 
-    run, splits, bound = prepare(run, find_task(task))
+    run, splits, bound = setup_run(run, find_task(task))
     try:
-        accelerator = start(run)
+        accelerator = create_accelerator(run)
     except RunComplete:
         return
     model = build_model(run, bound.head)
     report = adapt(model, run.adapt)
     history = fit(accelerator, model, bound, splits, run)
     metrics = evaluate(accelerator, model, bound, splits, run, get_run_folder(run) / "predictions.parquet")
-    publish(accelerator, model, bound, splits, run, Outcome(report, history, metrics), page=False)
+    save_run(accelerator, model, bound, splits, run, RunResult(report, history, metrics), page=False)
 
 
 def find_task(place: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Verdict = Literal["better", "worse", "not distinguishable"]
+Conclusion = Literal["better", "worse", "not distinguishable"]
 _DRAWS_AT_A_TIME = 2_000_000
 """Counts of rows held at once while resampling: 16 MB."""
 _MOST_SEEDS = 50
@@ -40,7 +40,7 @@ class Difference:
     confidence: float = 0.95
 
     @property
-    def verdict(self) -> Verdict:
+    def conclusion(self) -> Conclusion:
         """Whether zero lies outside of the interval, and on which side the difference is then."""
         if self.low <= 0 <= self.high:
             return "not distinguishable"
@@ -136,7 +136,7 @@ def _resampled_means(values: Any, resamples: int, rng: np.random.Generator) -> A
 
 
 @dataclass(frozen=True)
-class Needed:
+class RequiredSamples:
     """What would tell a difference of the measured size from none; None where that alone would not."""
 
     rows: int | None
@@ -145,7 +145,7 @@ class Needed:
     """Seeds, on the same rows."""
 
 
-def needed(found: Difference) -> Needed:
+def required_samples(found: Difference) -> RequiredSamples:
     """Returns how many rows, or seeds, would make the interval of a difference of this size leave zero out.
 
     Errors shrink with the square root of what they come from; the estimate is as rough as the difference itself.
@@ -168,7 +168,7 @@ def needed(found: Difference) -> Needed:
     if wanted and found.seeds > 1:
         enough = (count for count in range(found.seeds, _MOST_SEEDS + 1) if by_rows + by_seeds(count) < wanted)
         seeds = next(enough, None)
-    return Needed(rows, seeds)
+    return RequiredSamples(rows, seeds)
 
 
 def roughly(count: int) -> int:

@@ -10,7 +10,7 @@ from hftl.data.columns import find_column, find_text_columns
 from hftl.data.roles import ROLES, is_usual_name, usual_column
 from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, nearest
-from hftl.logging import muted, say
+from hftl.logging import log, suppress_logs
 from hftl.tasks.registry import TASKS
 from hftl.tasks.targets.detection.bounding_boxes import find_objects
 from hftl.tasks.task import SupervisedTask
@@ -47,10 +47,10 @@ def infer_task(splits: Splits) -> Callable[[Splits], SupervisedTask]:
     for name, looks_like in _RULES.items():
         why = looks_like(features, config)
         if why:
-            say(f"task: {name} ({why})")
+            log(f"task: {name} ({why})")
             return TASKS[name]
     problems: list[str] = []
-    with muted():
+    with suppress_logs():
         for look in (_image_error, _text_error):
             problems += look(features, config)
     raise DataError(*problems)
@@ -115,7 +115,7 @@ def _image_classification(features: Features, config: DataConfig) -> str:
 
 
 def _text_embedding(features: Features, config: DataConfig) -> str:
-    with muted():
+    with suppress_logs():
         try:
             _, pair = find_text_columns(features, config.text_column, config.text_pair_column)
         except DataError:
@@ -124,7 +124,7 @@ def _text_embedding(features: Features, config: DataConfig) -> str:
 
 
 def _text_classification(features: Features, config: DataConfig) -> str:
-    with muted():
+    with suppress_logs():
         try:
             text, pair = find_text_columns(features, config.text_column, config.text_pair_column)
         except DataError:
@@ -152,7 +152,7 @@ def _labelled(features: Features, config: DataConfig) -> bool:
 
 
 def _found(role: str, features: Features, given: str | None) -> bool:
-    with muted():
+    with suppress_logs():
         try:
             return bool(find_column(role, features, given))
         except DataError:

@@ -14,7 +14,7 @@ class ImageClassification(SupervisedTask):
     """Images with one class each, any number of labels, or numbers, on any timm model."""
 
     name = "image_classification"
-    stock = "timm"
+    model_class = "timm"
 
     inputs_type = ImageInputs
     target_types = tuple(TARGETS.values())

@@ -16,14 +16,14 @@ class ImageTextClassification(SupervisedTask):
     """Images and texts together, on a timm model and a BERT-family model joined by a fusion that is new."""
 
     name = "image_text_classification"
-    stock = "ImageTextForClassification"
-    shown = ("accuracy", "roc_auc", "macro_f1")
+    model_class = "ImageTextForClassification"
+    primary_metrics = ("accuracy", "roc_auc", "macro_f1")
     inputs_type = ImageTextInputs
     target_types = tuple(TARGETS.values())
     defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "frozen": {"lr": 0.0, "head_lr": 3e-4, "num_epochs": 10},
         "lora": {"lr": 5e-4, "head_lr": 1e-3, "num_epochs": 4},
-        "full": {"lr": 3e-5, "head_lr": 1e-3, "num_epochs": 4, "head_first": 0.25},
+        "full": {"lr": 3e-5, "head_lr": 1e-3, "num_epochs": 4, "freeze_backbone_ratio": 0.25},
         "scratch": {"lr": 3e-4, "head_lr": 3e-4, "num_epochs": 5},
     }
     inputs: ImageTextInputs

@@ -14,7 +14,7 @@ from torch import Tensor
 from hftl.config.schema import DataConfig
 from hftl.data.multimodal_columns import MixedColumns, find_mixed, train_categories, train_numbers, with_names
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
 from hftl.preprocessing.image_transforms import broken_images, unreadable_images
@@ -68,7 +68,7 @@ class ImageTextInputs:
         self.collator: Any = None
 
     @property
-    def kinds(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         """Image, texts, numbers, categories."""
         named = {self.image: "image"} if self.image else {}
         kinds = (("text", self.texts), ("number", self.numbers["names"]), ("category", self.categories))
@@ -77,7 +77,7 @@ class ImageTextInputs:
     @property
     def optional(self) -> tuple[str, ...]:
         """Columns that a row may lack: all of them, as far as the model has learnt to do without (see `encode`)."""
-        return tuple(self.kinds)
+        return tuple(self.column_types)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class ImageTextInputs:
         """Returns the rows that have no image and no text."""
         return [row for row, parts in enumerate(zip(*self._present(rows).values(), strict=True)) if not any(parts)]
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows whose image is broken, and those that have neither image nor text."""
         found: dict[str, dict[int, BadRow]] = {}
         where = self.image or (self.texts[0] if self.texts else "")

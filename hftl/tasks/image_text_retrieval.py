@@ -11,10 +11,10 @@ from torch import Tensor
 from hftl.config.schema import DataConfig
 from hftl.data.columns import filled_columns, find_column
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.captions import (
     CaptionedRows,
@@ -29,7 +29,7 @@ from hftl.preprocessing.multimodal import VECTORS
 from hftl.preprocessing.tokenization import token_limit
 from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
-from hftl.tasks.targets.embedding.contrastive_losses import Pairs, identity, info_nce, sigmoid_loss
+from hftl.tasks.targets.embedding.contrastive_losses import Pairs, content_id, info_nce, sigmoid_loss
 from hftl.tasks.targets.embedding.metrics import ImageTextRecall
 from hftl.tasks.task import Batch, Outputs, SupervisedTask
 
@@ -63,7 +63,7 @@ class CaptionedImages:
         self.limit = 0
 
     @property
-    def kinds(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         """The image column and the text column."""
         return {self.image: "image", self.text: "text"}
 
@@ -85,13 +85,13 @@ class CaptionedImages:
         try:
             image = find_column("image", train.features, config.image_column)
             found.image = image.name
-            say(f"data: images from column '{image.name}' ({image.why})")
+            log(f"data: images from column '{image.name}' ({image.why})")
         except DataError as error:
             problems += error.problems
         try:
             text = find_captions(train.features, config.text_column)
             found.text, found.match = text.name, find_match(train, config.label_column)
-            say(f"data: captions from column '{text.name}' ({text.why})")
+            log(f"data: captions from column '{text.name}' ({text.why})")
         except DataError as error:
             problems += error.problems
         found.problems = problems or found._problems(splits)
@@ -104,7 +104,7 @@ class CaptionedImages:
         for split, rows in splits.items():
             pairs = matching(rows, self.match)
             if self.match is not None:
-                say(f"data: {len(pairs)} of {len(rows)} {split} rows are pairs ('{self.match}' 1); others are not used")
+                log(f"data: {len(pairs)} of {len(rows)} {split} rows are pairs ('{self.match}' 1); others are not used")
             if len(pairs) < 2:
                 problems.append(
                     f"data.source: {split} has {len(pairs)} pair(s) of image and caption; two are needed at least, "
@@ -128,9 +128,9 @@ class CaptionedImages:
         """Returns the pairs of a split; rows that `match` calls none are left out."""
         rows = matching(dataset, self.match)
         split = self.split_of.get(rows._fingerprint, "")
-        columns = filled_columns(rows, self.kinds)
+        columns = filled_columns(rows, self.column_types)
         self.tokenizer, self.limit = processor.tokenizer, token_limit(processor.tokenizer, max_length)
-        image, text = (name if name in columns else None for name in self.kinds)
+        image, text = (name if name in columns else None for name in self.column_types)
         return captioned_rows(rows.select_columns(columns), image, text, processor.image, seed, self.max_pixels, split)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ class CaptionedImages:
             inputs[name] = _by_row(tokens[name], counts) if several else tokens[name]
         return inputs
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the pairs without a caption, and those whose image cannot be decoded."""
         found: dict[str, dict[int, BadRow]] = {}
         for split, rows in splits.items():
@@ -164,7 +164,7 @@ class CaptionedImages:
         return {"image": self.image, "text": self.text, "match": self.match, "max_pixels": self.max_pixels}
 
 
-class Belonging:
+class MatchedPairs:
     """That image and caption of a row belong together, and others of a batch do not.
 
     Args:
@@ -174,7 +174,7 @@ class Belonging:
 
     best_metric = "mean_recall"
     info = TargetInfo("captions")
-    across_rows = True
+    depends_on_batch = True
 
     def __init__(self, columns: Sequence[str], pair_loss: str) -> None:
         self.columns = list(columns)
@@ -182,24 +182,24 @@ class Belonging:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits, columns: Sequence[str]) -> Belonging:
-        """Returns the target with the loss that `data.pair_loss` names, infonce by default."""
-        wanted = splits.config.pair_loss
+    def find(cls, splits: Splits, columns: Sequence[str]) -> MatchedPairs:
+        """Returns the target with the loss that `train.pair_loss` names, infonce by default."""
+        wanted = splits.pair_loss
         found = cls(columns, "infonce" if wanted == "auto" else wanted)
         if found.pair_loss not in LOSSES:
             allowed = ", ".join(LOSSES)
-            found.problems = [f"data.pair_loss: '{wanted}' is for texts with scores; images and texts: {allowed}."]
+            found.problems = [f"train.pair_loss: '{wanted}' is for texts with scores; images and texts: {allowed}."]
         return found
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns two projections into one space."""
-        return HeadSpec(stock, 2, problem_type=None, options={"objective": self.pair_loss})
+        return HeadSpec(model_class, 2, problem_type=None, options={"objective": self.pair_loss})
 
     def labels(self, examples: list[Example]) -> Tensor | None:
         """Returns what image and (first) caption of each pair are [B, 2] int64, or None where one is missing."""
         if any("image_key" not in example or "captions" not in example for example in examples):
             return None
-        return torch.tensor([[identity(row["image_key"]), identity(row["captions"][0])] for row in examples])
+        return torch.tensor([[content_id(row["image_key"]), content_id(row["captions"][0])] for row in examples])
 
     def loss(self, outputs: Outputs, labels: Tensor, weight: Tensor | None = None) -> Tensor:
         """Returns the loss of each pair [B]; of several captions the first one counts."""
@@ -239,9 +239,9 @@ class ImageTextRetrieval(SupervisedTask):
     """
 
     name = "image_text_retrieval"
-    stock = "ImageTextDualEncoder"
+    model_class = "ImageTextDualEncoder"
     pipeline_tag = "zero-shot-image-classification"
-    shown = ("mean_recall", "recall_at_5_image_to_text", "recall_at_5_text_to_image")
+    primary_metrics = ("mean_recall", "recall_at_5_image_to_text", "recall_at_5_text_to_image")
     defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "full": {"lr": 5e-5, "head_lr": 1e-3, "num_epochs": 8},
         "frozen": {"lr": 0.0, "head_lr": 1e-3, "num_epochs": 5},
@@ -264,12 +264,12 @@ with torch.no_grad():
     zero_shot = True
     """Whether images can be compared with texts that training never saw (`hftl.inference.zero_shot`)."""
     inputs_type = CaptionedImages
-    target_types = (Belonging,)
-    target: Belonging
+    target_types = (MatchedPairs,)
+    target: MatchedPairs
 
     def __init__(self, splits: Splits) -> None:
         inputs = CaptionedImages.find(splits)
-        super().__init__(inputs, Belonging.find(splits, list(inputs.kinds)))
+        super().__init__(inputs, MatchedPairs.find(splits, list(inputs.column_types)))
 
     def collate(self, examples: list[Example]) -> Batch:
         """See `Task.collate`; `texts` [B] counts the captions of each row, where the data have lists of them."""
@@ -282,9 +282,9 @@ with torch.no_grad():
         return self.target.loss(outputs, batch["labels"], batch.get("weight"))
 
     @classmethod
-    def make_target(cls, state: dict[str, Any]) -> Belonging:
+    def make_target(cls, state: dict[str, Any]) -> MatchedPairs:
         """See `SupervisedTask.make_target`."""
-        return Belonging(**state)
+        return MatchedPairs(**state)
 
 
 def _by_row(tokens: Tensor, counts: Sequence[int]) -> Tensor:

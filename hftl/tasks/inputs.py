@@ -11,10 +11,10 @@ from torch import Tensor
 from hftl.config.schema import DataConfig
 from hftl.data.columns import Column, find_column, find_text_columns
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError
-from hftl.loading.loader import Example, Rows
-from hftl.logging import say
+from hftl.loading.loader import Example, Examples
+from hftl.logging import log
 from hftl.preprocessing.image_transforms import ImageRows, broken_images, unreadable_images
 from hftl.preprocessing.tokenization import empty_rows, empty_texts, token_limit, tokenize
 from hftl.tasks.capabilities import EVERY_INPUT
@@ -43,7 +43,7 @@ class ImageInputs:
         self.split_of: dict[str, str] = {}
 
     @property
-    def kinds(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         """The image column."""
         return {self.column: "image"}
 
@@ -59,7 +59,7 @@ class ImageInputs:
             column = column or find_column("image", splits["train"].features, splits.config.image_column)
         except DataError as error:
             return _broken(cls("image"), error)
-        say(f"data: images from column '{column.name}' ({column.why})")
+        log(f"data: images from column '{column.name}' ({column.why})")
         limit = splits.config.max_pixels
         found = cls(column.name, limit)
         found.split_of = {rows._fingerprint: split for split, rows in splits.items()}
@@ -77,7 +77,7 @@ class ImageInputs:
         split = self.split_of.get(dataset._fingerprint, "")
         return ImageRows(dataset.select_columns(columns), self.column, processor, seed, self.max_pixels, split)
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Decodes every image and returns the rows where that fails."""
         return {split: broken_images(rows, self.column, split, self.max_pixels) for split, rows in splits.items()}
 
@@ -102,7 +102,7 @@ class TextInputs:
         self.collator: Any = None
 
     @property
-    def kinds(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         """The text columns."""
         return dict.fromkeys(self.columns, "text")
 
@@ -115,9 +115,9 @@ class TextInputs:
             text, pair = find_text_columns(features, config.text_column, config.text_pair_column)
         except DataError as error:
             return _broken(cls(["text"]), error)
-        say(f"data: texts from column '{text.name}' ({text.why})")
+        log(f"data: texts from column '{text.name}' ({text.why})")
         if pair:
-            say(f"data: second text of each pair from column '{pair.name}' ({pair.why})")
+            log(f"data: second text of each pair from column '{pair.name}' ({pair.why})")
         found = cls([text.name, *([pair.name] if pair else [])])
         if not splits.lenient:
             found.problems = check_splits(splits, lambda rows, split: empty_texts(rows, found.columns, split))
@@ -125,7 +125,7 @@ class TextInputs:
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
-    ) -> Rows:
+    ) -> Examples:
         """Returns rows of token ids. Nothing is random here, so `seed` does not apply."""
         from transformers import DataCollatorWithPadding
 
@@ -138,7 +138,7 @@ class TextInputs:
         padded = self.collator([{name: example[name] for name in names if name in example} for example in examples])
         return dict(padded)
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows where a text is empty or missing."""
         found: dict[str, dict[int, BadRow]] = {}
         for split, rows in splits.items():

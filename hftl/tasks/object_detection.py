@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRows, judge_rows
+from hftl.data.validation import InvalidRows, validate_rows
 from hftl.loading.loader import Example
 from hftl.preprocessing.joint_transforms import GeometryRows, Places
 from hftl.tasks.inputs import ImageInputs
@@ -24,11 +24,11 @@ class ObjectDetection(SupervisedTask):
     """Column and classes are detected from the data."""
 
     name = "object_detection"
-    stock = "RTDetrForObjectDetection"
+    model_class = "RTDetrForObjectDetection"
     pipeline_tag = "object-detection"
-    shown = ("ap", "ap50", "ap75")
+    primary_metrics = ("ap", "ap50", "ap75")
     defaults = {
-        "full": {"lr": 2e-4, "head_lr": 1e-3, "num_epochs": 16, "head_first": 0.0},
+        "full": {"lr": 2e-4, "head_lr": 1e-3, "num_epochs": 16, "freeze_backbone_ratio": 0.0},
         "frozen": {"lr": 0.0, "head_lr": 1e-3, "num_epochs": 16},
         "lora": {"lr": 1e-3, "head_lr": 1e-3, "num_epochs": 16},
         "scratch": {"lr": 1e-3, "head_lr": 1e-3, "num_epochs": 50},
@@ -67,9 +67,9 @@ for found in detect("picture.jpg", threshold=0.3):
         """Also returns `size`, height and width of each image as it came [B, 2]."""
         return super().collate(examples) | {"size": torch.tensor([example["size"] for example in examples])}
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows whose image cannot be decoded or whose objects cannot be used."""
-        return judge_rows(splits, [self.inputs, _Boxes(self.target, self.inputs.column)])
+        return validate_rows(splits, [self.inputs, _Boxes(self.target, self.inputs.column)])
 
 
 class DetectionRows(GeometryRows):
@@ -104,5 +104,5 @@ class _Boxes:
         self.target = target
         self.image = image
 
-    def bad_rows(self, splits: Splits) -> BadRows:
-        return self.target.bad_rows(splits, self.image)
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
+        return self.target.invalid_rows(splits, self.image)

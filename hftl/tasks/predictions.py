@@ -20,7 +20,7 @@ Batches = Callable[[tuple[str, ...]], Iterator[Any]]
 """Columns -> Arrow batches of predictions.parquet."""
 
 
-class Answers(ABC):
+class Predictions(ABC):
     """Rows of one split whose truth is known, in the order of the split; all arrays begin with N."""
 
     rows: Any
@@ -54,7 +54,7 @@ class Answers(ABC):
 
 
 @dataclass(frozen=True)
-class Judged(Answers):
+class ClassPredictions(Predictions):
     """One class a row. Classes are positions in `names`."""
 
     rows: Any
@@ -75,22 +75,22 @@ class Judged(Answers):
         return (self.labels == self.predictions).astype(np.float64)
 
     def computed(self) -> dict[str, float]:
-        """See `Answers.computed`."""
+        """See `Predictions.computed`."""
         counts = self.confusion
         return class_scores(counts.diagonal(), counts.sum(1), counts.sum(0))
 
     def intervals(self) -> Intervals:
-        """See `Answers.intervals`."""
+        """See `Predictions.intervals`."""
         return confusion_intervals(self.confusion)
 
     def words(self, place: int) -> tuple[str, str, float | None]:
-        """See `Answers.words`."""
+        """See `Predictions.words`."""
         label, prediction = (self.names[int(found[place])] for found in (self.labels, self.predictions))
         return label, prediction, float(self.confidences[place])
 
 
 @dataclass(frozen=True)
-class Tagged(Answers):
+class MultiLabelPredictions(Predictions):
     """Any number of labels a row: labels [N, K] bool, probabilities [N, K]."""
 
     rows: Any
@@ -111,15 +111,15 @@ class Tagged(Answers):
         return (self.labels == self.predictions).all(1).astype(np.float64)
 
     def computed(self) -> dict[str, float]:
-        """See `Answers.computed`."""
+        """See `Predictions.computed`."""
         return multi_label_scores(self.labels, self.probabilities, self.thresholds)
 
     def intervals(self) -> Intervals:
-        """See `Answers.intervals`."""
+        """See `Predictions.intervals`."""
         return multi_label_intervals(self.labels, self.probabilities, self.thresholds)
 
     def words(self, place: int) -> tuple[str, str, float | None]:
-        """See `Answers.words`."""
+        """See `Predictions.words`."""
         true, said = (
             ", ".join(name for name, here in zip(self.names, part[place], strict=True) if here) or "none"
             for part in (self.labels, self.predictions)
@@ -128,7 +128,7 @@ class Tagged(Answers):
 
 
 @dataclass(frozen=True)
-class Estimated(Answers):
+class RegressionPredictions(Predictions):
     """Numbers: labels and predictions [N, K]."""
 
     rows: Any
@@ -156,20 +156,20 @@ class Estimated(Answers):
         return (self.predictions - self.labels) ** 2 / np.where(variance > 0, variance, 1)
 
     def computed(self) -> dict[str, float]:
-        """See `Answers.computed`."""
+        """See `Predictions.computed`."""
         return regression_scores(self.labels, self.predictions, self.names)
 
     def intervals(self) -> Intervals:
-        """See `Answers.intervals`."""
+        """See `Predictions.intervals`."""
         return regression_intervals(self.labels, self.predictions, self.names)
 
     def words(self, place: int) -> tuple[str, str, float | None]:
-        """See `Answers.words`."""
+        """See `Predictions.words`."""
         true, said = (", ".join(f"{value:.4g}" for value in part[place]) for part in (self.labels, self.predictions))
         return true, said, None
 
 
-def read_answers(described: dict[str, Any], columns: Sequence[str], batches: Batches) -> Mapping[str, Answers]:
+def read_predictions(described: dict[str, Any], columns: Sequence[str], batches: Batches) -> Mapping[str, Predictions]:
     """Returns the answers by split; empty for tasks and predictions of other kinds.
 
     Args:
@@ -185,7 +185,7 @@ def read_answers(described: dict[str, Any], columns: Sequence[str], batches: Bat
     return read[1](list(head["labels"]), thresholds, batches)
 
 
-def _classes(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str, Answers]:
+def _classes(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str, Predictions]:
     parts: dict[str, list[Any]] = {}
     for batch in batches(("split", "row", "label", "prediction", "confidence")):
         found = [codes(batch.column(name), names) for name in ("label", "prediction")]
@@ -193,10 +193,10 @@ def _classes(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str
         known = (found[0] >= 0) & (found[1] >= 0)
         for split, here in _by_split(batch, known):
             parts.setdefault(split, []).append((numbers[0][here], found[0][here], found[1][here], numbers[1][here]))
-    return {split: Judged(*_joined(found), names=names) for split, found in parts.items()}
+    return {split: ClassPredictions(*_joined(found), names=names) for split, found in parts.items()}
 
 
-def _labels(names: list[str], thresholds: Sequence[float], batches: Batches) -> Mapping[str, Answers]:
+def _labels(names: list[str], thresholds: Sequence[float], batches: Batches) -> Mapping[str, Predictions]:
     parts: dict[str, list[Any]] = {}
     for batch in batches(("split", "row", "label", "probabilities")):
         true = np.zeros((batch.num_rows, len(names)), bool)
@@ -208,17 +208,20 @@ def _labels(names: list[str], thresholds: Sequence[float], batches: Batches) -> 
         numbers = batch.column("row").to_numpy(zero_copy_only=False)
         for split, here in _by_split(batch, column.is_valid().to_numpy(zero_copy_only=False)):
             parts.setdefault(split, []).append((numbers[here], true[here], shares[here]))
-    return {split: Tagged(*_joined(each), thresholds=thresholds, names=names) for split, each in parts.items()}
+    return {
+        split: MultiLabelPredictions(*_joined(each), thresholds=thresholds, names=names)
+        for split, each in parts.items()
+    }
 
 
-def _numbers(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str, Answers]:
+def _numbers(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str, Predictions]:
     parts: dict[str, list[Any]] = {}
     for batch in batches(("split", "row", "label", "prediction")):
         true, said = (_table(batch.column(name), len(names)) for name in ("label", "prediction"))
         numbers = batch.column("row").to_numpy(zero_copy_only=False)
         for split, here in _by_split(batch, np.isfinite(true).all(1)):
             parts.setdefault(split, []).append((numbers[here], true[here], said[here]))
-    return {split: Estimated(*_joined(found), names=names) for split, found in parts.items()}
+    return {split: RegressionPredictions(*_joined(found), names=names) for split, found in parts.items()}
 
 
 _READERS: dict[str | None, Any] = {

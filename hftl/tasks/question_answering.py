@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hftl.data.splits import Splits
-from hftl.loading.loader import Example, Rows
+from hftl.loading.loader import Example, Examples
 from hftl.preprocessing.sliding_windows import OFFSETS, stack
 from hftl.tasks.targets.question_answering.span_search import allowed_tokens
 from hftl.tasks.targets.question_answering.target import ContextAnswers, answers_in
@@ -41,8 +41,8 @@ class QuestionAnswering(SupervisedTask):
     """
 
     name = "question_answering"
-    stock = "AutoModelForQuestionAnswering"
-    shown = ("f1", "exact_match")
+    model_class = "AutoModelForQuestionAnswering"
+    primary_metrics = ("f1", "exact_match")
     usage = _USAGE
     inputs_type = PairInputs
     target_types = (ContextAnswers,)
@@ -59,7 +59,7 @@ class QuestionAnswering(SupervisedTask):
         """See `SupervisedTask.make_target`."""
         return ContextAnswers(**state)
 
-    def encode(self, dataset: Any, processor: Any, seed: int | None, max_length: int | None) -> Rows:
+    def encode(self, dataset: Any, processor: Any, seed: int | None, max_length: int | None) -> Examples:
         """See `Task.encode`."""
         self.target.check(dataset)
         return super().encode(dataset, processor, seed, max_length)

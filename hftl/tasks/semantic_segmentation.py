@@ -23,11 +23,11 @@ class SemanticSegmentation(SupervisedTask):
     """Images with a mask each, on any timm backbone with a UPerNet decoder."""
 
     name = "semantic_segmentation"
-    stock = "UperNetForSemanticSegmentation"
+    model_class = "UperNetForSemanticSegmentation"
     pipeline_tag = "image-segmentation"
-    shown = ("mean_iou", "pixel_accuracy", "mean_accuracy")
+    primary_metrics = ("mean_iou", "pixel_accuracy", "mean_accuracy")
     defaults = {
-        "full": {"lr": 5e-4, "head_lr": 3e-3, "num_epochs": 12, "head_first": 0.0},
+        "full": {"lr": 5e-4, "head_lr": 3e-3, "num_epochs": 12, "freeze_backbone_ratio": 0.0},
         "frozen": {"lr": 0.0, "head_lr": 3e-3, "num_epochs": 12},
         "lora": {"lr": 1e-3, "head_lr": 3e-3, "num_epochs": 12},
         "scratch": {"lr": 3e-3, "head_lr": 3e-3, "num_epochs": 12},

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRows, judge_rows
+from hftl.data.validation import InvalidRows, validate_rows
 from hftl.errors import DataError
-from hftl.loading.loader import Example, Rows
+from hftl.loading.loader import Example, Examples
 from hftl.models.task_model import HeadSpec
 from hftl.tasks.capabilities import Capability, supported
 from hftl.tasks.metrics import Metric
@@ -54,7 +54,7 @@ class Task(Protocol):
         """Metric on validation that chooses the weights to keep; which way is better, `larger_is_better` says."""
         ...
 
-    def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> Rows:
+    def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> Examples:
         """Returns the rows of one split as examples, one for each row. `seed` None: evaluation, nothing random."""
         ...
 
@@ -80,10 +80,10 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class Tunable(Protocol):
+class ThresholdTuning(Protocol):
     """A task with something that validation chooses after training, such as thresholds; it travels in `state`."""
 
-    def tune(self, metrics: Sequence[Metric]) -> None:
+    def tune_thresholds(self, metrics: Sequence[Metric]) -> None:
         """Chooses from what `metrics()` have seen of the whole validation split; the same on all processes."""
         ...
 
@@ -92,7 +92,7 @@ class Inputs(Protocol):
     """How rows become model inputs."""
 
     @property
-    def kinds(self) -> Mapping[str, str]:
+    def column_types(self) -> Mapping[str, str]:
         """What each column that is read holds, in reading order: `image`, `text`, `words`, `number` or `category`."""
         ...
 
@@ -108,7 +108,7 @@ class Inputs(Protocol):
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
-    ) -> Rows:
+    ) -> Examples:
         """As `Task.encode`; columns in `keep` stay in the examples."""
         ...
 
@@ -139,7 +139,7 @@ class Target(Protocol):
         """As `Task.best_metric`."""
         ...
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns the head for a stock class."""
         ...
 
@@ -167,14 +167,14 @@ class Target(Protocol):
 class SupervisedTask:
     """Inputs and a target, joined. Built-in tasks and most of yours are this class with a constructor of their own.
 
-    Inputs and targets that have the method of `hftl.data.validation.Judge` are asked which rows cannot be used.
+    Inputs and targets that have the method of `hftl.data.validation.RowValidator` are asked which rows cannot be used.
 
     What works beyond training and evaluation is what a target declares in its `info` (`TargetInfo` of
     `hftl.tasks.capabilities`), as far as its inputs have it among their `capabilities`; nothing without an `info`.
 
     Attributes:
         name: What a saved model calls this task.
-        stock: The class to build (`HeadSpec.stock`).
+        model_class: The class to build (`HeadSpec.model_class`).
         pipeline_tag: What the hub calls this task; empty: the name with dashes.
         shown: Metrics that a line, a card or a comparison names first, in order; the target's own, where it has some.
         defaults: Settings of `train` by way of adapting (`full`, `frozen`, `lora`, `scratch`), before those of the
@@ -187,9 +187,9 @@ class SupervisedTask:
     """
 
     name: str
-    stock: str
+    model_class: str
     pipeline_tag: ClassVar[str] = ""
-    shown: tuple[str, ...] = ("accuracy", "macro_f1")
+    primary_metrics: tuple[str, ...] = ("accuracy", "macro_f1")
     defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {}
     usage: str = ""
     inputs_type: ClassVar[Any]
@@ -203,11 +203,11 @@ class SupervisedTask:
         self.inputs = inputs
         self.target = target
         self.modality = inputs.modality
-        self.head = target.head(self.stock)
+        self.head = target.head(self.model_class)
         self.best_metric = target.best_metric
-        self.shown = getattr(target, "shown", self.shown)
+        self.primary_metrics = getattr(target, "primary_metrics", self.primary_metrics)
 
-    def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> Rows:
+    def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> Examples:
         """See `Task.encode`."""
         return self.inputs.encode(dataset, processor, seed, max_length, self.target.columns)
 
@@ -229,19 +229,19 @@ class SupervisedTask:
         """See `Task.decode`."""
         return self.target.decode(outputs, batch)
 
-    def tune(self, metrics: Sequence[Metric]) -> None:
-        """Lets validation choose what the target leaves open, if anything; see `Tunable`."""
-        if isinstance(self.target, Tunable):
-            self.target.tune(metrics)
+    def tune_thresholds(self, metrics: Sequence[Metric]) -> None:
+        """Lets validation choose what the target leaves open, if anything; see `ThresholdTuning`."""
+        if isinstance(self.target, ThresholdTuning):
+            self.target.tune_thresholds(metrics)
 
     @property
-    def kinds(self) -> Mapping[str, str]:
-        """See `Inputs.kinds`."""
-        return self.inputs.kinds
+    def column_types(self) -> Mapping[str, str]:
+        """See `Inputs.column_types`."""
+        return self.inputs.column_types
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Columns of `kinds` that a row may lack when a trained model is used."""
+        """Columns of `column_types` that a row may lack when a trained model is used."""
         return tuple(getattr(self.inputs, "optional", ()))
 
     @property
@@ -250,13 +250,13 @@ class SupervisedTask:
         return supported(self.target, self.inputs)
 
     @property
-    def across_rows(self) -> bool:
+    def depends_on_batch(self) -> bool:
         """Whether the loss of a row depends on the other rows of its micro-batch, on all processes."""
-        return bool(getattr(self.target, "across_rows", False))
+        return bool(getattr(self.target, "depends_on_batch", False))
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows that inputs or target cannot use, for `data.on_error skip`."""
-        return judge_rows(splits, [self.inputs, self.target])
+        return validate_rows(splits, [self.inputs, self.target])
 
     def state(self) -> dict[str, Any]:
         """See `Task.state`."""
@@ -275,19 +275,19 @@ class SupervisedTask:
         return task
 
 
-def shown_metrics(task: Task) -> tuple[str, ...]:
+def primary_metrics(task: Task) -> tuple[str, ...]:
     """Returns the metrics that a line or a card names first."""
-    return tuple(getattr(task, "shown", (task.best_metric,)))
+    return tuple(getattr(task, "primary_metrics", (task.best_metric,)))
 
 
-def worth_a_line(name: str, task: Task) -> bool:
+def is_logged(name: str, task: Task) -> bool:
     """Whether one of the task's numbers is said while a run goes on; all of them are on file."""
-    return name in ("loss", task.best_metric, *shown_metrics(task))
+    return name in ("loss", task.best_metric, *primary_metrics(task))
 
 
-def input_kinds(task: Task) -> dict[str, str]:
-    """Returns what each column that a task reads holds, in reading order; see `Inputs.kinds`."""
-    return dict(getattr(task, "kinds", {}))
+def input_column_types(task: Task) -> dict[str, str]:
+    """Returns what each column that a task reads holds, in reading order; see `Inputs.column_types`."""
+    return dict(getattr(task, "column_types", {}))
 
 
 def optional_columns(task: Task) -> tuple[str, ...]:
@@ -301,9 +301,9 @@ def larger_is_better(task: Task, metric: str) -> bool:
     return metric != "loss" and metric not in errors
 
 
-def is_share_of_rows(task: Task, metric: str) -> bool:
+def is_row_fraction(task: Task, metric: str) -> bool:
     """Whether one of the task's numbers is a share of the rows, so that their number gives its standard error."""
-    return any(metric in getattr(each, "shares_of_rows", ()) for each in task.metrics())
+    return any(metric in getattr(each, "row_fractions", ()) for each in task.metrics())
 
 
 def check_splits(splits: Splits, check: Any) -> list[str]:

@@ -14,7 +14,7 @@ class TextClassification(SupervisedTask):
     """Texts, or pairs of texts, with one class each, any number of labels, or numbers, on any BERT-family model."""
 
     name = "text_classification"
-    stock = "AutoModelForSequenceClassification"
+    model_class = "AutoModelForSequenceClassification"
 
     inputs_type = TextInputs
     target_types = tuple(TARGETS.values())

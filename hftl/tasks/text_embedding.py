@@ -74,9 +74,9 @@ class TextEmbedding(SupervisedTask):
     """
 
     name = "text_embedding"
-    stock = "SentenceTransformer"
+    model_class = "SentenceTransformer"
     pipeline_tag = "sentence-similarity"
-    shown = ("spearman", "pearson", "recall_at_1", "mrr")
+    primary_metrics = ("spearman", "pearson", "recall_at_1", "mrr")
     defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "full": {"lr": 2e-5, "head_lr": 2e-5, "num_epochs": 2},
         "lora": {"lr": 1e-3, "head_lr": 1e-3, "num_epochs": 4},

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hftl.data.splits import Splits
-from hftl.loading.loader import Example, Rows
+from hftl.loading.loader import Example, Examples
 from hftl.preprocessing.sliding_windows import HOME, words_in
 from hftl.tasks.targets.tagging.target import WordTags
 from hftl.tasks.task import Batch, SupervisedTask
@@ -22,8 +22,8 @@ class TokenClassification(SupervisedTask):
     """
 
     name = "token_classification"
-    stock = "AutoModelForTokenClassification"
-    shown = ("f1", "precision", "recall", "macro_f1", "accuracy")
+    model_class = "AutoModelForTokenClassification"
+    primary_metrics = ("f1", "precision", "recall", "macro_f1", "accuracy")
     defaults = {"full": {"lr": 3e-4, "head_lr": 1e-3, "num_epochs": 3}}
     inputs_type = WordInputs
     target_types = (WordTags,)
@@ -39,7 +39,7 @@ class TokenClassification(SupervisedTask):
         """See `SupervisedTask.make_target`."""
         return WordTags(**state)
 
-    def encode(self, dataset: Any, processor: Any, seed: int | None, max_length: int | None) -> Rows:
+    def encode(self, dataset: Any, processor: Any, seed: int | None, max_length: int | None) -> Examples:
         """See `Task.encode`. Tags are turned into the model's numbers, whatever the data have."""
         return super().encode(self.target.numbered(dataset), processor, seed, max_length)
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hftl.data.columns import arrow_column, find_column
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.preprocessing.sliding_windows import model_inputs, window_pairs, window_words, words_in
 from hftl.preprocessing.tokenization import TextRows, empty_rows, empty_texts, token_limit
 from hftl.tasks.task import check_splits
@@ -38,7 +38,7 @@ class WordInputs:
         self.tokenizer: Any = None
 
     @property
-    def kinds(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         """The column of words."""
         return {self.column: "words"}
 
@@ -52,7 +52,7 @@ class WordInputs:
             found = cls("words")
             found.problems = error.problems
             return found
-        say(f"data: words from column '{column.name}' ({column.why})")
+        log(f"data: words from column '{column.name}' ({column.why})")
         found = cls(column.name, config.stride)
         if not splits.lenient:
             found.problems = check_splits(splits, found._wordless_rows)
@@ -80,7 +80,7 @@ class WordInputs:
         """Pads to the most windows and the longest window of the batch."""
         return model_inputs(examples, self.tokenizer)
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows without words."""
         return {
             split: {row: BadRow("no words", self.column) for row in self._wordless(rows)}
@@ -109,7 +109,7 @@ class PairInputs:
         self.tokenizer: Any = None
 
     @property
-    def kinds(self) -> dict[str, str]:
+    def column_types(self) -> dict[str, str]:
         """Question and context."""
         return dict.fromkeys(self.columns, "text")
 
@@ -122,7 +122,7 @@ class PairInputs:
             try:
                 column = find_column(role, features, given)
                 names.append(column.name)
-                say(f"data: {role} from column '{column.name}' ({column.why})")
+                log(f"data: {role} from column '{column.name}' ({column.why})")
             except DataError as error:
                 problems += error.problems
         found = cls(names, config.stride)
@@ -142,7 +142,7 @@ class PairInputs:
         """Pads to the most windows and the longest window of the batch."""
         return model_inputs(examples, self.tokenizer)
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows where question or context is empty or missing."""
         return {
             split: {

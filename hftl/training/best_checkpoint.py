@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hftl.atomic_files import whole_file
-from hftl.distributed import on_main
+from hftl.atomic_files import atomic_write
+from hftl.distributed import run_on_main
 from hftl.errors import CheckpointError, first_line
 from hftl.models.task_model import TaskModel
-from hftl.tasks.task import Task, is_share_of_rows, larger_is_better
-from hftl.training.training_state import moving, spread
+from hftl.tasks.task import Task, is_row_fraction, larger_is_better
+from hftl.training.training_state import broadcast, trainable_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class BestSoFar:
+class BestMetric:
     """The best value of a metric so far, and whether a later one is worth its weights.
 
     Args:
@@ -33,7 +33,7 @@ class BestSoFar:
 
     def __init__(self, task: Task, metric: str, rows: int) -> None:
         self.sign = 1 if larger_is_better(task, metric) else -1
-        self.rows = rows if is_share_of_rows(task, metric) else 0
+        self.rows = rows if is_row_fraction(task, metric) else 0
         self.best: float | None = None
         self.since = 0
         """Values since the best one."""
@@ -65,14 +65,14 @@ class BestSoFar:
         return math.sqrt(share * (1 - share) / self.rows)
 
 
-class BestWeights(BestSoFar):
+class BestCheckpoint(BestMetric):
     """Keeps the weights of the best evaluation on disk and puts them back at the end.
 
     Args:
         accelerator: Only its main process writes and reads; the others are sent the tensors.
         model: The model itself, not the one that Accelerate prepared.
         folder: The run folder.
-        task: As for `BestSoFar`.
+        task: As for `BestMetric`.
         metric: Likewise.
         rows: Size of the validation split.
     """
@@ -112,7 +112,7 @@ class BestWeights(BestSoFar):
         def save(aside: Path) -> None:
             from safetensors.torch import save_file
 
-            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in moving(self.model).items()}
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable_state(self.model).items()}
             save_file(weights, aside)
 
         self._write(save)
@@ -120,12 +120,12 @@ class BestWeights(BestSoFar):
 
     def _write(self, write: Callable[[Path], Any]) -> None:
         """Replaces the file, on the main process, by what `write` puts into another."""
-        on_main(self.accelerator, lambda: self._replace(write))
+        run_on_main(self.accelerator, lambda: self._replace(write))
 
     def _replace(self, write: Callable[[Path], Any]) -> None:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.file) as aside:
+            with atomic_write(self.file) as aside:
                 write(aside)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
@@ -149,4 +149,4 @@ class BestWeights(BestSoFar):
         from safetensors.torch import load_file
 
         saved = load_file(self.file) if self.accelerator.is_main_process else {}
-        spread(self.accelerator, moving(self.model), saved)
+        broadcast(self.accelerator, trainable_state(self.model), saved)

@@ -12,26 +12,26 @@ import numpy as np
 import torch
 
 from hftl.config.schema import RunConfig
-from hftl.distributed import on_main
+from hftl.distributed import run_on_main
 from hftl.errors import CheckpointError
-from hftl.logging import say
-from hftl.models.oom_retry import RowLimit
+from hftl.logging import log
+from hftl.models.oom_retry import MicroBatchLimit
 from hftl.models.task_model import TaskModel
 from hftl.run_folder.checkpoint import BEST, Checkpoints, read_state
 from hftl.run_folder.history import Recorder
-from hftl.training.best_checkpoint import BestWeights
+from hftl.training.best_checkpoint import BestCheckpoint
 from hftl.training.training_state import (
     OPTIMIZER,
     VERSION,
     WEIGHTS,
+    broadcast,
+    frozen_fingerprint,
     is_finite,
     load_optimizer_tensors,
     load_random_state,
-    moving,
     optimizer_tensors,
     random_state,
-    resting_fingerprint,
-    spread,
+    trainable_state,
 )
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ class Training:
     accelerator: Accelerator
     model: TaskModel
     optimizer: torch.optim.Optimizer
-    best: BestWeights
+    best: BestCheckpoint
     recorder: Recorder
-    limit: RowLimit
-    identity: dict[str, Any]
-    """What must be the same for a state to be usable: see `identity`."""
+    limit: MicroBatchLimit
+    run_identity: dict[str, Any]
+    """What must be the same for a state to be usable: see `run_identity`."""
 
 
-class Keeper:
+class Checkpointer:
     """Saves the state of a training when it is due, and finds the one to go on from.
 
     Args:
@@ -65,12 +65,12 @@ class Keeper:
     def __init__(self, accelerator: Accelerator, run: RunConfig, folder: Path) -> None:
         self.accelerator = accelerator
         self.config = run.checkpoint
-        self.store = Checkpoints(folder / "checkpoints", run.checkpoint.keep)
+        self.store = Checkpoints(folder / "checkpoints", run.checkpoint.total_limit)
         self.saved_at = time.monotonic()
         self.failure: CheckpointError | None = None
         self._found: Path | None = None
 
-    def __enter__(self) -> Keeper:
+    def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,7 +93,7 @@ class Keeper:
                 )
             return state
 
-        return on_main(self.accelerator, read, self.store.folder)
+        return run_on_main(self.accelerator, read, self.store.folder)
 
     def check_room(self, training: Training) -> None:
         """Refuses to begin where the disk has no room for the states to come, the one being written included.
@@ -103,19 +103,19 @@ class Keeper:
         """
 
         def check() -> None:
-            weights = sum(tensor.nbytes for tensor in moving(training.model).values())
+            weights = sum(tensor.nbytes for tensor in trainable_state(training.model).values())
             learning = sum(each.nbytes for each in training.model.parameters() if each.requires_grad)
-            state, keep = 2 * weights + 2 * learning, self.config.keep  # the best weights, AdamW's two moments
+            state, keep = 2 * weights + 2 * learning, self.config.total_limit  # the best weights, AdamW's two moments
             needed = (keep + 1) * state
             free = self.store.room()
             if free < needed:
                 raise CheckpointError(
                     f"checkpoint: {keep} + 1 states of {size(state)} (weights, best weights, optimizer) need "
                     f"{size(needed)} in '{self.store.folder}', where {size(free)} are free. Make room, lower "
-                    "checkpoint.keep, or choose an output_dir on another disk."
+                    "checkpoint.total_limit, or choose an output_dir on another disk."
                 )
 
-        on_main(self.accelerator, check)
+        run_on_main(self.accelerator, check)
 
     def load(self, training: Training, state: dict[str, Any]) -> None:
         """Puts the state that was found into all parts of the training but the recorder."""
@@ -123,7 +123,7 @@ class Keeper:
 
         accelerator, found = self.accelerator, self._found
         read = {name: load_file(found / f"{name}.safetensors") if found else {} for name in (WEIGHTS, OPTIMIZER)}
-        spread(accelerator, moving(training.model), read[WEIGHTS])
+        broadcast(accelerator, trainable_state(training.model), read[WEIGHTS])
         load_optimizer_tensors(accelerator, training.model, training.optimizer, read[OPTIMIZER])
         training.best.load_state(state["best"], found / BEST if found else None)
         if accelerator.scaler is not None and state["scaler"]:
@@ -135,29 +135,31 @@ class Keeper:
             training.limit.rows = mine["rows_training"] if training.limit.enabled else None
             training.model.evaluation_limit.rows = mine["rows_evaluation"]
         other = "" if world == before else f" (of {before} process(es): same rows in the same steps, other rounding)"
-        say(f"resume: going on after step {state['recorder']['history']['steps']} from {found}{other}")
+        log(f"resume: going on after step {state['recorder']['history']['steps']} from {found}{other}")
 
     @property
     def due(self) -> bool:
         """Whether the clock of this process asks for a save."""
-        minutes = self.config.every_minutes
+        minutes = self.config.save_minutes
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def failed(self, training: Training) -> bool:
         """Whether something that this process wrote is known not to have reached the disk."""
         return (self.failure or training.recorder.failure) is not None or self.store.failed
 
-    def save(self, training: Training, *, owes: bool = False, finished: bool = False, wait: bool = False) -> None:
+    def save(
+        self, training: Training, *, eval_pending: bool = False, finished: bool = False, wait: bool = False
+    ) -> None:
         """Saves the state; all processes call it together.
 
         Args:
             training: What is saved.
-            owes: The evaluation after the last step has not been made.
+            eval_pending: The evaluation after the last step has not been made.
             finished: No step is left.
             wait: Return when it is on the disk, rather than when it has been copied.
 
         Raises:
-            CheckpointError: It cannot be written (with `wait`; else `failed` tells, and `settle` raises).
+            CheckpointError: It cannot be written (with `wait`; else `failed` tells, and `flush` raises).
         """
         mine = {
             "random": random_state(self.accelerator.device),
@@ -170,31 +172,31 @@ class Keeper:
             scaler = self.accelerator.scaler
             recorder = training.recorder.state()
             state = {
-                **training.identity,
-                "owes": owes,
+                **training.run_identity,
+                "eval_pending": eval_pending,
                 "finished": finished,
                 "recorder": recorder,
                 "best": training.best.state(),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "processes": processes,
             }
-            tensors = {WEIGHTS: moving(training.model)}
+            tensors = {WEIGHTS: trainable_state(training.model)}
             tensors[OPTIMIZER] = optimizer_tensors(training.model, training.optimizer)
             try:
                 self.store.save(recorder["history"]["steps"], state, tensors, training.best.kept)
             except CheckpointError as error:
                 self.failure = error
         if wait:
-            self.settle(training)
+            self.flush(training)
 
     def save_good(self, training: Training) -> bool:
         """Saves the state, unless its weights are not all numbers; returns whether it did."""
-        good = on_main(self.accelerator, lambda: is_finite(training.model))
+        good = run_on_main(self.accelerator, lambda: is_finite(training.model))
         if good:
             self.save(training, wait=True)
         return good
 
-    def settle(self, training: Training) -> None:
+    def flush(self, training: Training) -> None:
         """Waits until everything is on the disk.
 
         Raises:
@@ -207,10 +209,10 @@ class Keeper:
             if failure:
                 raise failure
 
-        on_main(self.accelerator, check)
+        run_on_main(self.accelerator, check)
 
 
-def identity(
+def run_identity(
     model: TaskModel, rows: Dataset, effective_batch: int, total: int, earlier: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Returns what a state must have in common with a run that goes on from it, as JSON values.
@@ -221,7 +223,7 @@ def identity(
     mine = {
         "version": VERSION,
         "data": data_fingerprint(rows),
-        "backbone": resting_fingerprint(model),
+        "backbone": frozen_fingerprint(model),
         "effective_batch": effective_batch,
         "total": total,
     }

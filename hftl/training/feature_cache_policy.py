@@ -9,9 +9,9 @@ import torch
 from hftl.config.schema import RunConfig
 from hftl.data.splits import Splits
 from hftl.features.cache import compute_features
-from hftl.features.extractor import FeatureReader, linear_head, random_before_head
-from hftl.loading.loader import Rows
-from hftl.logging import say
+from hftl.features.extractor import FeatureExtractor, linear_head, random_before_head
+from hftl.loading.loader import Examples
+from hftl.logging import log
 from hftl.models.task_model import TaskModel
 from hftl.tasks.task import Task
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def trains_on_features(model: TaskModel, task: Task, splits: Splits, run: RunConfig) -> bool:
+def uses_cached_features(model: TaskModel, task: Task, splits: Splits, run: RunConfig) -> bool:
     """Whether this run trains a head on features that are computed once; says why not, where it might have."""
     if not _may_cache(run) or model.joins_vectors:
         return False
@@ -35,13 +35,13 @@ def trains_on_features(model: TaskModel, task: Task, splits: Splits, run: RunCon
         why = "the logits are not the output of the head's one linear layer"
     else:
         return True
-    say(f"adapt: frozen, the backbone runs in every epoch: {why}")
+    log(f"adapt: frozen, the backbone runs in every epoch: {why}")
     return False
 
 
 def training_rows(
     accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig
-) -> tuple[Rows, Rows | None]:
+) -> tuple[Examples, Examples | None]:
     """Returns the encoded rows of train, and of validation where there is one.
 
     Under a frozen model whose head joins the vectors of several encoders these are the vectors, computed once.
@@ -52,9 +52,9 @@ def training_rows(
     ]
     keeps_vectors = all(rows is None or hasattr(rows, "with_vectors") for rows in encoded)
     if _may_cache(run) and model.joins_vectors and not keeps_vectors:
-        say("adapt: frozen, the encoders run in every epoch: what they see of a row is drawn anew each time")
+        log("adapt: frozen, the encoders run in every epoch: what they see of a row is drawn anew each time")
     elif _may_cache(run) and model.joins_vectors:
-        say("adapt: frozen, on the vectors of the encoders, computed once; images as they are, without augmentation")
+        log("adapt: frozen, on the vectors of the encoders, computed once; images as they are, without augmentation")
         for place, split in enumerate(("train", "validation")):
             rows = encoded[place]
             if rows is not None:
@@ -67,13 +67,15 @@ def training_rows(
 
 def _may_cache(run: RunConfig) -> bool:
     adapt = run.adapt
-    return adapt.method == "frozen" and adapt.frozen.cache and {adapt.image, adapt.text} <= {None, "frozen"}
+    return (
+        adapt.method == "frozen" and adapt.frozen.cache and {adapt.image_method, adapt.text_method} <= {None, "frozen"}
+    )
 
 
 def _linear_in_features(model: TaskModel, inputs: Any) -> bool:
     from accelerate.utils import send_to_device
 
-    reader, training = FeatureReader(model), model.training
+    reader, training = FeatureExtractor(model), model.training
     with torch.no_grad():
         reader.eval()(send_to_device(inputs, next(model.parameters()).device))
     model.train(training)

@@ -11,24 +11,24 @@ from hftl.data.splits import Splits
 from hftl.distributed import shared_row_error
 from hftl.errors import RESUME_ADVICE, ROW_ADVICE, RowError, Stopped, row_advice
 from hftl.evaluation.evaluate import Interrupted
-from hftl.loading.loader import Key, Rows, Share, default_workers, make_loader, step_batches
-from hftl.loading.step_plan import Plan, make_plan
+from hftl.loading.loader import Examples, Key, Share, default_workers, make_loader, step_batches
+from hftl.loading.step_plan import StepPlan, make_step_plan
 from hftl.loading.workers import Batches
-from hftl.logging import say
-from hftl.models.oom_retry import RowLimit
+from hftl.logging import log
+from hftl.models.oom_retry import MicroBatchLimit
 from hftl.models.task_model import TaskModel
 from hftl.run_folder.folder import get_run_folder
 from hftl.run_folder.history import History, Recorder
 from hftl.tasks.task import Task
-from hftl.training.best_checkpoint import BestWeights
-from hftl.training.checkpointer import Keeper, Training, identity
-from hftl.training.feature_cache_policy import training_rows, trains_on_features
+from hftl.training.best_checkpoint import BestCheckpoint
+from hftl.training.checkpointer import Checkpointer, Training, run_identity
+from hftl.training.feature_cache_policy import training_rows, uses_cached_features
 from hftl.training.gradient_accumulation import StepGradient
 from hftl.training.head_search import fit_heads
 from hftl.training.optim import make_optimizer, set_rates
 from hftl.training.probe import fit_probe
-from hftl.training.signals import StopRequest
-from hftl.training.sync import agree, refuse_nonfinite, scaler_backs_off
+from hftl.training.signals import StopSignal
+from hftl.training.sync import all_reduce_sum, raise_if_nonfinite, scaler_backs_off
 from hftl.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -67,46 +67,50 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
 
     if run.adapt.method == "probe":
         return fit_probe(accelerator, model, task, splits, run)
-    if trains_on_features(model, task, splits, run):
+    if uses_cached_features(model, task, splits, run):
         return fit_heads(accelerator, model, task, splits, run)
     config, folder = run.train, get_run_folder(run)
     rows, held_out = training_rows(accelerator, model, task, splits, run)
 
-    keeper = Keeper(accelerator, run, folder)
+    keeper = Checkpointer(accelerator, run, folder)
     earlier = keeper.find() if run.resume == "auto" else None
-    plan = make_plan(accelerator, run, len(rows), earlier)
-    same = identity(model, splits["train"], plan.share.effective_batch, plan.total, earlier)
+    plan = make_step_plan(accelerator, run, len(rows), earlier)
+    same = run_identity(model, splits["train"], plan.share.effective_batch, plan.total, earlier)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, config, accelerator.device)
-    limit = RowLimit("training", enabled=config.on_oom == "halve", whole=getattr(task, "across_rows", False))
+    limit = MicroBatchLimit(
+        "training", enabled=config.on_oom == "halve", whole=getattr(task, "depends_on_batch", False)
+    )
     gradient = StepGradient(accelerator, model, task, limit)
     stepper = accelerator.prepare_optimizer(optimizer)
-    best = BestWeights(accelerator, model, folder, task, config.best_metric or task.best_metric, len(held_out or ()))
+    best = BestCheckpoint(
+        accelerator, model, folder, task, config.metric_for_best_model or task.best_metric, len(held_out or ())
+    )
     recorder = Recorder(accelerator, run, folder, plan.total, earlier and earlier["recorder"])
     history = recorder.history
-    validation = Validation(accelerator, model, task, held_out, run, best, recorder, plan.eval_every, plan.total)
+    validation = Validation(accelerator, model, task, held_out, run, best, recorder, plan.eval_steps, plan.total)
     training = Training(accelerator, model, optimizer, best, recorder, limit, same)
     keeper.check_room(training)
 
     # from here on, dropout differs between processes
     set_seed((config.seed + history.steps) % 2**32, device_specific=True)
-    owes = finished = due = False
+    eval_pending = finished = due = False
     if earlier:
         keeper.load(training, earlier)
-        owes, finished = earlier["owes"], earlier["finished"]
+        eval_pending, finished = earlier["eval_pending"], earlier["finished"]
     left = range(history.steps, history.steps if finished else plan.total)
     model.train()
     source = _loader(accelerator, rows, task, run, plan.share, left)
-    with keeper, recorder, StopRequest(accelerator) as stop, source as batches:
+    with keeper, recorder, StopSignal(accelerator) as stop, source as batches:
         micro_batches = iter(batches)
         while not finished:
             try:
-                over = owes and validation(stop.agreed)
+                over = eval_pending and validation(stop.agreed)
             except Interrupted:
-                keeper.save(training, owes=True, wait=True)
+                keeper.save(training, eval_pending=True, wait=True)
                 raise _stopped(stop, history, plan) from None
             except RowError as error:  # the same one on all processes
-                keeper.save(training, owes=True, wait=True)
+                keeper.save(training, eval_pending=True, wait=True)
                 raise _resumable(error, history) from error
             finished = over or history.steps == plan.total
             if finished or due:
@@ -118,7 +122,7 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
             done = gradient(micro_batches, plan.share.accumulation)
             norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf) or 0.0)
             asks = stop.asked, keeper.due, keeper.failed(training), done.problem is not None
-            loss, asked, due, failed, unusable = agree(accelerator, done.total, *asks)
+            loss, asked, due, failed, unusable = all_reduce_sum(accelerator, done.total, *asks)
             if unusable:
                 gradient.undo()
                 keeper.save(training, wait=True)
@@ -129,25 +133,25 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
                 stepper.zero_grad()
             else:
                 gradient.undo()
-                if config.on_nonfinite == "stop" or history.skipped >= config.max_nonfinite:
+                if config.on_nonfinite == "stop" or history.skipped >= config.max_nonfinite_steps:
                     saved = keeper.save_good(training)
-                    refuse_nonfinite(accelerator, done, loss, norm, history.steps + 1, rates, saved)
+                    raise_if_nonfinite(accelerator, done, loss, norm, history.steps + 1, rates, saved)
                 if accelerator.scaler is not None:
                     accelerator.scaler.update()  # it has looked at this gradient and wants to be done with it
                 history.skipped += 1
             recorder.advance(loss if usable else None)
 
-            owes, step = validation.due, history.steps
-            if step % config.log_every == 0 or owes or step == plan.total or not usable:
+            eval_pending, step = validation.due, history.steps
+            if step % config.logging_steps == 0 or eval_pending or step == plan.total or not usable:
                 record = {"epoch": step / plan.epoch_steps, "train/loss": recorder.mean_loss() if usable else loss}
                 record |= {"grad_norm": norm} | {f"lr/{part}": rate for part, rate in rates.items()}
                 recorder.log(record | ({} if usable else {"skipped_steps": history.skipped}))
             if failed:
-                keeper.settle(training)
+                keeper.flush(training)
             if asked:
-                keeper.save(training, owes=owes, wait=True)
+                keeper.save(training, eval_pending=eval_pending, wait=True)
                 raise _stopped(stop, history, plan)
-            due = bool(due) or step % (run.checkpoint.every_steps or plan.total) == 0
+            due = bool(due) or step % (run.checkpoint.save_steps or plan.total) == 0
         if stop.agreed():  # during the last evaluation, or while saving
             raise _stopped(stop, history, plan)
 
@@ -155,11 +159,11 @@ def fit(accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, 
     best.restore()
     accelerator.free_memory()
     if history.best:
-        say("fit: kept the weights of step {step} ({metric} {value:.4f})".format(**history.best))
+        log("fit: kept the weights of step {step} ({metric} {value:.4f})".format(**history.best))
     return history
 
 
-def _stopped(stop: StopRequest, history: History, plan: Plan) -> Stopped:
+def _stopped(stop: StopSignal, history: History, plan: StepPlan) -> Stopped:
     return Stopped(
         f"stopped ({stop.reason or 'as another process was asked to'}) after step {history.steps} of {plan.total}; the "
         "state is in the run folder. The same command with --resume auto goes on from there."
@@ -171,7 +175,9 @@ def _resumable(error: RowError | None, history: History) -> RowError:
     return error.with_advice(ROW_ADVICE, f"The checkpoint after step {history.steps} is saved.", RESUME_ADVICE)
 
 
-def _loader(accelerator: Accelerator, rows: Rows, task: Task, run: RunConfig, share: Share, steps: range) -> Batches:
+def _loader(
+    accelerator: Accelerator, rows: Examples, task: Task, run: RunConfig, share: Share, steps: range
+) -> Batches:
     """Returns this process's micro-batches of some steps, on the host: a step may have to take them twice."""
     device, workers = accelerator.device.type, run.data.num_workers
     workers = default_workers(task.modality, device, share.world) if workers is None else workers

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hftl.errors import RowError
-from hftl.models.oom_retry import RowLimit
+from hftl.models.oom_retry import MicroBatchLimit
 from hftl.models.task_model import TaskModel
 from hftl.tasks.task import Batch, Task
-from hftl.training.training_state import moving, spread
+from hftl.training.training_state import broadcast, trainable_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +55,7 @@ class StepGradient:
         net: The model as Accelerate prepared it.
     """
 
-    def __init__(self, accelerator: Accelerator, model: TaskModel, task: Task, limit: RowLimit) -> None:
+    def __init__(self, accelerator: Accelerator, model: TaskModel, task: Task, limit: MicroBatchLimit) -> None:
         self.accelerator = accelerator
         self.model = model
         self.task = task
@@ -63,7 +63,7 @@ class StepGradient:
         self.late = limit.enabled and accelerator.num_processes > 1
         self.net: nn.Module = accelerator.prepare_model(model, evaluation_mode=self.late)  # "evaluation": without DDP
         if self.late:
-            spread(accelerator, moving(model), moving(model))
+            broadcast(accelerator, trainable_state(model), trainable_state(model))
         self._before: tuple[list[Tensor], list[Tensor]] = [], []
 
     def __call__(self, micro_batches: Iterator[Batch], count: int) -> StepLoss:

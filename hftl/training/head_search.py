@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from hftl.atomic_files import write_text
 from hftl.config.schema import RunConfig
 from hftl.data.splits import Splits
-from hftl.distributed import on_main
+from hftl.distributed import run_on_main
 from hftl.errors import NonfiniteError, Stopped
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import linear_head
-from hftl.heads.batched_heads import HeadBank, HeadSetting
+from hftl.heads.batched_heads import BatchedHeads, HeadSetting
 from hftl.loading.loader import Share, train_batches
-from hftl.loading.step_plan import Plan, make_plan
-from hftl.logging import say
+from hftl.loading.step_plan import StepPlan, make_step_plan
+from hftl.logging import log
 from hftl.models.target_scaling import scale_of
 from hftl.models.task_model import TaskModel
 from hftl.run_folder.folder import get_run_folder
 from hftl.run_folder.history import History, Recorder, finite
 from hftl.tasks.metrics import MeanLoss, all_metrics
 from hftl.tasks.task import Task
-from hftl.training.best_checkpoint import BestSoFar
+from hftl.training.best_checkpoint import BestMetric
 from hftl.training.optim import lr_factor
-from hftl.training.signals import StopRequest
-from hftl.training.training_state import spread
-from hftl.training.validation import not_shown
+from hftl.training.signals import StopSignal
+from hftl.training.training_state import broadcast
+from hftl.training.validation import unlogged_metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,34 +68,34 @@ def fit_heads(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
     config, frozen, began = run.train, run.adapt.frozen, time.perf_counter()
     head = linear_head(model)
     assert head is not None
-    views = range(frozen.views) if task.modality == "image" and frozen.views else [None]
+    views = range(frozen.num_views) if task.modality == "image" and frozen.num_views else [None]
     if views == [None] and task.modality == "image" and run.data.augment.any:
-        say("adapt: frozen, on the images as they are (--adapt.frozen.views N learns from N augmented views of each)")
-    if frozen.views and task.modality != "image":
-        say("adapt: adapt.frozen.views is for images; it has no effect here")
+        log("adapt: frozen, without augmentation (--adapt.frozen.num_views N trains on N augmented views per image)")
+    if frozen.num_views and task.modality != "image":
+        log("adapt: adapt.frozen.num_views is for images; it has no effect here")
     of_split = {"train": [_features(accelerator, model, task, splits, run, "train", view) for view in views]}
     if "validation" in splits:
         of_split["validation"] = [_features(accelerator, model, task, splits, run, "validation", None)]
     lengths = task.encode(splits["train"], model.processor, config.seed, run.data.max_length).lengths
-    plan = make_plan(accelerator, run, len(splits["train"]), None)
+    plan = make_step_plan(accelerator, run, len(splits["train"]), None)
     recorder = Recorder(accelerator, run, get_run_folder(run), plan.total, None)
     # the features are what such a training costs, whether this run computed them or another one
     recorder.started = began - sum(part.seconds for parts in of_split.values() for part in parts if part.from_cache)
-    with recorder, StopRequest(accelerator) as stop:
+    with recorder, StopSignal(accelerator) as stop:
         trial = _Trial(head, task, run, plan, of_split, lengths, accelerator.device, stop)
-        done = on_main(accelerator, trial.train, get_run_folder(run))
+        done = run_on_main(accelerator, trial.train, get_run_folder(run))
         for values in done.records:
             recorder.history.steps = values.pop("step")
-            recorder.log(values, not_shown(values, task, trial.metric))
-        on_main(accelerator, recorder.settle)
+            recorder.log(values, unlogged_metrics(values, task, trial.metric))
+        run_on_main(accelerator, recorder.flush)
         recorder.history.steps = done.steps
         recorder.history.best = done.best
-        on_main(accelerator, lambda: write_text(get_run_folder(run) / HEADS, json.dumps(done.table, indent=2)))
+        run_on_main(accelerator, lambda: write_text(get_run_folder(run) / HEADS, json.dumps(done.table, indent=2)))
         if stop.agreed():
             raise _stopped(stop, done.steps, plan)
     kept = {"weight": done.weight, "bias": done.bias}
     model.to(accelerator.device)
-    spread(accelerator, dict(head.named_parameters()), kept)
+    broadcast(accelerator, dict(head.named_parameters()), kept)
     return recorder.history
 
 
@@ -105,7 +105,7 @@ def _features(
     return compute_features(accelerator, model, task, splits[split], run, split=split, view=view)
 
 
-def _stopped(stop: StopRequest, steps: int, plan: Plan) -> Stopped:
+def _stopped(stop: StopSignal, steps: int, plan: StepPlan) -> Stopped:
     return Stopped(
         f"stopped ({stop.reason or 'as another process was asked to'}) after step {steps} of {plan.total} of the head. "
         "The features are kept; the same command with --resume auto begins the head again."
@@ -132,11 +132,11 @@ class _Trial:
         head: nn.Linear,
         task: Task,
         run: RunConfig,
-        plan: Plan,
+        plan: StepPlan,
         features: dict[str, list[Features]],
         lengths: np.ndarray | None,
         device: torch.device,
-        stop: StopRequest,
+        stop: StopSignal,
     ) -> None:
         self.task, self.run, self.plan, self.device, self.stop = task, run, plan, device, stop
         self.scale = scale_of(head)
@@ -148,21 +148,21 @@ class _Trial:
             values, labels = self.held_out.values, self.held_out.labels
             self.validation = [torch.from_numpy(np.array(part)).to(device) for part in (values, labels)]
         settings = head_settings(run, choosing=self.held_out is not None)
-        self.bank = HeadBank(head, settings, run.train.max_grad_norm, device)
-        self.metric = run.train.best_metric or task.best_metric
+        self.bank = BatchedHeads(head, settings, run.train.max_grad_norm, device)
+        self.metric = run.train.metric_for_best_model or task.best_metric
         rows = 0 if self.held_out is None else len(self.held_out.values)
-        self.best = [BestSoFar(task, self.metric, rows) for _ in settings]
+        self.best = [BestMetric(task, self.metric, rows) for _ in settings]
         self.kept: list[dict[str, Any]] = [{} for _ in settings]
         self.curves: list[list[dict[str, Any]]] = [[] for _ in settings]
 
     def train(self) -> _Done:
         """Trains until the plan ends, or patience does, and returns the head that validation prefers."""
         config, plan, bank = self.run.train, self.plan, self.bank
-        say(f"fit: {len(bank.settings)} head(s) side by side on {len(self.labels):,} rows of features")
+        log(f"fit: {len(bank.settings)} head(s) side by side on {len(self.labels):,} rows of features")
         sums, count = torch.zeros(len(bank.settings), device=self.device), 0
         warmup = math.ceil(config.warmup_ratio * plan.total)
         for epoch, rows in self._steps():
-            factor = lr_factor(bank.steps, config.schedule, plan.total, warmup)
+            factor = lr_factor(bank.steps, config.lr_scheduler_type, plan.total, warmup)
             view = self.views[epoch % len(self.views)]
             rows, weights = _filled_up(rows)
             features = torch.from_numpy(view[rows]).to(self.device)
@@ -178,7 +178,7 @@ class _Trial:
                     f"step {bank.steps}: no head is left whose loss is a number (head_lr "
                     f"{', '.join(f'{setting.lr:.3g}' for setting in bank.settings)}); lower train.head_lr."
                 )
-            if bank.steps % config.log_every == 0 or self._due:
+            if bank.steps % config.logging_steps == 0 or self._due:
                 self._note(sums / count, epoch, factor)
                 sums, count = torch.zeros_like(sums), 0
             if self._due and self._evaluate():
@@ -210,7 +210,7 @@ class _Trial:
     @property
     def _due(self) -> bool:
         step = self.bank.steps
-        return step == self.plan.total or self.held_out is not None and step % self.plan.eval_every == 0
+        return step == self.plan.total or self.held_out is not None and step % self.plan.eval_steps == 0
 
     def _note(self, losses: Tensor, epoch: int, factor: float) -> None:
         step = self.bank.steps
@@ -236,9 +236,9 @@ class _Trial:
         over = patience is not None and min(best.since for best in self.best) >= patience
         number = self._choice()
         value = self.kept[number]["found"][self.metric]
-        say(f"step {self.bank.steps}/{self.plan.total} best head so far: validation/{self.metric} {value:.4f}")
+        log(f"step {self.bank.steps}/{self.plan.total} best head so far: validation/{self.metric} {value:.4f}")
         if over:
-            say(f"fit: stopped, no better {self.metric} in {patience} evaluations of any head")
+            log(f"fit: stopped, no better {self.metric} in {patience} evaluations of any head")
         return over
 
     def _measure(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -254,7 +254,7 @@ class _Trial:
         """Returns the head to keep: of those within one standard error of the best, the one nearest the plain setting.
 
         Of so many heads on so few rows the best owes its value partly to luck: what is not clearly better is no
-        reason to leave the rate that was asked for (the one-standard-error rule, as for weights in `BestSoFar`; what
+        reason to leave the rate that was asked for (the one-standard-error rule, as for weights in `BestMetric`; what
         it does is in RESULTS.md). Nearest is by the ratio of rates, then by the weight decay, then by the loss.
         """
         tried = [number for number, kept in enumerate(self.kept) if kept]
@@ -284,7 +284,7 @@ class _Trial:
             asdict(setting) | {"kept": each is kept, "step": each.get("step"), **finite(each.get("found", {}))}
             for setting, each in zip(bank.settings, self.kept, strict=True)
         ]
-        say(
+        log(
             f"fit: kept head {number + 1} of {len(bank.settings)} (lr {setting.lr:.3g}, weight decay "
             f"{setting.weight_decay:g}, seed {setting.seed}) at step {kept['step']}, {best['metric']} "
             f"{best['value']:.4f}"
@@ -311,7 +311,7 @@ def head_settings(run: RunConfig, choosing: bool) -> list[HeadSetting]:
     tried: Sequence[float] = [config.weight_decay, 0.0, 0.1] if decays is None else decays
     return [
         HeadSetting(plain.lr * factor, decay, config.seed + seed)
-        for seed in range(frozen.seeds)
+        for seed in range(frozen.num_seeds)
         for decay in dict.fromkeys(tried)
         for factor in dict.fromkeys(frozen.lr_factors)
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from hftl.config.schema import Schedule, TrainConfig
+from hftl.config.schema import SchedulerType, TrainConfig
 from hftl.models.task_model import TaskModel
 
 
@@ -41,21 +41,21 @@ def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, 
     """Sets every group's learning rate for `step` (from 0) and returns them by part: `head`, `backbone`.
 
     They are a pure function of the step, so nothing about them has to be remembered. The backbone's schedule begins
-    after the share `config.head_first` of the steps; until then only the head learns (LP-FT, Kumar et al. 2022,
+    after the fraction `config.freeze_backbone_ratio` of the steps (LP-FT, Kumar et al. 2022,
     https://arxiv.org/abs/2202.10054).
     """
-    alone = int((config.head_first or 0.0) * total_steps)
+    alone = int((config.freeze_backbone_ratio or 0.0) * total_steps)
     rates = {}
     for group in optimizer.param_groups:
         waits = alone if group["name"] == "backbone" else 0
         rest = total_steps - waits
         warmup = math.ceil(config.warmup_ratio * rest)
-        factor = lr_factor(step - waits, config.schedule, rest, warmup) if step >= waits else 0.0
+        factor = lr_factor(step - waits, config.lr_scheduler_type, rest, warmup) if step >= waits else 0.0
         group["lr"] = rates[group["name"]] = group["peak_lr"] * factor
     return rates
 
 
-def lr_factor(step: int, kind: Schedule, total_steps: int, warmup_steps: int) -> float:
+def lr_factor(step: int, kind: SchedulerType, total_steps: int, warmup_steps: int) -> float:
     """Returns the share of the peak learning rate used in step `step` (from 0), in [0, 1]."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

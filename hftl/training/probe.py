@@ -11,16 +11,16 @@ from hftl.adaptation.freeze import freeze_backbone
 from hftl.config.schema import RunConfig
 from hftl.data.columns import arrow_column
 from hftl.data.splits import Splits
-from hftl.distributed import on_main
+from hftl.distributed import run_on_main
 from hftl.errors import AdaptError, FeatureError, HftlError, shorten
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import linear_head
 from hftl.heads.classifiers import KINDS
-from hftl.heads.sklearn_head import ClassicHead, missing_problem
+from hftl.heads.sklearn_head import SklearnHead, skops_problem
 from hftl.heads.sklearn_probe import Probe
-from hftl.heads.sklearn_probe import fit_probe as fit_head
-from hftl.logging import muted, say
-from hftl.models.build import skeleton
+from hftl.heads.sklearn_probe import fit_classifier as fit_head
+from hftl.logging import log, suppress_logs
+from hftl.models.build import build_on_meta
 from hftl.models.task_model import HeadSpec, TaskModel
 from hftl.run_folder.folder import get_run_folder
 from hftl.run_folder.history import History, Recorder
@@ -58,17 +58,17 @@ def fit_probe(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
         recorder.started -= found.seconds if found.from_cache else 0.0  # as if this run had computed them
         if layer is None or layer.bias is None or not found.linear:
             raise AdaptError(no_linear_head(model))
-        chosen, weights, content = on_main(accelerator, lambda: _fit(found, task.head.num_outputs, run))
+        chosen, weights, content = run_on_main(accelerator, lambda: _fit(found, task.head.num_outputs, run))
         if weights is None:
-            model.use_classic_head(ClassicHead.from_bytes(content))
+            model.use_sklearn_head(SklearnHead.from_bytes(content))
         else:
             with torch.no_grad():
                 layer.weight.copy_(torch.from_numpy(weights[0]))
                 layer.bias.copy_(torch.from_numpy(weights[1]))
         recorder.history.selection = chosen
-        with muted():  # it has been said
+        with suppress_logs():  # it has been said
             recorder.log({f"cross_validation/{name}": chosen[name] for name in ("accuracy", "loss")})
-        on_main(accelerator, recorder.settle)
+        run_on_main(accelerator, recorder.flush)
     return recorder.history
 
 
@@ -82,21 +82,21 @@ def _fit(found: Features, num_outputs: int, run: RunConfig) -> tuple[dict[str, A
         found.values,
         found.labels,
         num_outputs,
-        config.head,
-        folds=config.folds,
+        config.classifier,
+        folds=config.num_folds,
         seed=run.train.seed,
         threads=torch.get_num_threads(),
     )
     record = fitted.record() | {"seconds": round(time.perf_counter() - began, 2)}
     settings = ", ".join(f"{name} {value:g}" for name, value in fitted.settings.items())
-    say(
+    log(
         f"probe: {fitted.head} with {settings}, the best of {len(fitted.tried)} settings in {fitted.folds}-fold "
         f"cross-validation on {fitted.rows:,} rows: accuracy {fitted.accuracy:.4f} log-loss {fitted.loss:.4f} "
         f"({record['seconds']:.1f} s)"
     )
-    if KINDS[config.head].linear:
+    if KINDS[config.classifier].linear:
         return record, fitted.linear(), b""
-    head = ClassicHead(config.head, fitted.estimator, num_outputs, fitted.calibration)
+    head = SklearnHead(config.classifier, fitted.estimator, num_outputs, fitted.calibration)
     return record, None, head.to_bytes()
 
 
@@ -120,10 +120,10 @@ def probe_problems(run: RunConfig, head: HeadSpec, splits: Splits | None, task: 
         splits: Uses `train`; None where the data did not open.
         task: The same.
     """
-    if run.adapt.method != "probe" or run.adapt.probe.head not in KINDS:
+    if run.adapt.method != "probe" or run.adapt.probe.classifier not in KINDS:
         return []
-    missing = None if KINDS[run.adapt.probe.head].linear else missing_problem()
-    problems = [f"adapt.probe.head: {missing}"] if missing else []
+    missing = None if KINDS[run.adapt.probe.classifier].linear else skops_problem()
+    problems = [f"adapt.probe.classifier: {missing}"] if missing else []
     problems += _head_problems(run, head)
     single = _single_rows(splits, task) if splits is not None and task is not None else []
     if single:
@@ -137,8 +137,8 @@ def probe_problems(run: RunConfig, head: HeadSpec, splits: Splits | None, task: 
 def _head_problems(run: RunConfig, head: HeadSpec) -> list[str]:
     """Looks at the network without its weights."""
     try:
-        with muted():  # it is not the model that will be used
-            bare = skeleton(run, head)
+        with suppress_logs():  # it is not the model that will be used
+            bare = build_on_meta(run, head)
     except HftlError as error:
         return error.problems
     layer = linear_head(bare)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hftl.training.sync import agree
+from hftl.training.sync import all_reduce_sum
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,7 +21,7 @@ ECHO_S = 3.0
 """Seconds within which signals that a launcher passes on count as one."""
 
 
-class StopRequest:
+class StopSignal:
     """While open, SIGTERM and SIGINT ask for a stop instead of ending the process; a second signal ends it at once.
 
     Signals that several processes of `torchrun` are sent come twice, from who asks and from the launcher, which passes
@@ -49,9 +49,9 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether a stop was asked of any process; all call it together."""
         nothing = torch.zeros((), device=self._accelerator.device)
-        return agree(self._accelerator, nothing, self.asked)[1] > 0
+        return all_reduce_sum(self._accelerator, nothing, self.asked)[1] > 0
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._take)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def agree(accelerator: Accelerator, loss: Tensor, *asked: bool) -> list[float]:
+def all_reduce_sum(accelerator: Accelerator, loss: Tensor, *asked: bool) -> list[float]:
     """Returns the sums over all processes of a scalar loss and of yes/no questions, in one exchange."""
     if accelerator.num_processes == 1:
         return [float(loss), *map(float, asked)]
@@ -32,7 +32,7 @@ def scaler_backs_off(accelerator: Accelerator, loss: float) -> bool:
     return accelerator.scaler is not None and math.isfinite(loss) and accelerator.scaler.get_scale() >= 1
 
 
-def refuse_nonfinite(
+def raise_if_nonfinite(
     accelerator: Accelerator, done: StepLoss, loss: float, norm: float, step: int, rates: dict[str, float], saved: bool
 ) -> NoReturn:
     """Raises NonfiniteError on all processes, with step, learning rates and the rows of the step.

@@ -20,7 +20,7 @@ VERSION = 1
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 
-def moving(model: TaskModel) -> dict[str, Tensor]:
+def trainable_state(model: TaskModel) -> dict[str, Tensor]:
     """Returns what training can change: parameters that learn, and all buffers."""
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return learning | dict(model.named_buffers())
@@ -28,15 +28,17 @@ def moving(model: TaskModel) -> dict[str, Tensor]:
 
 def is_finite(model: TaskModel) -> bool:
     """Whether all weights and running statistics are numbers."""
-    return all(bool(tensor.isfinite().all()) for tensor in moving(model).values() if tensor.is_floating_point())
+    return all(
+        bool(tensor.isfinite().all()) for tensor in trainable_state(model).values() if tensor.is_floating_point()
+    )
 
 
-def resting_fingerprint(model: TaskModel) -> str:
+def frozen_fingerprint(model: TaskModel) -> str:
     """Returns a hash of the weights that training does not change: a checkpoint holds only the others.
 
     It tells another model or another revision, not every change that one could make up (`torch.hash_tensor` is an XOR).
     """
-    moved = moving(model)
+    moved = trainable_state(model)
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if name not in moved:
@@ -44,7 +46,7 @@ def resting_fingerprint(model: TaskModel) -> str:
     return digest.hexdigest()
 
 
-def spread(accelerator: Accelerator, into: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def broadcast(accelerator: Accelerator, into: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Copies tensors, which only the main process has, into those of all processes, by name."""
     from accelerate.utils import broadcast
 
@@ -84,7 +86,7 @@ def load_optimizer_tensors(
         device = parameter.device if same or accelerator.device.type != "cpu" else torch.device("cpu")
         value = torch.empty_like(parameter, dtype=dtype) if same else torch.empty(shape, dtype=dtype, device=device)
         optimizer.state[parameter][kind] = state[key] = value
-    spread(accelerator, state, saved)
+    broadcast(accelerator, state, saved)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

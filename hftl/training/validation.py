@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from hftl.config.schema import RunConfig
 from hftl.evaluation.evaluate import evaluate_rows
-from hftl.loading.loader import Rows
-from hftl.logging import say
+from hftl.loading.loader import Examples
+from hftl.logging import log
 from hftl.models.task_model import TaskModel
 from hftl.run_folder.history import Recorder
-from hftl.tasks.task import Task, worth_a_line
-from hftl.training.best_checkpoint import BestWeights
+from hftl.tasks.task import Task, is_logged
+from hftl.training.best_checkpoint import BestCheckpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,7 +27,7 @@ class Validation:
         model: The model itself, not the one that Accelerate prepared.
         task: Says loss and metrics.
         rows: The encoded validation split, or None where there is none: then nothing is ever due.
-        run: Uses `train.best_metric`, `train.eval_every` and `train.early_stopping_patience`.
+        run: Uses `train.metric_for_best_model`, `train.eval_steps` and `train.early_stopping_patience`.
         best: Keeps the weights.
         recorder: Takes the metrics.
         every: Steps between evaluations.
@@ -39,9 +39,9 @@ class Validation:
         accelerator: Accelerator,
         model: TaskModel,
         task: Task,
-        rows: Rows | None,
+        rows: Examples | None,
         run: RunConfig,
-        best: BestWeights,
+        best: BestCheckpoint,
         recorder: Recorder,
         every: int,
         total: int,
@@ -73,21 +73,21 @@ class Validation:
         """
         assert self.rows is not None
         history, patience = self.recorder.history, self.run.train.early_stopping_patience
-        metric = self.run.train.best_metric or self.task.best_metric
+        metric = self.run.train.metric_for_best_model or self.task.best_metric
         self.best.share_buffers()
         found = evaluate_rows(self.accelerator, self.model, self.task, self.rows, self.run, interrupted=interrupted)
         values = {f"validation/{name}": value for name, value in found.items()}
-        self.recorder.log(values, not_shown(values, self.task, metric))
+        self.recorder.log(values, unlogged_metrics(values, self.task, metric))
         # a model that computes NaN for some rows may be right about the others, and is not to be kept for that
         if self.best.offer(found[metric] if math.isfinite(found["loss"]) else math.nan):
             history.best = {"step": history.steps, "metric": f"validation/{metric}", "value": found[metric]}
         over = patience is not None and self.best.since >= patience
         if over:
-            say(f"fit: stopped, no better {metric} in {self.best.since} evaluations")
+            log(f"fit: stopped, no better {metric} in {self.best.since} evaluations")
         return over
 
 
-def not_shown(values: Mapping[str, float], task: Task, metric: str) -> set[str]:
+def unlogged_metrics(values: Mapping[str, float], task: Task, metric: str) -> set[str]:
     """Returns the names of validation's metrics that no line says: neither `metric` nor one that the task shows."""
     named = {name: name.removeprefix("validation/") for name in values if name.startswith("validation/")}
-    return {name for name, of in named.items() if of != metric and not worth_a_line(of, task)}
+    return {name for name, of in named.items() if of != metric and not is_logged(of, task)}

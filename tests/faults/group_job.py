@@ -11,7 +11,7 @@ import time
 import torch
 from accelerate import Accelerator
 
-from hftl.distributed import group_options, in_turns, lost_peer, number_of_processes, together
+from hftl.distributed import as_peer_error, group_options, heartbeat_barrier, main_process_first, number_of_processes
 from hftl.errors import PeerError
 
 RANK = int(os.environ["RANK"])
@@ -24,18 +24,18 @@ def tell(**what) -> None:
 
 def turns() -> None:
     """The main process works for longer than the timeout; then one fails; then everything goes on."""
-    with in_turns("work"):
+    with main_process_first("work"):
         tell(event="in")
         time.sleep(2 * TIMEOUT_S if RANK == 0 else 0.1)
         tell(event="out")
     try:
-        with together("fail"):
+        with heartbeat_barrier("fail"):
             if RANK == 2:
                 raise ValueError("mine")
             time.sleep(0.1)
     except (PeerError, ValueError) as error:
         tell(event="failed", error=type(error).__name__, said=str(error))
-    with together("end"):
+    with heartbeat_barrier("end"):
         pass
     tell(event="through", processes=number_of_processes())
 
@@ -45,11 +45,11 @@ def lose(how: str, where: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
 
     if where == "wait":  # for the test, to cut the cable
-        with together("work"):
+        with heartbeat_barrier("work"):
             tell(event="in")
             time.sleep(4 * TIMEOUT_S if RANK == 0 else 0)
     elif where == "together":
-        with together("work"):
+        with heartbeat_barrier("work"):
             if RANK == 1:
                 time.sleep(0.5)
                 go()
@@ -67,7 +67,7 @@ if __name__ == "__main__":
         tell(event="begin")
         turns() if case == "turns" else lose(case, *arguments)
     except Exception as raised:
-        error = raised if isinstance(raised, PeerError) else lost_peer(raised)
+        error = raised if isinstance(raised, PeerError) else as_peer_error(raised)
         if error is None:
             raise
         tell(event="lost", said=str(error))

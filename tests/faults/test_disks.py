@@ -110,7 +110,7 @@ def test_a_disk_that_fails_on_the_main_of_two_processes_ends_both_with_one_messa
 @pytest.mark.slow
 def test_a_history_that_cannot_grow_ends_the_run(forks, text_flags, disk, tmp_path):
     small, logs = disk("8m"), tmp_path / "logs"
-    more = {"train.max_steps": 60, "train.log_every": 1, "train.eval_every": 60, "checkpoint.every_steps": 30}
+    more = {"train.max_steps": 60, "train.logging_steps": 1, "train.eval_steps": 60, "checkpoint.save_steps": 30}
     fault = ("at_step", (32, "fill", str(small), 0))
     statuses, said = forks.run(text_flags(small / "run", **more), logs, faults=[*QUIET, fault], processes=2)
     assert statuses == [2, 2] and "Traceback" not in said, said
@@ -123,9 +123,11 @@ def test_a_run_whose_states_have_no_room_is_refused_before_its_first_step(forks,
     statuses, said = forks.run(text_flags(small / "run"), tmp_path / "logs", faults=QUIET)
     assert statuses == [2], said
     assert "2 + 1 states of 367 kB (weights, best weights, optimizer) need 1.1 MB" in said, said
-    assert "are free. Make room, lower checkpoint.keep" in said and f"'{small / 'run' / 'checkpoints'}'" in said
+    assert "are free. Make room, lower checkpoint.total_limit" in said and f"'{small / 'run' / 'checkpoints'}'" in said
     assert "step 1/" not in said and not steps_of(small / "run")
-    statuses, said = forks.run(text_flags(small / "run", **{"checkpoint.keep": 1}), tmp_path / "logs", faults=QUIET)
+    statuses, said = forks.run(
+        text_flags(small / "run", **{"checkpoint.total_limit": 1}), tmp_path / "logs", faults=QUIET
+    )
     assert statuses == [0], said
 
 

@@ -66,10 +66,10 @@ def test_the_page_runs_nothing(made):
 
 
 def test_the_screen_is_told_nothing(made, capsys):
-    from hftl.inference.batch_inference import predict_to_table
+    from hftl.inference.batch_inference import predict_to_file
 
     _, said = made
-    predict_to_table(str(made[0]), "the cat")
+    predict_to_file(str(made[0]), "the cat")
     for printed in (said, capsys.readouterr().out):
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printed)
     assert "\\x1b]0;owned\\x07" in said

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hftl.config.schema import DataConfig
 from hftl.data.source import load_splits
 from hftl.errors import HftlError
-from hftl.logging import muted
+from hftl.logging import suppress_logs
 from hftl.tasks.registry import TextClassification
 
 ROWS = [{"text": f"row {number} a\u00e9", "label": "ab"[number % 2], "n": number} for number in range(6)]
@@ -72,7 +72,7 @@ def read(name: str, content: bytes) -> None:
         (Path(folder) / name).write_bytes(content)
         TRIED[name] += 1
         try:
-            with muted(), warnings.catch_warnings():
+            with suppress_logs(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 TextClassification(load_splits(DataConfig(source=folder, validation_fraction=0.25)))
             TRIED["read"] += 1

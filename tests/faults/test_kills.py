@@ -99,7 +99,7 @@ CRASHES = [
 def crash_at_each(points, forks, text_flags, tmp_path):
     """One run that crashes at all points in turn; each time the newest state that has its name is gone on from."""
     out, logs, steps = tmp_path / "run", tmp_path / "logs", 2 * len(points) + 8
-    more = {"train.max_steps": steps, "train.eval_every": 1}
+    more = {"train.max_steps": steps, "train.eval_steps": 1}
     assert forks.run(text_flags(tmp_path / "whole", **more), logs, faults=QUIET)[0] == [0]
     assert forks.run(text_flags(out, **more), logs, faults=[*QUIET, ("crash", ("os.rename", STEP, 3, "after"))])[0] == [
         9
@@ -132,7 +132,7 @@ def test_a_crash_at_every_point_of_a_save_leaves_the_older_state(forks, text_fla
 def test_a_crash_while_an_unfinished_run_is_cleared_can_be_gone_on_from(forks, text_flags, tmp_path):
     """A run that was killed before its first save is begun anew; nothing of it may stand in the way."""
     out, logs = tmp_path / "run", tmp_path / "logs"
-    never = {"train.max_steps": 2, "checkpoint.every_steps": "null", "train.eval_every": 1}
+    never = {"train.max_steps": 2, "checkpoint.save_steps": "null", "train.eval_steps": 1}
     stops = ("hftl.run_folder.checkpoint.Checkpoints.save", "", 1, "before")
     for crash in (stops, ("shutil.rmtree", "checkpoints", 1, "after"), ("os.replace", "config.yaml", 1, "before")):
         assert forks.run(text_flags(out, **never), logs, faults=[*QUIET, ("crash", crash)])[0] == [9]

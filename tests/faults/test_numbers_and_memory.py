@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import hftl
 from hftl.errors import HftlError, NonfiniteError
-from hftl.models.oom_retry import RowLimit, is_out_of_memory
+from hftl.models.oom_retry import MicroBatchLimit, is_out_of_memory
 from hftl.run_folder.checkpoint import read_state
-from hftl.training.training_state import moving
+from hftl.training.training_state import trainable_state
 
 POISON = 17
 """A training row whose loss is NaN."""
@@ -44,11 +44,11 @@ class SteepTask(hftl.TextClassification):
 
 
 def trained(run, kind):
-    run, splits, task = hftl.prepare(run, kind)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, kind)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
-    before = {name: tensor.clone() for name, tensor in moving(model).items()}
+    before = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
     try:
         return hftl.fit(accelerator, model, task, splits, run), model, before, None
     except NonfiniteError as error:
@@ -64,16 +64,16 @@ def trained(run, kind):
     ],
 )
 def test_a_number_that_is_not_finite_stops_before_the_weights_change(kind, said, text_run, tmp_path):
-    _, model, before, error = trained(text_run(num_epochs=3, log_every=1, batch_size_per_device=60), kind)
+    _, model, before, error = trained(text_run(num_epochs=3, logging_steps=1, batch_size_per_device=60), kind)
     text = str(error)
     assert text.startswith("step 1: ") and all(part in text for part in said.split(" .* "))
     assert "lr: backbone 0.0005, head 0.005" in text and str(POISON) in text
-    assert all(torch.equal(tensor, before[name]) for name, tensor in moving(model).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainable_state(model).items())
     assert error.exit_code == 2
 
 
 def test_after_a_stop_the_last_good_state_is_saved_and_skipping_goes_on_from_it(text_run, tmp_path):
-    run = text_run(num_epochs=2, log_every=1, batch_size_per_device=8)
+    run = text_run(num_epochs=2, logging_steps=1, batch_size_per_device=8)
     _, _, _, error = trained(run, Poisoned)
     failed_at = int(str(error).partition(":")[0].removeprefix("step "))
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
@@ -82,7 +82,7 @@ def test_after_a_stop_the_last_good_state_is_saved_and_skipping_goes_on_from_it(
     run = replace(run, resume="auto", train=replace(run.train, on_nonfinite="skip"))
     history, model, _, error = trained(run, Poisoned)
     assert error is None and history.skipped == 2 and history.steps == 16
-    assert all(bool(tensor.isfinite().all()) for tensor in moving(model).values())
+    assert all(bool(tensor.isfinite().all()) for tensor in trainable_state(model).values())
     records = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     skipped = [record for record in records if "skipped_steps" in record]
     assert [record["skipped_steps"] for record in skipped] == [1, 2]
@@ -103,14 +103,14 @@ def test_running_statistics_of_a_step_that_is_not_taken_are_taken_back(how, imag
             batch["inputs"]["pixel_values"][bad] = float("inf")
             return batch
 
-    run = image_run(num_epochs=2, on_nonfinite=how, log_every=1)
-    run = replace(run, adapt=replace(run.adapt, batch_norm="update"))
+    run = image_run(num_epochs=2, on_nonfinite=how, logging_steps=1)
+    run = replace(run, adapt=replace(run.adapt, batch_norm="train"))
     run = replace(run, data=replace(run.data, augment=hftl.AugmentConfig(crop_scale=1, hflip=0, color_jitter=0)))
-    prepared, splits, task = hftl.prepare(run, hftl.ImageClassification)
+    prepared, splits, task = hftl.setup_run(run, hftl.ImageClassification)
     rows = task.encode(splits["train"], hftl.build_model(prepared, task.head).processor, 0, None)
     spoil = rows.fetch([5], 0)[0]["pixel_values"].sum()
     history, model, _, error = trained(run, Spoilt)
-    assert all(bool(tensor.isfinite().all()) for tensor in moving(model).values())
+    assert all(bool(tensor.isfinite().all()) for tensor in trainable_state(model).values())
     for file in (tmp_path / "run").rglob("weights.safetensors"):
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(file).values())
     assert (history.skipped == 2) if how == "skip" else "weights before this step are saved" in str(error)
@@ -125,8 +125,8 @@ class Steep(hftl.TextClassification):
 
 
 def test_fp16_that_finds_no_loss_scale_is_an_error_and_not_a_training(text_run, monkeypatch):
-    run, splits, task = hftl.prepare(text_run(num_epochs=9), Steep)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(text_run(num_epochs=9), Steep)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
@@ -136,7 +136,7 @@ def test_fp16_that_finds_no_loss_scale_is_an_error_and_not_a_training(text_run, 
 
 
 def test_skipping_has_a_bound(text_run):
-    run = text_run(num_epochs=4, on_nonfinite="skip", max_nonfinite=2)
+    run = text_run(num_epochs=4, on_nonfinite="skip", max_nonfinite_steps=2)
     _, _, _, error = trained(run, Poisoned)
     assert error is not None and int(str(error).partition(":")[0].removeprefix("step ")) > 16
 
@@ -160,7 +160,7 @@ def test_short_memory_halves_the_rows_and_computes_the_same(text_run, monkeypatc
         run = text_run(num_epochs=1, batch_size_per_device=16)
         run = replace(run, model=replace(run.model, dropout=0.0), overwrite=True)
         history, model, _, _ = trained(run, hftl.TextClassification)
-        weights.append({name: tensor.clone() for name, tensor in moving(model).items()})
+        weights.append({name: tensor.clone() for name, tensor in trainable_state(model).items()})
         if fits:
             assert max(seen) <= 3 and history.steps == 4
     for name, tensor in weights[0].items():
@@ -177,14 +177,14 @@ def test_memory_too_short_for_one_row_or_for_trying_again_is_an_error(enabled):
 
     rows = 1 if enabled else 8
     with pytest.raises(HftlError, match=rf"out of memory in training with {rows} row\(s\) at once: no\. Make"):
-        RowLimit("training", enabled).retrying(attempt, lambda: 8)
+        MicroBatchLimit("training", enabled).retrying(attempt, lambda: 8)
 
 
 def test_other_errors_are_not_taken_for_short_memory():
     assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(ValueError("out of memory."))
     assert is_out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
     with pytest.raises(RuntimeError, match="shape"):
-        RowLimit("training").retrying(lambda: (_ for _ in ()).throw(RuntimeError("shape")), lambda: 8)
+        MicroBatchLimit("training").retrying(lambda: (_ for _ in ()).throw(RuntimeError("shape")), lambda: 8)
 
 
 @pytest.mark.parametrize("limit", [None, 1, 2, 3, 5, 8, 100])
@@ -197,7 +197,7 @@ def test_pieces_are_the_batch(rows, limit):
         "names": [str(row) for row in range(rows)],
         "about": "all",
     }
-    cutter = RowLimit("training")
+    cutter = MicroBatchLimit("training")
     cutter.rows = limit
     pieces = list(cutter.cut(batch))
     assert torch.equal(torch.cat([piece["inputs"]["x"] for piece in pieces]), batch["inputs"]["x"])

@@ -12,7 +12,7 @@ import pytest
 from watched import Job, alive, end_all, free_port, gone, rank_of_job, recipe, torchrun
 
 import hftl
-from hftl.distributed import in_turns, lost_peer, together
+from hftl.distributed import as_peer_error, heartbeat_barrier, main_process_first
 from hftl.errors import EXIT_PEER_LOST
 
 GROUP = str(Path(__file__).with_name("group_job.py"))
@@ -95,21 +95,21 @@ def test_a_process_that_never_comes_is_one_sentence(rank, group, mark):
 
 
 def test_alone_nothing_is_waited_for_and_errors_of_other_kinds_are_not_explained_away():
-    with together("work"), in_turns("work"):
+    with heartbeat_barrier("work"), main_process_first("work"):
         pass
     for error in (RuntimeError("CUDA error: out of memory"), ValueError("gloo/"), RuntimeError("Timed out")):
-        assert lost_peer(error) is None
+        assert as_peer_error(error) is None
 
 
 def test_tokenizing_leaves_it_to_start_to_form_the_group(text_run):
     """Accelerate's state is made once: made by tokenizing, it would have no timeout, and be of one process on CPUs."""
     from accelerate import PartialState
 
-    run, splits, task = hftl.prepare(text_run(), hftl.TextClassification)
+    run, splits, task = hftl.setup_run(text_run(), hftl.TextClassification)
     model = hftl.build_model(run, task.head)
     assert len(task.encode(splits["train"], model.processor, 0, None)) == 60
     assert not PartialState._shared_state
-    accelerator = hftl.start(run)
+    accelerator = hftl.create_accelerator(run)
     assert accelerator.init_handler.timeout.total_seconds() == run.train.timeout_minutes * 60
 
 

@@ -52,7 +52,7 @@ def clean(images, tmp_path) -> Path:
 
 
 def skipping(run, source, **changes):
-    return with_data(run, source=str(source), on_error="skip", **{"max_skipped": 0.5} | changes)
+    return with_data(run, source=str(source), on_error="skip", **{"max_skipped_fraction": 0.5} | changes)
 
 
 def rows_of(splits, folder):
@@ -72,7 +72,7 @@ def listed(folder) -> list[dict]:
 
 def refused(run, task=hftl.ImageClassification) -> list[str]:
     with pytest.raises(ConfigError) as raised:
-        hftl.prepare(run, task)
+        hftl.setup_run(run, task)
     return raised.value.problems
 
 
@@ -83,7 +83,9 @@ def refused(run, task=hftl.ImageClassification) -> list[str]:
 @pytest.mark.parametrize("few", [None, 5])
 def test_the_rest_is_what_the_source_would_be_without_the_bad_rows(inside, few, image_run, dirty, clean):
     one, other = (
-        hftl.prepare(skipping(image_run(), folder / inside, train_per_class=few, validation_fraction=0.2), task)[1]
+        hftl.setup_run(
+            skipping(image_run(), folder / inside, max_train_samples_per_class=few, validation_fraction=0.2), task
+        )[1]
         for folder, task in ((dirty, hftl.ImageClassification), (clean, hftl.ImageClassification))
     )
     found = rows_of(one, dirty)
@@ -92,12 +94,12 @@ def test_the_rest_is_what_the_source_would_be_without_the_bad_rows(inside, few, 
 
 
 def test_each_bad_row_is_written_down_with_its_place_in_the_source(image_run, dirty, capsys):
-    run, _, _ = hftl.prepare(skipping(image_run(), dirty), hftl.ImageClassification)
+    run, _, _ = hftl.setup_run(skipping(image_run(), dirty), hftl.ImageClassification)
     said = capsys.readouterr().out
     assert "data: train: 3 of 36 rows left out (1 x " in said and f"listed in {run.output_dir}/{FILE}" in said
     assert "data: test: 2 of 10 rows left out (1 x pixels without a known white, 1 x truncated image)" in said
     assert not Path(run.output_dir, FILE).exists(), "the folder may still be refused"
-    hftl.start(run)
+    hftl.create_accelerator(run)
     whole = rows_of(load_splits(run.data), dirty)
     found = listed(run.output_dir)
     assert len(found) == len(SPOILED)
@@ -112,8 +114,8 @@ def test_training_measures_exactly_what_it_would_without_the_bad_rows(image_run,
     made = []
     for folder in (dirty, clean):
         run = replace(skipping(image_run(), folder), output_dir=str(tmp_path / f"run of {folder.name}"))
-        run, splits, task = hftl.prepare(run, hftl.ImageClassification)
-        accelerator = hftl.start(run)
+        run, splits, task = hftl.setup_run(run, hftl.ImageClassification)
+        accelerator = hftl.create_accelerator(run)
         model = hftl.build_model(run, task.head)
         hftl.adapt(model, run.adapt)
         hftl.fit(accelerator, model, task, splits, run)
@@ -158,37 +160,41 @@ def test_what_comes_after_training_knows_what_was_left_out(image_run, dirty, cle
 
     # a later run without bad rows leaves no old list behind
     again = replace(skipping(image_run(), clean), output_dir=str(place), overwrite=True)
-    hftl.start(hftl.prepare(again, hftl.ImageClassification)[0])
+    hftl.create_accelerator(hftl.setup_run(again, hftl.ImageClassification)[0])
     assert not (place / FILE).exists()
 
 
 def test_too_many_bad_rows_are_refused_with_counts_and_first_reasons(image_run, dirty):
-    train, test = refused(skipping(image_run(), dirty, max_skipped=0.12)), None
+    train, test = refused(skipping(image_run(), dirty, max_skipped_fraction=0.12)), None
     assert len(train) == 1 and "2 of 10 rows of test cannot be used" in train[0]
-    train, validation, test = refused(skipping(image_run(), dirty, max_skipped=0.0))
+    train, validation, test = refused(skipping(image_run(), dirty, max_skipped_fraction=0.0))
     assert "3 of 36 rows of train" in train and "1 x truncated image" in train and "1 x not an image" in train
-    assert f"row 0 ({dirty}/train/blue/00.png): not an image" in train and "data.max_skipped" in train
+    assert f"row 0 ({dirty}/train/blue/00.png): not an image" in train and "data.max_skipped_fraction" in train
     assert "1 of 9 rows of validation" in validation and "2 of 10 rows of test" in test
-    hftl.prepare(skipping(image_run(), dirty, max_skipped=0.2), hftl.ImageClassification)  # 2 of 10 are not more
+    hftl.setup_run(
+        skipping(image_run(), dirty, max_skipped_fraction=0.2), hftl.ImageClassification
+    )  # 2 of 10 are not more
 
 
 def test_a_split_of_bad_rows_alone_is_refused_whatever_the_bound(image_run, dirty):
     for file in (dirty / "test").rglob("*.png"):
         file.write_bytes(b"")
-    (problem,) = refused(skipping(image_run(), dirty, max_skipped=1.0))
+    (problem,) = refused(skipping(image_run(), dirty, max_skipped_fraction=1.0))
     assert "10 of 10 rows of test cannot be used (10 x empty file)" in problem
 
 
 def test_a_class_whose_training_images_are_all_broken_is_left_out_everywhere(image_run, dirty, images):
     for file in (dirty / "train/green").glob("*.png"):
         file.write_bytes(b"")
-    run, splits, task = hftl.prepare(skipping(image_run(), dirty), hftl.ImageClassification)
+    run, splits, task = hftl.setup_run(skipping(image_run(), dirty), hftl.ImageClassification)
     assert {label for rows in splits.values() for label in rows["label"]} == {0, 2}
     kinds = [row["reason"] for row in run.quarantine if row["value"] == "green"]
     assert set(kinds) == {"label that train lacks"} and len(kinds) == 3 + (4 - 3)
     for file in (dirty / "train/red").glob("*.png"):
         file.write_bytes(b"")
-    assert any("only one class" in problem for problem in refused(skipping(image_run(), dirty, max_skipped=0.9)))
+    assert any(
+        "only one class" in problem for problem in refused(skipping(image_run(), dirty, max_skipped_fraction=0.9))
+    )
 
 
 def test_refusing_names_split_row_and_path_from_the_header_alone(image_run, dirty):
@@ -205,7 +211,7 @@ def test_an_image_that_fails_only_when_decoded_is_one_clean_sentence(workers, im
     half = folder / "train/green/05.png"
     half.write_bytes(half.read_bytes()[:-600])
     run = with_data(image_run(), source=str(folder), num_workers=workers)
-    run, splits, task = hftl.prepare(run, hftl.ImageClassification)
+    run, splits, task = hftl.setup_run(run, hftl.ImageClassification)
     model = hftl.build_model(run, task.head)
     rows = task.encode(splits["train"], model.processor, 0, None)
     loader = make_loader(
@@ -228,7 +234,7 @@ def test_the_limit_holds_for_images_inside_tables_and_is_kept_by_the_task(image_
     run = with_data(image_run(batch_size_per_device=2), source=str(tmp_path), validation_fraction=0.0)
     (problem,) = refused(run)
     assert "row 4 (in the table): too large: 60000 x 60000 pixels, the limit is 64,000,000" in problem
-    run, splits, task = hftl.prepare(skipping(run, tmp_path, max_pixels=2000), hftl.ImageClassification)
+    run, splits, task = hftl.setup_run(skipping(run, tmp_path, max_pixels=2000), hftl.ImageClassification)
     assert len(splits["train"]) == 4 and task.state()["inputs"] == {"column": "image", "max_pixels": 2000}
     (problem,) = refused(with_data(run, on_error="raise", max_pixels=1919))
     assert "train has 5 unreadable image(s): row 0 (in the table): too large: 48 x 40" in problem
@@ -252,7 +258,7 @@ from dataclasses import replace
 import hftl
 from hftl.logging import leave_process_group
 source, name, out = sys.argv[1:]
-data = hftl.DataConfig(source=source, on_error="skip", max_skipped=0.5)
+data = hftl.DataConfig(source=source, on_error="skip", max_skipped_fraction=0.5)
 train = hftl.TrainConfig(batch_size_per_device=4, trackers=[])
 run = hftl.RunConfig(data, hftl.ModelConfig(name), train=train, output_dir=out)
 run, splits, task = hftl.prepare(run, hftl.ImageClassification)
@@ -300,8 +306,8 @@ def tables(texts, tmp_path) -> Path:
 
 
 def test_empty_texts_and_missing_and_unseen_labels_are_left_out(tables, text_run):
-    run, splits, _ = hftl.prepare(skipping(text_run(), tables), hftl.TextClassification)
-    hftl.start(run)
+    run, splits, _ = hftl.setup_run(skipping(text_run(), tables), hftl.TextClassification)
+    hftl.create_accelerator(run)
     found = [(row["split"], row["row"], row["column"], row["reason"]) for row in listed(run.output_dir)]
     assert found == [
         ("train", 3, "text", "no text"),
@@ -338,22 +344,22 @@ class Odd:
     def __getattr__(self, name):
         return getattr(self.target, name)
 
-    def bad_rows(self, splits):
+    def invalid_rows(self, splits):
         return {"train": {row: BadRow("an odd digit", "label", str(row)) for row in (1, 2)}}
 
 
 def test_a_task_of_ones_own_may_judge_rows_or_not(tmp_path):
     recipe = load_recipe("custom_task")
     run = replace(recipe.DEFAULTS, output_dir=str(tmp_path / "run"))
-    run = with_data(run, train_per_class=4, on_error="skip")
-    whole = hftl.prepare(run, recipe.DigitQuestions)[0]
+    run = with_data(run, max_train_samples_per_class=4, on_error="skip")
+    whole = hftl.setup_run(run, recipe.DigitQuestions)[0]
     assert whole.quarantine == ()
 
     class Judging(recipe.DigitQuestions):
         def __init__(self, splits):
             hftl.SupervisedTask.__init__(self, recipe.ImageInputs.find(splits), Odd(recipe.TwoQuestions()))
 
-    found = hftl.prepare(run, Judging)[0].quarantine
+    found = hftl.setup_run(run, Judging)[0].quarantine
     assert [(row["row"], row["reason"]) for row in found] == [(1, "an odd digit"), (2, "an odd digit")]
 
 

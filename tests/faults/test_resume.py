@@ -25,8 +25,8 @@ def job(texts, images, tiny_bert, tiny_timm, tmp_path):
         out = tmp_path / "-".join(map(str, cell)) / name
         options = {
             "train.max_steps": 13,
-            "train.eval_every": 3,
-            "train.log_every": 2,
+            "train.eval_steps": 3,
+            "train.logging_steps": 2,
             "train.lr": 1e-3,
             "train.head_lr": 1e-2,
             # batch norms that learn need two rows at once
@@ -34,7 +34,7 @@ def job(texts, images, tiny_bert, tiny_timm, tmp_path):
             "train.gradient_accumulation_steps": accumulation,
             "data.num_workers": workers,
             "model.dropout": 0.1,
-            "adapt.batch_norm": "update" if method == "full" else "auto",
+            "adapt.batch_norm": "train" if method == "full" else "auto",
             **more,
         }
         source, model = (texts, tiny_bert) if kind == "text" else (images, tiny_timm["test_resnet"])
@@ -83,7 +83,7 @@ def run_cells(cells, job, also=(), **how):
 def test_stopped_runs_equal_whole_ones_and_other_processes_keep_the_rows_of_each_step(job, forks, tmp_path):
     """Beside two cells: two processes begin and one goes on, with losses equal but for rounding."""
     cell = ("text", "full", 0, 1, 2)
-    quiet = {"model.dropout": 0.0, "adapt.batch_norm": "keep"}  # nothing random
+    quiet = {"model.dropout": 0.0, "adapt.batch_norm": "frozen"}  # nothing random
     began = [job(cell, "whole", **quiet), job(cell, "stopped", stop_after=5, **quiet)]
     goes_on = job(cell, "stopped", resume="auto", **quiet)
     also = [*((2, 1, each) for each in began), (1, 2, goes_on)]

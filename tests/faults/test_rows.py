@@ -122,13 +122,13 @@ def test_no_row_of_a_stream_is_read_twice_or_lost(launched):
 
 @pytest.mark.slow
 def test_a_run_on_rows_from_python_says_that_they_cannot_be_opened_again(launched, texts):
-    from hftl.inference.batch_inference import evaluate_place
+    from hftl.inference.batch_inference import evaluate_saved
     from hftl.reporting import write_report
 
     with pytest.raises(
         DataError, match="'python:rows' are rows that were given from Python; they cannot be opened again"
     ):
-        evaluate_place(str(launched / "1"))
+        evaluate_saved(str(launched / "1"))
     page = write_report(launched / "1", launched / "again.html").read_text()
     assert "given from Python" in page
     assert hftl.load(launched / "1").predict(["the cat"])[0]["prediction"] in "xyz"
@@ -221,14 +221,14 @@ def test_bad_rows_are_refused_with_their_number(given, reason):
 def test_a_problem_with_rows_comes_with_all_others(text_run):
     run = replace(text_run(batch_size_per_device=0), data=DataConfig(source="my rows"))
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(run, TextClassification, rows=broken())
+        hftl.setup_run(run, TextClassification, rows=broken())
     assert len(caught.value.problems) == 2 and "train.batch_size_per_device" in str(caught.value)
 
 
 def test_the_files_of_streams_go_when_the_process_ends():
     code = (
-        "from hftl.data.layouts.in_memory import given_rows\n"
-        "found = given_rows([{'text': 'a', 'label': 'b'}])['train']\n"
+        "from hftl.data.layouts.in_memory import dataset_from_rows\n"
+        "found = dataset_from_rows([{'text': 'a', 'label': 'b'}])['train']\n"
         "print(found.cache_files[0]['filename'])"
     )
     from conftest import run_python

@@ -15,8 +15,8 @@ from conftest import load_recipe
 import hftl
 from hftl.config.schema import DataConfig, ProbeConfig, RunConfig
 from hftl.errors import DataError
-from hftl.logging import say
-from hftl.redaction import redacted, shown
+from hftl.logging import log
+from hftl.redaction import redact, sanitize
 
 TOKEN, KEY, PASSWORD = "hf_Sup3rS3cretTokenOfAlice", "wandb-0123456789abcdef0123456789", "pa55word-of-the-store"
 SECRETS = (TOKEN, KEY, PASSWORD)
@@ -119,13 +119,13 @@ def test_settings_are_stored_without_what_is_secret(text_run, secrets, tmp_path)
     rows = [{"text": f"row {n}", "label": "ab"[n % 2]} for n in range(8)]
     run = text_run(batch_size_per_device=2, trackers=["tensorboard"])
     run = replace(run, data=DataConfig(source=f"{PASSWORD}-{TOKEN}", validation_fraction=0.25))
-    run, splits, task = hftl.prepare(run, hftl.TextClassification, rows={"train": rows, "test": rows})
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, hftl.TextClassification, rows={"train": rows, "test": rows})
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     report = hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
     metrics = hftl.evaluate(accelerator, model, task, splits, run)
-    hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
+    hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(report, history, metrics))
     assert look_at(tmp_path / "run") > 10
     hftl.load(tmp_path / "run").predict("row")
 
@@ -148,11 +148,11 @@ def test_a_pushed_run_holds_no_secret_and_no_pickle(hub, text_run, tmp_path, mon
 
 def test_what_is_printed_and_raised_tells_no_secret(secrets, capsys):
     source = f"https://alice:{TOKEN}@example.org/{PASSWORD}/data"
-    say(f"data: {source} {KEY}")
+    log(f"data: {source} {KEY}")
     with pytest.raises(DataError) as caught:
         hftl.load_splits(DataConfig(source=source))
     with pytest.raises(hftl.HftlError) as together:
-        hftl.prepare(RunConfig(DataConfig(source=source)), hftl.TextClassification)
+        hftl.setup_run(RunConfig(DataConfig(source=source)), hftl.TextClassification)
     printed = capsys.readouterr().out + str(caught.value) + str(together.value) + repr(together.value.problems)
     assert not any(secret in printed for secret in SECRETS) and "https://***@example.org/***/data" in printed
 
@@ -169,14 +169,14 @@ def test_what_is_printed_and_raised_tells_no_secret(secrets, capsys):
 )
 def test_only_what_is_secret_is_taken_out(text, clean, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert redacted(text) == clean
+    assert redact(text) == clean
 
 
 @pytest.mark.parametrize(
     "command", ["\x1b]0;owned\x07", "\x1b[2J", "\r", "\x9b31m", "\u202eevil", "\x00", "\x7f", "\u2066"]
 )
 def test_characters_that_command_a_terminal_are_written_out(command, capsys):
-    say(f"data: labels {command}cat")
+    log(f"data: labels {command}cat")
     text = capsys.readouterr().out + str(DataError(f"label {command}dog"))
     assert command not in text and "cat" in text and "dog" in text and "\\" in text
-    assert shown("tab\tnewline\n\u00e9\U0001f642") == "tab\tnewline\n\u00e9\U0001f642"
+    assert sanitize("tab\tnewline\n\u00e9\U0001f642") == "tab\tnewline\n\u00e9\U0001f642"

@@ -68,7 +68,7 @@ def copied(tiny_bert, tmp_path):
 
 
 def odd(copied, ran, place="modeling_odd", **more):
-    auto = {"AutoConfig": f"{place}.OddConfig", SPEC.stock: f"{place}.OddForSequenceClassification"}
+    auto = {"AutoConfig": f"{place}.OddConfig", SPEC.model_class: f"{place}.OddForSequenceClassification"}
     folder = copied(model_type="odd", auto_map=auto | more)
     (folder / "modeling_odd.py").write_text(CODE.format(ran=str(ran)))
     return folder
@@ -94,7 +94,7 @@ def test_code_of_a_folder_runs_when_it_is_trusted(copied, ran):
 
 def test_code_beside_a_known_model_is_not_needed_and_not_run(copied, ran):
     folder = copied(
-        auto_map={SPEC.stock: "modeling_odd.OddForSequenceClassification", "AutoConfig": "modeling_odd.OddConfig"}
+        auto_map={SPEC.model_class: "modeling_odd.OddForSequenceClassification", "AutoConfig": "modeling_odd.OddConfig"}
     )
     (folder / "modeling_odd.py").write_text(CODE.format(ran=str(ran)))
     assert type(build_text(folder).net).__name__ == "BertForSequenceClassification" and not ran.exists()
@@ -116,20 +116,20 @@ def test_code_of_the_hub_needs_a_whole_commit(revision, text_run):
     run = text_run()
     run = replace(run, model=replace(run.model, name="somebody/model", revision=revision, trust_remote_code=True))
     with pytest.raises(ConfigError, match=r"runs only at a commit.* set model\.revision .*40 characters"):
-        hftl.prepare(run, hftl.TextClassification)
+        hftl.setup_run(run, hftl.TextClassification)
     pinned = replace(run, model=replace(run.model, revision=COMMIT))
-    assert trust_problems(pinned) == [] and model_name_problem(ModelConfig("somebody/model"), SPEC.stock) is None
+    assert trust_problems(pinned) == [] and model_name_problem(ModelConfig("somebody/model"), SPEC.model_class) is None
 
 
 def test_the_missing_commit_is_said_with_everything_else(text_run):
     run = text_run(batch_size_per_device=0)
     run = replace(run, model=replace(run.model, name="somebody/model", trust_remote_code=True))
     with pytest.raises(ConfigError) as caught:
-        hftl.prepare(run, hftl.TextClassification)
+        hftl.setup_run(run, hftl.TextClassification)
     assert len(caught.value.problems) == 2
 
 
-@pytest.mark.parametrize("kind", ["stock", "mean"])
+@pytest.mark.parametrize("kind", ["default", "mean"])
 def test_a_text_checkpoint_that_is_a_pickle_is_not_opened(kind, copied, ran):
     folder = copied()
     (folder / "model.safetensors").unlink()
@@ -233,12 +233,12 @@ def tampered(pooled: Path, tmp_path: Path, ran: Path) -> Path:
 
 
 def test_a_file_in_a_saved_model_is_not_run(pooled, texts, tmp_path, ran):
-    from hftl.inference.batch_inference import evaluate_place, predict_to_table
+    from hftl.inference.batch_inference import evaluate_saved, predict_to_file
 
     folder = tampered(pooled, tmp_path, ran)
     assert hftl.load(folder).predict(["the cat"])[0]["prediction"] in ("animal", "food", "tool")
-    evaluate_place(str(folder), str(texts / "test.csv"), split="train")
-    predict_to_table(str(folder / "model"), "the cat")
+    evaluate_saved(str(folder), str(texts / "test.csv"), split="train")
+    predict_to_file(str(folder / "model"), "the cat")
     assert not ran.exists()
 
 
@@ -253,12 +253,12 @@ def test_a_file_in_a_pushed_model_is_not_run(hub, pooled, tmp_path, ran):
     own = Path(hftl.__file__).parent / "models" / "modeling_pooled_text.py"
     with pytest.raises(ArtifactError, match="holds another modeling_pooled_text.py than hftl's; it was not run"):
         check_own_code("alice/model", commit, own)
-    model, _ = hftl.load_artifact(pooled)
+    model, _ = hftl.load_model_and_task(pooled)
     with pytest.raises(ArtifactError, match="was not run"):
-        model.readers("alice/model", commit)
+        model.loaders("alice/model", commit)
     assert not ran.exists()
     good = api.upload_folder(repo_id="alice/model", folder_path=pooled / "model").oid
-    assert set(model.readers("alice/model", good)) == {"transformers"}
+    assert set(model.loaders("alice/model", good)) == {"transformers"}
 
 
 def test_a_config_that_names_other_code_is_not_run(pooled, tmp_path, ran):

@@ -76,7 +76,7 @@ def test_one_process_is_asked_to_stop_anywhere(forks, text_flags, tmp_path):
 
 
 def test_a_signal_in_the_last_evaluation_is_heard(forks, text_flags, tmp_path):
-    more = {"train.max_steps": 2, "train.eval_every": 2}
+    more = {"train.max_steps": 2, "train.eval_steps": 2}
     marker = tmp_path / "marker"
     pause = ("pause", (*PLACES["the last evaluation of fit"], str(marker), 0.5))
     attempt = forks.start(text_flags(tmp_path / "run", **more), tmp_path / "logs", faults=[*QUIET, pause])
@@ -109,8 +109,8 @@ def test_a_second_signal_stops_at_once(launched, forks, text_flags, tmp_path):
 def stop_often(count, forks, text_flags, tmp_path, seed):
     """Stops runs on two processes at random moments of their training: all ranks are asked, or only one."""
     rng, logs, slowest, stopped, runs = random.Random(seed), tmp_path / "logs", 0.0, 0, 0
-    more = {"train.max_steps": 60, "train.log_every": 5, "train.eval_every": 10, "train.batch_size_per_device": 3}
-    more["checkpoint.every_steps"] = 25
+    more = {"train.max_steps": 60, "train.logging_steps": 5, "train.eval_steps": 10, "train.batch_size_per_device": 3}
+    more["checkpoint.save_steps"] = 25
     began = forks.start(text_flags(tmp_path / "whole", **more), logs, faults=QUIET, processes=2)
     began.until("fit: 60 steps")
     first = time.monotonic()
@@ -161,7 +161,7 @@ def test_two_processes_are_asked_at_20_random_moments(forks, text_flags, tmp_pat
 @pytest.mark.parametrize("number, workers", [(signal.SIGINT, 0), (signal.SIGINT, 2), (signal.SIGTERM, 0)])
 def test_a_signal_to_the_whole_group(number, workers, forks, text_flags, tmp_path):
     """Ctrl-C reaches the processes that load data too."""
-    more = {"train.max_steps": 60, "data.num_workers": workers, "train.log_every": 5}
+    more = {"train.max_steps": 60, "data.num_workers": workers, "train.logging_steps": 5}
     logs, out = tmp_path / "logs", tmp_path / "run"
     assert forks.run(text_flags(tmp_path / "whole", **more), logs, faults=QUIET)[0] == [0]
     attempt = forks.start(text_flags(out, **more), logs, faults=QUIET)
@@ -187,7 +187,7 @@ LAUNCHERS = {
 def test_a_signal_to_the_real_launcher(launcher, number, group, text_flags, tmp_path):
     """The launcher's own status is not ours to choose; the state is saved, and the same command ends bitwise equal."""
     out, log = tmp_path / "run", tmp_path / "log.txt"
-    more = {"train.max_steps": 60, "train.log_every": 5, "checkpoint.every_steps": "null"}
+    more = {"train.max_steps": 60, "train.logging_steps": 5, "checkpoint.save_steps": "null"}
 
     def command(folder):
         start = [sys.executable, *LAUNCHERS[launcher], free_port()]
@@ -226,7 +226,7 @@ def wait_for(condition, log, timeout=90):
 
 def test_auto_starts_afresh_where_there_is_nothing_to_go_on_from(forks, text_flags, tmp_path):
     out, logs = tmp_path / "run", tmp_path / "logs"
-    more = {"train.max_steps": 2, "checkpoint.every_steps": "null"}
+    more = {"train.max_steps": 2, "checkpoint.save_steps": "null"}
     crash = ("crash", ("hftl.run_folder.checkpoint.Checkpoints.save", "", 1, "before"))
     assert forks.run(text_flags(out, **more), logs, faults=[*QUIET, crash])[0] == [9]  # a fresh folder, then no state
     statuses, said = forks.run(text_flags(out, **more), logs, faults=QUIET)

@@ -21,7 +21,7 @@ def test_a_stop_breaks_an_evaluation_off_and_the_next_run_makes_it_first(text_ru
     from hftl.evaluation import evaluate
 
     monkeypatch.setattr(evaluate, "_GATHER_EVERY", 1)
-    run = text_run("full", num_epochs=2, batch_size_per_device=4, eval_every=5)
+    run = text_run("full", num_epochs=2, batch_size_per_device=4, eval_steps=5)
     run_undrawn("text_classification", replace(run, output_dir=str(tmp_path / "whole")))
     predict, seen = evaluate.predict, []
 
@@ -57,12 +57,12 @@ def test_two_processes_do_not_train_in_one_folder(text_run, tmp_path):
         cwd=ROOT,
     )
     assert other.stdout.readline() == b"held\n"
-    run, _, _ = hftl.prepare(run, hftl.TextClassification)
+    run, _, _ = hftl.setup_run(run, hftl.TextClassification)
     with pytest.raises(ConfigError, match="another process trains in"):
-        hftl.start(run)
+        hftl.create_accelerator(run)
     other.kill()
     other.wait()
-    hftl.start(run)
+    hftl.create_accelerator(run)
 
 
 def test_a_run_that_was_to_be_pushed_is_not_complete_before_it_is(text_run, tmp_path):
@@ -70,7 +70,7 @@ def test_a_run_that_was_to_be_pushed_is_not_complete_before_it_is(text_run, tmp_
 
     run = text_run("frozen", max_steps=2)
     run_undrawn("text_classification", run)
-    wants = replace(run, publish=hftl.PublishConfig(push_to_hub="me/model"))
+    wants = replace(run, hub=hftl.HubConfig(repo_id="me/model"))
     assert finished_metrics(run) is not None and finished_metrics(wants) is None
     (tmp_path / "run" / PUSHED).write_text(json.dumps({"me/model": "commit"}))
     assert finished_metrics(wants) == finished_metrics(run)

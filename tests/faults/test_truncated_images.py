@@ -41,8 +41,8 @@ def training_file(folder: Path, row: int) -> Path:
 
 def train(run) -> dict[str, float]:
     """Trains and evaluates as recipes do; leaves the weights out of the run folder."""
-    run, splits, task = hftl.prepare(run, hftl.ImageClassification)
-    accelerator = hftl.start(run)
+    run, splits, task = hftl.setup_run(run, hftl.ImageClassification)
+    accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
@@ -59,7 +59,7 @@ def folder(images, tmp_path) -> Path:
 @pytest.fixture
 def run(folder, image_run):
     """Ten steps of eight rows, one evaluation after each epoch."""
-    return with_data(image_run(num_epochs=2, log_every=1), source=str(folder), num_workers=0)
+    return with_data(image_run(num_epochs=2, logging_steps=1), source=str(folder), num_workers=0)
 
 
 def fails(run) -> str:
@@ -74,7 +74,7 @@ def fails(run) -> str:
 def resumed(run, capsys) -> tuple[dict[str, float], str]:
     """Returns the result of the same run with `skip`, and what it logged."""
     capsys.readouterr()
-    found = train(with_data(replace(run, resume="auto"), on_error="skip", max_skipped=0.5))
+    found = train(with_data(replace(run, resume="auto"), on_error="skip", max_skipped_fraction=0.5))
     return found, capsys.readouterr().out
 
 
@@ -126,7 +126,7 @@ def test_skipped_held_out_row_resumes_exactly(split, step, run, folder, tmp_path
     assert checkpoints(run)[-1] == f"step-{step:08d}"
     found, logged = resumed(run, capsys)
     assert f"after step {step} from" in logged and "restarts" not in logged
-    assert found == fresh(run, tmp_path, on_error="skip", max_skipped=0.5)
+    assert found == fresh(run, tmp_path, on_error="skip", max_skipped_fraction=0.5)
 
 
 def test_checkpoint_of_other_data_is_not_replaced(run, folder):
@@ -151,7 +151,7 @@ def test_feature_pass_names_row(method, run, folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["rank", "features"])
 def test_rank_and_features_name_row_or_skip_it(command, run, folder, tmp_path):
-    data, name = replace(run.data, max_skipped=0.5), run.model.name
+    data, name = replace(run.data, max_skipped_fraction=0.5), run.model.name
 
     def act(data):
         if command == "rank":
@@ -180,7 +180,7 @@ def test_processes_end_with_one_error_and_resume(split, forks, folder, tiny_timm
     assert statuses == [2, 2], said
     assert f"the image ({file}) cannot be decoded" in said and "is saved. Then run the same command" in said
     assert not any("Error:" in forks_log.read_text() for forks_log in (tmp_path / "logs").glob("*-1.txt"))
-    skip = [*command, "--data.on_error=skip", "--data.max_skipped=0.5"]
+    skip = [*command, "--data.on_error=skip", "--data.max_skipped_fraction=0.5"]
     statuses, said = forks.run(skip, tmp_path / "logs", **options)
     assert statuses == [0, 0], said
     assert ("restarts from step 0" in said) == (split == "train")
@@ -266,6 +266,6 @@ def test_check_and_skip_find_truncated_image(make, tmp_path):
     found = hftl.check(str(source), output=tmp_path / "check")["unreadable"]
     assert [(entry.split, entry.row) for entry in found.entries] == [("train", ROWS[make])]
     assert found.entries[0].why.startswith("truncated image") and (file.is_dir() or str(file) in found.entries[0].why)
-    data = hftl.DataConfig(source=str(source), on_error="skip", max_skipped=0.5)
+    data = hftl.DataConfig(source=str(source), on_error="skip", max_skipped_fraction=0.5)
     _, bad = load_usable_splits(data, task)
     assert {split: list(rows) for split, rows in bad.items() if rows} == {"train": [ROWS[make]]}

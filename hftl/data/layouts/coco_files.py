@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.data.splits import split_folders, split_of
 from hftl.errors import DataError, first_line, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -74,7 +74,7 @@ def read_coco(path: Path, files: Mapping[str, Path]) -> tuple[Features, dict[str
     listed = list(dict.fromkeys(name for split in order for name in names[split].values()))
     kept = [name for name in listed if name in used]
     if len(kept) < len(listed):
-        say(f"data: categories without a box are left out: {shorten([name for name in listed if name not in used])}")
+        log(f"data: categories without a box are left out: {shorten([name for name in listed if name not in used])}")
     numbers = {name: number for number, name in enumerate(kept)}
     rows = {split: list(_rows(path, files[split], split, contents[split], names[split], numbers)) for split in files}
     objects = {"bbox": List(List(Value("float64"))), "category": List(ClassLabel(names=kept))}

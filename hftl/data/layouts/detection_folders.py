@@ -13,7 +13,7 @@ from hftl.data.layouts.mask_folders import folders_of_masks
 from hftl.data.layouts.voc_files import read_voc, voc_files
 from hftl.data.paths import with_images
 from hftl.errors import DataError, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +23,7 @@ _READERS = "hftl boxes 2"
 """Part of the key in the cache; to be changed when a reader understands a file otherwise."""
 
 
-def open_box_folders(path: Path, config: DataConfig) -> Mapping[str, Dataset] | None:
+def open_detection_folders(path: Path, config: DataConfig) -> Mapping[str, Dataset] | None:
     """Returns the rows of a folder laid out as COCO or VOC by split, or None where it is neither.
 
     COCO: a JSON for each split (`train.coco.json`, `train/_annotations.coco.json`,
@@ -39,14 +39,14 @@ def open_box_folders(path: Path, config: DataConfig) -> Mapping[str, Dataset] | 
     if not by_coco and not by_voc:
         return None
     if by_coco and by_voc:
-        say(f"data: boxes from {', '.join(file.name for file in by_coco.values())}; the XML files are not used")
+        log(f"data: boxes from {', '.join(file.name for file in by_coco.values())}; the XML files are not used")
     if by_coco:
         files: Mapping[str, Sequence[Path]] = {split: [file] for split, file in by_coco.items()}
     else:
         files = by_voc
     masks = [os.path.relpath(folder, path) for folder in folders_of_masks(path)]
     if masks:
-        say(
+        log(
             f"data: boxes are read, masks in {shorten(masks)} are not used; for masks give a folder that has "
             "nothing but the folders of images and of masks"
         )

@@ -28,7 +28,7 @@ _ROWS_AT_A_TIME = 1_000
 _opened = itertools.count()
 
 
-def given_rows(rows: Any) -> dict[str, Dataset]:
+def dataset_from_rows(rows: Any) -> dict[str, Dataset]:
     """Returns rows by the names of their splits, as data sets on disk.
 
     Args:

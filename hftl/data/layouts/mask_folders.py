@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hftl.data.paths import IMAGES
 from hftl.data.splits import split_folders
 from hftl.errors import DataError, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +36,7 @@ def open_mask_folders(path: Path) -> Mapping[str, Dataset] | None:
     found = {split: (pair.images, pair.masks) for split, pair in pairs.items() if pair.images and pair.masks}
     for split, pair in pairs.items():
         if found and split not in found:
-            say(f"data: split '{pair.name}' has no {'masks' if pair.images else 'images'} and is not used")
+            log(f"data: split '{pair.name}' has no {'masks' if pair.images else 'images'} and is not used")
     return {split: _rows(*pair) for split, pair in found.items()} or None
 
 
@@ -126,7 +126,7 @@ def _rows(images: Path, masks: Path) -> Dataset:
             f"masks: {shorten(list(of_masks), 3)}). Give both the same name, or a table with columns image and mask."
         )
     if strays:
-        say(f"data: {len(strays)} mask(s) without an image in {masks} are not used: {shorten(strays, 3)}")
+        log(f"data: {len(strays)} mask(s) without an image in {masks} are not used: {shorten(strays, 3)}")
     paired = _the_only({name: files for name, files in named.items() if name in of_images}, masks)
     table = {
         "image": [str(file.resolve()) for file in of_images.values()],

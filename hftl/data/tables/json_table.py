@@ -55,7 +55,7 @@ def scan_json(path: Path) -> pa.Schema:
     return schema
 
 
-def read_json(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+def read_json_table(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yields the rows of a file in the types of `schema`."""
     import pyarrow as pa
 

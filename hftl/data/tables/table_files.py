@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hftl.data.tables.csv_table import csv_type, read_csv, scan_csv
-from hftl.data.tables.json_table import read_json, scan_json
+from hftl.data.tables.json_table import read_json_table, scan_json
 from hftl.data.tables.text_decoding import refuse_disguised
 from hftl.errors import DataError, HftlError, first_line, shorten
 
@@ -185,7 +185,7 @@ def _read(paths: list[Path], features: Features) -> Iterator[pa.Table]:
         if kind == "parquet":
             yield from _read_parquet(path, features)
         else:
-            yield from (read_csv if kind == "csv" else read_json)(path, features.arrow_schema)
+            yield from (read_csv if kind == "csv" else read_json_table)(path, features.arrow_schema)
 
 
 def _read_parquet(path: Path, features: Features) -> Iterator[pa.Table]:

@@ -9,7 +9,7 @@ from hftl.data.columns import arrow_column, find_column
 from hftl.data.label_columns import named_columns
 from hftl.data.splits import Splits
 from hftl.errors import DataError
-from hftl.logging import say
+from hftl.logging import log
 from hftl.tasks.targets.multi_label import target as multi_label
 from hftl.tasks.targets.multi_label.target import MultiLabel
 from hftl.tasks.targets.regression import target as regression
@@ -42,7 +42,7 @@ def find_target(splits: Splits) -> LabelTarget:
         found = SingleLabel("label", [], [])
         found.problems = error.problems
         return found
-    say(f"data: {_WORDS[problem]} ({why})")
+    log(f"data: {_WORDS[problem]} ({why})")
     found = TARGETS[problem].find(splits)
     if problem == SINGLE and (config.label_columns or config.label_separator):
         found.problems.append(
@@ -51,8 +51,8 @@ def find_target(splits: Splits) -> LabelTarget:
         )
     if problem == regression.PROBLEM and config.label_separator:
         found.problems.append("data.label_separator: numbers are not separated; leave it out.")
-    if problem != SINGLE and config.train_per_class is not None:
-        found.problems.append(f"data.train_per_class: is for one class a row, not for {_WORDS[problem]}.")
+    if problem != SINGLE and config.max_train_samples_per_class is not None:
+        found.problems.append(f"data.max_train_samples_per_class: is for one class a row, not for {_WORDS[problem]}.")
     return found
 
 

@@ -18,7 +18,7 @@ MOST = 100
 """Detections of an image that count, those of the highest scores (COCO's maxDets)."""
 
 
-def missing_problem() -> str | None:
+def pycocotools_problem() -> str | None:
     """Returns a sentence where pycocotools is not installed."""
     if find_spec("pycocotools"):
         return None

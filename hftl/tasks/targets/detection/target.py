@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hftl.data.columns import splits_without
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRows
+from hftl.data.validation import InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.joint_transforms import Places, augment_problems
 from hftl.tasks.capabilities import TargetInfo
@@ -28,7 +28,7 @@ from hftl.tasks.targets.detection.bounding_boxes import (
     objects_problems,
     survey_objects,
 )
-from hftl.tasks.targets.detection.metrics import DetectionMetrics, missing_problem
+from hftl.tasks.targets.detection.metrics import DetectionMetrics, pycocotools_problem
 from hftl.tasks.targets.detection.set_prediction_loss import set_loss
 from hftl.tasks.task import Batch, Outputs
 
@@ -86,18 +86,18 @@ class LabelledBoxes:
         empty = [name for name in ("train", "validation") if name in splits and not categories_of(splits[name], column)]
         if empty:
             return _broken(found, [f"data.source: {' and '.join(empty)} has no box in column '{chosen.name}'."])
-        missing = missing_problem()
+        missing = pycocotools_problem()
         found.problems = [*([missing] if missing else []), *augment_problems(splits.config.augment)]
         if not splits.lenient and image in train.features:
             for split, seen in found._surveys(splits, image).items():
                 found.problems += objects_problems(seen.bad, split)
                 for sentence in cut_sentences(seen, split):
-                    say(sentence)
+                    log(sentence)
         shown = shorten([f"{name} ({counts.get(value, 0)})" for name, value in zip(names, values, strict=True)])
-        say(f"data: objects from column '{chosen.name}' ({chosen.why}); {len(names)} classes with boxes: {shown}")
+        log(f"data: objects from column '{chosen.name}' ({chosen.why}); {len(names)} classes with boxes: {shown}")
         return found
 
-    def bad_rows(self, splits: Splits, image: str) -> BadRows:
+    def invalid_rows(self, splits: Splits, image: str) -> InvalidRows:
         """Returns the rows with a box that is none, lies outside of its image or has an unknown category."""
         return {split: seen.bad for split, seen in self._surveys(splits, image).items()}
 
@@ -117,9 +117,9 @@ class LabelledBoxes:
         """Returns the boxes of an image of height and width `size`, to be moved with it."""
         return Places(boxes=torch.from_numpy(column.read(cell, self.classes, size).boxes).float())
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns a head with one class for each name."""
-        return HeadSpec(stock, len(self.names), tuple(self.names), None)
+        return HeadSpec(model_class, len(self.names), tuple(self.names), None)
 
     def labels(self, examples: list[Example]) -> list[dict[str, Tensor]] | None:
         """Returns for each image what is learnt and what is true, or None where rows have no objects.

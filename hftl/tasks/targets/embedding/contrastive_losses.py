@@ -32,7 +32,7 @@ class Pairs:
     Attributes:
         first: Embeddings of length 1 [B, D], of images for instance.
         second: Those of their other halves [B, D].
-        first_ids: What each first half is [B] int64: equal numbers for equal images or texts (`identity`).
+        first_ids: What each first half is [B] int64: equal numbers for equal images or texts (`content_id`).
         second_ids: The same of second halves.
         weight: Of each row [B]; 0 marks one that counts nothing. None: all count.
     """
@@ -97,7 +97,7 @@ def cosent(cosines: Tensor, scores: Tensor, scale: float = 20.0, weight: Tensor 
     return functional.pad(gaps, (1, 0)).logsumexp(1)
 
 
-def identity(content: str | bytes) -> int:
+def content_id(content: str | bytes) -> int:
     """Returns a number that equal contents share, within int64, and others practically never do."""
     data = content.encode() if isinstance(content, str) else content
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)

@@ -146,7 +146,7 @@ class TextRecall:
         return {**recalls(ranks), "mrr": float((1 / ranks).mean())}
 
 
-class Agreement:
+class SimilarityCorrelation:
     """Spearman and Pearson correlation of cosines with scores.
 
     Pairs are put in the order of their values before anything is added up, so a result does not depend on batches.
@@ -160,7 +160,7 @@ class Agreement:
         first, second = outputs["embedding"].double(), outputs["pair_embedding"].double()
         self.rows += zip((first * second).sum(-1).tolist(), batch["labels"].tolist(), strict=True)
 
-    def merge(self, other: Agreement) -> None:
+    def merge(self, other: SimilarityCorrelation) -> None:
         """Adds another process's rows."""
         self.rows += other.rows
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from hftl.data.columns import arrow_column
 from hftl.data.roles import ROLES, usual_column
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import nearest, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
-from hftl.tasks.targets.embedding.contrastive_losses import Pairs, cosent, identity, info_nce
-from hftl.tasks.targets.embedding.metrics import Agreement, TextRecall
+from hftl.tasks.targets.embedding.contrastive_losses import Pairs, content_id, cosent, info_nce
+from hftl.tasks.targets.embedding.metrics import SimilarityCorrelation, TextRecall
 from hftl.tasks.task import Batch, Outputs
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class PairScores:
         self.columns = [column]
         self.low, self.high = low, high
         self.pair_loss = pair_loss
-        self.across_rows = pair_loss == "cosent"
+        self.depends_on_batch = pair_loss == "cosent"
         self.problems: list[str] = []
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns no head: the network itself learns."""
-        return HeadSpec(stock, 0, problem_type=None)
+        return HeadSpec(model_class, 0, problem_type=None)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
         """Returns scores [B] with `low` as 0 and `high` as 1, or None where rows have none."""
@@ -70,18 +70,18 @@ class PairScores:
 
     def metrics(self) -> list[Metric]:
         """Returns Spearman's and Pearson's correlation."""
-        return [Agreement()]
+        return [SimilarityCorrelation()]
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
         """Returns the cosine of each pair, or the embedding where a row has one text."""
         return _decoded(outputs)
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows without a score, or with one that is no finite number."""
         return {split: self.unusable(rows) for split, rows in splits.items()}
 
     def unusable(self, rows: Dataset) -> dict[int, BadRow]:
-        """Returns the rows of one split, as `bad_rows`."""
+        """Returns the rows of one split, as `invalid_rows`."""
         return {row: BadRow("no score", self.column) for row in _without_score(rows, self.column)}
 
     def state(self) -> dict[str, Any]:
@@ -101,20 +101,20 @@ class PositivePairs:
 
     best_metric = "mrr"
     info = TargetInfo("positive pairs")
-    across_rows = True
+    depends_on_batch = True
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = list(columns)
         self.problems: list[str] = []
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns no head: the network itself learns."""
-        return HeadSpec(stock, 0, problem_type=None)
+        return HeadSpec(model_class, 0, problem_type=None)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
-        """Returns what both texts of each pair are [B, 2] int64 (`identity`), or None where one is missing."""
+        """Returns what both texts of each pair are [B, 2] int64 (`content_id`), or None where one is missing."""
         texts = [[example.get(column) for column in self.columns] for example in examples]
-        ids = [[identity(text) for text in pair if isinstance(text, str)] for pair in texts]
+        ids = [[content_id(text) for text in pair if isinstance(text, str)] for pair in texts]
         return torch.tensor(ids) if all(len(pair) == 2 for pair in ids) else None
 
     def loss(self, outputs: Outputs, labels: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -139,23 +139,23 @@ def find_pair_target(splits: Splits, texts: Sequence[str]) -> PairScores | Posit
     """Detects the score column and its range, or takes pairs to belong together; what is wrong goes into `problems`.
 
     Args:
-        splits: The data; `data.label_column` names the scores, `data.pair_loss` the loss.
+        splits: The data; `data.label_column` names the scores, `train.pair_loss` the loss.
         texts: The text columns.
     """
     features, config = splits["train"].features, splits.config
     others = {name: kind for name, kind in features.items() if name not in texts}
     column = config.label_column or usual_column("score", others)
-    wanted = config.pair_loss
+    wanted = splits.pair_loss
     if column is None:
         found = PositivePairs(texts)
         if wanted not in ("auto", "infonce"):
             found.problems = [
-                f"data.pair_loss: '{wanted}' learns from scores, and there is no column of them (looked for "
+                f"train.pair_loss: '{wanted}' learns from scores, and there is no column of them (looked for "
                 f"{', '.join(ROLES['score'].usual_names)}). Say --data.label_column NAME, or infonce for pairs that "
                 "belong together."
             ]
         found.problems += _single_rows(splits)
-        say("data: no scores (data.label_column): the texts of each row are taken to belong together")
+        log("data: no scores (data.label_column): the texts of each row are taken to belong together")
         return found
     if column not in features:
         listed = ", ".join(features)
@@ -176,7 +176,7 @@ def _scores(splits: Splits, column: str, wanted: str) -> PairScores:
         return found
     if wanted not in ("cosine", "cosent"):
         found.problems.append(
-            f"data.pair_loss: '{wanted}' takes pairs that belong together, but column '{column}' scores them; say "
+            f"train.pair_loss: '{wanted}' takes pairs that belong together, but column '{column}' scores them; say "
             "cosine or cosent, or leave out that column and the rows with low scores."
         )
     for split, rows in splits.items() if not splits.lenient else ():
@@ -194,7 +194,7 @@ def _scores(splits: Splits, column: str, wanted: str) -> PairScores:
         )
         return found
     found.low, found.high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
-    say(f"data: scores from column '{column}', {found.low:g} to {found.high:g} (taken as 0 to 1); loss {wanted}")
+    log(f"data: scores from column '{column}', {found.low:g} to {found.high:g} (taken as 0 to 1); loss {wanted}")
     return found
 
 

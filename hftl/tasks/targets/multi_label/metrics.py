@@ -48,7 +48,7 @@ class MultiLabelMetrics:
         thresholds: A row has a label where its probability is at least this, [K].
     """
 
-    shares_of_rows = ("subset_accuracy",)
+    row_fractions = ("subset_accuracy",)
 
     def __init__(self, thresholds: Sequence[float]) -> None:
         self.thresholds = list(thresholds)

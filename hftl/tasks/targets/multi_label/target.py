@@ -14,10 +14,10 @@ from torch.nn import functional
 from hftl.data.columns import find_column
 from hftl.data.label_columns import Form, LabelCells, named_columns, unusable
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.tasks.capabilities import Capability, TargetInfo
 from hftl.tasks.metrics import Metric
@@ -49,13 +49,13 @@ class MultiLabel:
         separator: Between labels in a text.
         names: Of the labels, in the order of the outputs.
         values: What the columns hold for each label, in the same order.
-        thresholds: A row is said to have a label where its probability is at least this; 0.5 until `tune`.
+        thresholds: A row is said to have a label where its probability is at least this; 0.5 until `tune_thresholds`.
         problem_type: Always `PROBLEM`: what tells the state of this target from that of others.
     """
 
     best_metric = "map"
     info = TargetInfo("several labels", frozenset({Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}))
-    shown = ("map", "macro_f1", "micro_f1", "subset_accuracy")
+    primary_metrics = ("map", "macro_f1", "micro_f1", "subset_accuracy")
 
     def __init__(
         self,
@@ -95,14 +95,14 @@ class MultiLabel:
         found.problems = _problems(splits, seen, found)
         where = f"{len(cells.columns)} columns" if cells.form == "flags" else f"column '{cells.columns[0]}'"
         mean = seen["train"].counts.total() / max(len(splits["train"]), 1)
-        say(f"data: any number of labels a row from {where} ({why}); {len(names)} labels {origin}: {shorten(names)}")
+        log(f"data: any number of labels a row from {where} ({why}); {len(names)} labels {origin}: {shorten(names)}")
         none = ", ".join(f"{split} {each.without}" for split, each in seen.items() if each.without)
-        say(f"data: {mean:.2f} labels a training row; rows without any label: {none or 'none'}")
+        log(f"data: {mean:.2f} labels a training row; rows without any label: {none or 'none'}")
         return found
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns a head with one output per label."""
-        return HeadSpec(stock, len(self.names), tuple(self.names), PROBLEM)
+        return HeadSpec(model_class, len(self.names), tuple(self.names), PROBLEM)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
         """Returns zeros and ones [B, K] float32, or None where rows lack the label columns."""
@@ -122,7 +122,7 @@ class MultiLabel:
         """Returns average precision, and F1, precision and recall at the thresholds."""
         return [MultiLabelMetrics(self.thresholds)]
 
-    def tune(self, metrics: Sequence[Metric]) -> None:
+    def tune_thresholds(self, metrics: Sequence[Metric]) -> None:
         """Sets the thresholds that have the largest F1 of each label on the rows that `metrics` has seen.
 
         See `best_thresholds` for the choice between equals. On the rows that chose them F1 flatters.
@@ -132,7 +132,7 @@ class MultiLabel:
                 self.thresholds = best_thresholds(metric.labels, metric.probabilities)
                 metric.thresholds = self.thresholds
                 chosen = [f"{name} {at:.2f}" for name, at in zip(self.names, self.thresholds, strict=True)]
-                say(f"validation: thresholds by F1 of each label: {shorten(chosen)}")
+                log(f"validation: thresholds by F1 of each label: {shorten(chosen)}")
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
         """Returns the labels that reach their thresholds, and all probabilities in the order of the labels."""
@@ -150,7 +150,7 @@ class MultiLabel:
     def _named(self, chosen: Any) -> list[str]:
         return [name for name, here in zip(self.names, chosen.tolist(), strict=True) if here]
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows whose cells cannot be read, and the held-out rows with a label that train lacks."""
         parts = [splits[split] for split in splits.labelled_by_source]
         known = {value for rows in parts for labels, _ in self.cells.rows(rows) for value in labels}

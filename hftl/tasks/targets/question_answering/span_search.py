@@ -13,7 +13,7 @@ NO_SCORE = -1e9
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SpanCandidate:
     """A part of a context: its first character, the one after its last, its score, and its share of all spans'."""
 
     start: int
@@ -26,7 +26,7 @@ class Candidate:
 class Found:
     """What was found in one context."""
 
-    candidates: list[Candidate]
+    candidates: list[SpanCandidate]
     """Different spans, best first; none where the context is empty."""
     null_score: float
     """Score of "no answer": the least of the windows, since an answer in one of them is enough."""
@@ -82,10 +82,10 @@ def find_spans(logits: Tensor, offsets: Tensor, windows: Tensor, longest: int, m
     ]
 
 
-def _different(spans: Sequence[tuple[int, int, float, float]], most: int) -> list[Candidate]:
+def _different(spans: Sequence[tuple[int, int, float, float]], most: int) -> list[SpanCandidate]:
     """Returns the first of each span, in order."""
-    kept: dict[tuple[int, int], Candidate] = {}
+    kept: dict[tuple[int, int], SpanCandidate] = {}
     for start, end, score, share in spans:
         if score > NO_SCORE and (start, end) not in kept:
-            kept[start, end] = Candidate(start, end, score, share)
+            kept[start, end] = SpanCandidate(start, end, score, share)
     return list(kept.values())[:most]

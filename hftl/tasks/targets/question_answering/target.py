@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from hftl.data.columns import arrow_column, find_column
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.sliding_windows import OFFSETS
 from hftl.tasks.capabilities import TargetInfo
@@ -45,7 +45,7 @@ class ContextAnswers:
         longest: As `data.max_answer_length`.
         null: Whether there are questions without an answer, so that none may be given.
         threshold: "No answer" is given where its score is higher than an answer's by more than this; chosen on
-            validation (`tune`).
+            validation (`tune_thresholds`).
     """
 
     best_metric = "f1"
@@ -88,16 +88,16 @@ class ContextAnswers:
         found.null = without.get("train", 0) > 0
         if without.get("train", 0) == len(splits["train"]):
             found.problems.append(f"data.label_column: no question of train has an answer in column '{column.name}'.")
-        say(f"data: answers from column '{column.name}' ({column.why})")
+        log(f"data: answers from column '{column.name}' ({column.why})")
         found._say_unanswerable(without)
         return found
 
     def _say_unanswerable(self, without: Mapping[str, int]) -> None:
         counts = ", ".join(f"{split} {count}" for split, count in without.items() if count)
         if counts and self.null:
-            say(f"data: questions without an answer: {counts}; validation chooses when none is given")
+            log(f"data: questions without an answer: {counts}; validation chooses when none is given")
         elif counts:
-            say(f"data: questions without an answer: {counts}; train has none, so the model will always give one")
+            log(f"data: questions without an answer: {counts}; train has none, so the model will always give one")
 
     def _read(self, rows: Dataset) -> Iterator[list[Answer] | BadRow]:
         """Yields the answers of each row, or why they cannot be used."""
@@ -116,7 +116,7 @@ class ContextAnswers:
                     )
             yield wrong or answers or []
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows whose answers do not stand in the context where they say."""
         return {
             split: {row: read for row, read in enumerate(self._read(rows)) if isinstance(read, BadRow)}
@@ -129,9 +129,9 @@ class ContextAnswers:
         if bad and self.column in rows.features:
             raise DataError(_bad_sentence("the data", self.column, bad))
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns a head with two outputs a token: the logits of being the first and the last of the answer."""
-        return HeadSpec(stock, 2, (), None)
+        return HeadSpec(model_class, 2, (), None)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
         """Returns first and last token of the answer in each window [B, W, 2] int64; None without answers.
@@ -164,14 +164,14 @@ class ContextAnswers:
         threshold = self.threshold if self.null else None
         return [AnswerMetrics(partial(_answered, longest=self.longest, null=self.null), threshold)]
 
-    def tune(self, metrics: Sequence[Metric]) -> None:
+    def tune_thresholds(self, metrics: Sequence[Metric]) -> None:
         """Chooses the threshold with the best F1, where there are questions without an answer."""
         if not self.null:
             return
         for metric in metrics:
             if isinstance(metric, AnswerMetrics):
                 metric.threshold = self.threshold = metric.best_threshold()
-                say(f"evaluate: no answer is given where its score is higher by {self.threshold:.2f} (on validation)")
+                log(f"evaluate: no answer is given where its score is higher by {self.threshold:.2f} (on validation)")
 
     def decode(self, outputs: Outputs, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns the answer, where it stands in the context, its share of all spans' exponential scores, and others.

@@ -13,10 +13,10 @@ from torch import Tensor
 from hftl.data.columns import find_column
 from hftl.data.label_columns import named_columns, read_numbers, unusable
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.tasks.capabilities import Capability, TargetInfo
 from hftl.tasks.metrics import Metric
@@ -55,7 +55,7 @@ class Regression:
         self.columns = list(columns)
         self.mean, self.std = tuple(mean), tuple(std)
         self.best_metric = "rmse" if len(self.columns) == 1 else "r2"
-        self.shown = ("rmse", "mae", "r2", "pearson", "spearman")
+        self.primary_metrics = ("rmse", "mae", "r2", "pearson", "spearman")
         self.info = replace(self.info, label_kind="one number" if len(self.columns) == 1 else "several numbers")
         self.problems: list[str] = []
 
@@ -81,12 +81,12 @@ class Regression:
         found = cls(columns, mean.tolist(), std.tolist())
         found.problems = _problems(splits, columns, values, mean, std)
         spread = [f"{name} {m:.4g} ± {s:.4g}" for name, m, s in zip(columns, mean, std, strict=True)]
-        say(f"data: numbers from column(s) {shorten(columns)} ({why}); mean ± spread in train: {shorten(spread)}")
+        log(f"data: numbers from column(s) {shorten(columns)} ({why}); mean ± spread in train: {shorten(spread)}")
         return found
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns a head with one output per column, in the units of the column."""
-        return HeadSpec(stock, len(self.columns), tuple(self.columns), PROBLEM, scale=(self.mean, self.std))
+        return HeadSpec(model_class, len(self.columns), tuple(self.columns), PROBLEM, scale=(self.mean, self.std))
 
     def labels(self, examples: list[Example]) -> Tensor | None:
         """Returns the numbers [B, K] float32, or None where rows have none."""
@@ -115,7 +115,7 @@ class Regression:
     def _read(self, values: list[float]) -> Any:
         return values[0] if len(self.columns) == 1 else values
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows where a number is missing or not finite."""
         return {split: self.unusable(rows) for split, rows in splits.items()}
 

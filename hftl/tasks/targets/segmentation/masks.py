@@ -18,7 +18,7 @@ from hftl.data.image_decoding import Stored, decode_indices, place, quiet_pillow
 from hftl.data.roles import usual_column
 from hftl.data.validation import BadRow
 from hftl.errors import DataError, nearest, shorten
-from hftl.logging import say
+from hftl.logging import log
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -111,7 +111,7 @@ def survey_masks(rows: Dataset, image: str, mask: str, split: str, max_pixels: i
     with quiet_pillow(), ThreadPoolExecutor(8) as pool:
         for start in range(0, len(looked), _AT_ONCE):
             if monotonic() - said > _SAY_EVERY:
-                say(f"data: {split}: looked at {start:,} of {len(looked):,} masks")
+                log(f"data: {split}: looked at {start:,} of {len(looked):,} masks")
                 said = monotonic()
             part = looked[start : start + _AT_ONCE]
             found += pool.map(_look, part[image], part[mask], repeat(mask), repeat(max_pixels))

@@ -15,10 +15,10 @@ from torch.nn import functional
 from hftl.data.columns import Column, splits_without
 from hftl.data.image_decoding import decode_indices, place
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.joint_transforms import Places, augment_problems
 from hftl.tasks.capabilities import TargetInfo
@@ -70,7 +70,7 @@ class PixelClasses:
         found = cls(mask.name, classes.names, classes.values, classes.void)
         found.image_column = image.name
         void = [f"{value}{_named(value, splits.class_names)}" for value in classes.void if value in present]
-        say(
+        log(
             f"data: masks from column '{mask.name}' ({mask.why}); {len(classes.names)} classes {classes.origin}: "
             f"{shorten(classes.names)}; void: {', '.join(void) or 'none'}"
         )
@@ -81,7 +81,7 @@ class PixelClasses:
                 found.problems += bad_masks_sentence(bad, split, classes)
             empty = sum(not isinstance(seen, BadRow) and set(seen) <= set(classes.void) for seen in survey)
             if empty:
-                say(f"data: {split}: {empty} mask(s) are void throughout; these rows teach and count nothing")
+                log(f"data: {split}: {empty} mask(s) are void throughout; these rows teach and count nothing")
         return found
 
     def _too_few(self, present: Sequence[int]) -> list[str]:
@@ -118,9 +118,9 @@ class PixelClasses:
             raise DataError(f"the mask ({place(stored)}) has the value(s) {shorten(listed)} of no class.")
         return Places(mask=torch.from_numpy(classes))
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns a head with one output per class."""
-        return HeadSpec(stock, len(self.names), tuple(self.names), None)
+        return HeadSpec(model_class, len(self.names), tuple(self.names), None)
 
     def labels(self, examples: list[Example]) -> Any:
         """Returns the masks: [B, H, W] where all are of one size, else a list; None where a row has none."""
@@ -157,7 +157,7 @@ class PixelClasses:
             rows.append({"prediction": self.names[most], "share": shares[most], "shares": shares, "mask_png": png})
         return rows
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows without a mask that fits: missing, damaged, of another size, or with unknown numbers."""
         surveys = _surveys(splits, self.image_column, self.column)
         return {split: outside(found, self.classes, self.column) for split, found in surveys.items()}

@@ -35,8 +35,8 @@ class ClassificationMetrics:
     with neither is left out of macro averages.
     """
 
-    shares_of_rows = BUILT_IN[:-1]  # a correlation is none
-    """Numbers whose standard error is that of a share of the rows, exactly or nearly; see `BestSoFar`."""
+    row_fractions = BUILT_IN[:-1]  # a correlation is none
+    """Numbers whose standard error is that of a share of the rows, exactly or nearly; see `BestMetric`."""
 
     def __init__(self, num_classes: int) -> None:
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from hftl.data.columns import arrow_column, find_column
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.tasks.capabilities import Capability, TargetInfo
 from hftl.tasks.metrics import Metric
@@ -61,12 +61,12 @@ class SingleLabel:
         values, names, origin = named_classes(train.features[column.name], splits.class_names, present)
         found = cls(column.name, names, values)
         found.problems = _problems(splits, column.name, seen, found)
-        say(f"data: labels from column '{column.name}' ({column.why}); {len(names)} classes {origin}: {shorten(names)}")
+        log(f"data: labels from column '{column.name}' ({column.why}); {len(names)} classes {origin}: {shorten(names)}")
         return found
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns a head with one output per class."""
-        return HeadSpec(stock, len(self.names), tuple(self.names), "single_label_classification")
+        return HeadSpec(model_class, len(self.names), tuple(self.names), "single_label_classification")
 
     def labels(self, examples: list[Example]) -> Tensor | None:
         """Returns class numbers [B] int64, or None where rows have no label."""
@@ -92,7 +92,7 @@ class SingleLabel:
             for b, row in zip(best, shares.tolist(), strict=True)
         ]
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows without a label, and the held-out rows of classes that train lacks."""
         values = {split: _label_values(rows, self.column) for split, rows in splits.items()}
         known = {value for split in splits.labelled_by_source for value in values[split] if value is not None}

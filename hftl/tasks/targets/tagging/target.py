@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from hftl.data.columns import arrow_column
 from hftl.data.splits import Splits
-from hftl.data.validation import BadRow, BadRows
+from hftl.data.validation import BadRow, InvalidRows
 from hftl.errors import DataError, shorten
 from hftl.loading.loader import Example
-from hftl.logging import say
+from hftl.logging import log
 from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.sliding_windows import HOME, words_in
 from hftl.tasks.capabilities import TargetInfo
@@ -81,7 +81,7 @@ class WordTags:
             if bad and not splits.lenient:
                 found.problems.append(_bad_sentence(split, bad))
         found.problems += found._unfit(seen, splits)
-        say(f"data: tags from column '{column.name}' ({column.why}); {len(tags)} tags {origin}: {shorten(tags)}")
+        log(f"data: tags from column '{column.name}' ({column.why}); {len(tags)} tags {origin}: {shorten(tags)}")
         if not found.problems:
             found._say_scheme(train, seen["train"])
         return found
@@ -111,16 +111,16 @@ class WordTags:
                 opening, following = opening + found[0], following + found[1]
         unused = [tag for number, tag in enumerate(self.tags) if not counts[number]]
         if unused:
-            say(f"data: tags that no word of train has, and that the model will not learn: {shorten(unused)}")
+            log(f"data: tags that no word of train has, and that the model will not learn: {shorten(unused)}")
         if reader.scheme == "plain":
             each = "words with one tag in a row are one entity" if OUTSIDE in self.tags else "each word counts alone"
-            say(f"data: tags have no prefix (B-, I-): {each}")
+            log(f"data: tags have no prefix (B-, I-): {each}")
         elif reader.scheme == "BIO" and stray and opening == following:
-            say("data: tags are IOB1: an entity begins with I-, and with B- only right after another of its type")
+            log("data: tags are IOB1: an entity begins with I-, and with B- only right after another of its type")
         else:
-            say(f"data: tags are {reader.scheme}; {len(reader.kinds)} types of entities: {shorten(reader.kinds)}")
+            log(f"data: tags are {reader.scheme}; {len(reader.kinds)} types of entities: {shorten(reader.kinds)}")
             if stray:
-                say(
+                log(
                     f"data: {stray} word(s) of train go on with an entity that the word before is not part of (I- "
                     "without B-, or of another type); each is read as the beginning of one, as conlleval and seqeval do"
                 )
@@ -178,9 +178,9 @@ class WordTags:
 
         return rows.map(number, with_indices=True, features=features, new_fingerprint=key, desc="number the tags")
 
-    def head(self, stock: str) -> HeadSpec:
+    def head(self, model_class: str) -> HeadSpec:
         """Returns a head with one output per tag."""
-        return HeadSpec(stock, len(self.tags), tuple(self.tags), None)
+        return HeadSpec(model_class, len(self.tags), tuple(self.tags), None)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
         """Returns the number of each word's tag at its first token [B, W, T] int64, `IGNORED` elsewhere.
@@ -250,7 +250,7 @@ class WordTags:
             )
         return found
 
-    def bad_rows(self, splits: Splits) -> BadRows:
+    def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns rows without tags, with more or fewer of them than words, or with tags that train lacks."""
         read = {split: list(self._read(rows)) for split, rows in splits.items()}
         known = {tag for tags in read["train"] if not isinstance(tags, BadRow) for tag in tags}
