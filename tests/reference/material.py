@@ -77,15 +77,17 @@ def write_bert(folder: Path) -> None:
 
 
 def draw_weights(model: Any) -> None:
-    """Fills every matrix and filter from numpy's generator: torch's initialization depends on its version."""
+    """Fills matrices and filters from numpy's generator and biases with 0: torch's initialization would be random."""
     import torch
 
     rng = np.random.default_rng(0)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             scale = parameter[0].numel() ** -0.5
             values = scale * rng.standard_normal(tuple(parameter.shape))
             parameter.data.copy_(torch.from_numpy(values.astype(np.float32)))
+        elif name.endswith("bias"):
+            parameter.data.zero_()
 
 
 def color_image(rng: np.random.Generator, channel: int, size: tuple[int, int] = (24, 24)) -> Any:
