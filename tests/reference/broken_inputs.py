@@ -220,7 +220,7 @@ def write_broken_images(material: Path, folder: Path) -> None:
         shutil.copytree(material / "masks", folder / name)
         values = np.full(change, 0 if change == (20, 20) else 9, np.uint8)
         Image.fromarray(values).save(folder / name / "train" / "masks" / "00.png")
-    for name, change in {"boxes_outside": {"bbox": [60, 40, 20, 20]}, "boxes_of_no_class": {"category_id": 5}}.items():
+    for name, change in {"boxes_outside": {"bbox": [80, 60, 20, 20]}, "boxes_of_no_class": {"category_id": 5}}.items():
         shutil.copytree(material / "boxes", folder / name)
         file = folder / name / "train.coco.json"
         content = json.loads(file.read_text())
