@@ -26,7 +26,7 @@ from hftl.selection.experiment_plan import make_experiment_plan
 from hftl.tasks.capabilities import Capability, TargetInfo, capabilities_of, target_info
 from hftl.tasks.predictions import needed_columns
 from hftl.tasks.registry import TASKS, unsupported
-from hftl.tasks.targets.tagging.target import WordTags
+from hftl.tasks.targets.tagging.target import TaggingTarget
 
 FULL = set(Capability)
 NUMERIC = {Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}
@@ -206,7 +206,7 @@ def test_check_states_which_checks_do_not_apply(kind, made, data, tmp_path, caps
     assert not hftl.check(config, output=tmp_path / "defaults", fail_on=[]).left_out, "defaults are never rejected"
 
 
-class Undeclared(WordTags):
+class Undeclared(TaggingTarget):
     """A target of a user's own."""
 
     info = None

@@ -19,7 +19,7 @@ from hftl.reporting import write_report
 from hftl.run.testing import check_task
 from hftl.tasks.targets.detection.metrics import DetectionMetrics
 from hftl.tasks.targets.detection.set_prediction_loss import set_loss
-from hftl.tasks.targets.detection.target import LabelledBoxes
+from hftl.tasks.targets.detection.target import DetectionTarget
 
 
 @pytest.fixture
@@ -127,9 +127,9 @@ def test_a_rare_category_may_fall_into_the_validation_cut():
         return Dataset.from_list([{"objects": {"bbox": [[0.0, 0.0, 5.0, 5.0]], "category": [name]}} for name in names])
 
     parts = {"train": rows("a", "b", "a"), "validation": rows("rare", "a")}
-    found = LabelledBoxes.find(Splits(parts, hftl.DataConfig(source="here"), cut=True), "image")
+    found = DetectionTarget.find(Splits(parts, hftl.DataConfig(source="here"), cut=True), "image")
     assert not found.problems and found.names == ["a", "b", "rare"]
-    assert LabelledBoxes.find(Splits(parts, hftl.DataConfig(source="here")), "image").names == ["a", "b"]
+    assert DetectionTarget.find(Splits(parts, hftl.DataConfig(source="here")), "image").names == ["a", "b"]
 
 
 def test_detections_are_shown_on_a_terminal(capsys):
@@ -282,7 +282,7 @@ def test_detections_are_those_of_the_stock_processors(width):
     sizes = torch.tensor([[100, 200], [50, 60]])
     kind = RTDetrImageProcessor if width == 3 else YolosImageProcessor
     wanted = kind().post_process_object_detection(SimpleNamespace(**outputs), threshold=0.0, target_sizes=sizes)
-    found = LabelledBoxes("objects", ["a", "b", "c"]).detections(outputs, sizes)
+    found = DetectionTarget("objects", ["a", "b", "c"]).detections(outputs, sizes)
     for (boxes, classes, scores), model_class in zip(found, wanted, strict=True):
         order = model_class["scores"].sort(descending=True, stable=True).indices
         torch.testing.assert_close(scores, model_class["scores"][order])

@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score, p
 import hftl
 from hftl.errors import ConfigError
 from hftl.run.testing import check_task
-from hftl.tasks.registry import MultiLabel
+from hftl.tasks.registry import MultiLabelTarget
 from hftl.tasks.targets.multi_label.metrics import (
     SCORES,
     MultiLabelMetrics,
@@ -94,7 +94,7 @@ def test_intervals_are_those_of_resampled_rows():
 def test_every_way_of_writing_labels_gives_the_same_rows(form, tags_run, capsys):
     run, splits, task = hftl.setup_run(tags_run(form), hftl.TextClassification)
     assert "rows without any label: train 8, validation 2, test 3" in capsys.readouterr().out
-    assert isinstance(task.target, MultiLabel) and task.head.labels == ("animal", "food", "tool")
+    assert isinstance(task.target, MultiLabelTarget) and task.head.labels == ("animal", "food", "tool")
     rows = splits["train"].select(range(8))
     found = task.target.labels(
         [dict(zip(rows.column_names, row, strict=True)) for row in zip(*rows[:].values(), strict=True)]

@@ -23,7 +23,7 @@ from hftl.reporting import write_report
 from hftl.run.testing import check_task
 from hftl.tasks.targets.segmentation.masks import find_classes
 from hftl.tasks.targets.segmentation.metrics import SegmentationMetrics
-from hftl.tasks.targets.segmentation.target import IGNORED, PixelClasses
+from hftl.tasks.targets.segmentation.target import IGNORED, SegmentationTarget
 
 NAMES = ["ground", "void", "left", "right"]
 COUNTS = {"train": 10, "val": 4, "test": 5}
@@ -241,7 +241,7 @@ def test_metrics_equal_torchmetrics_over_any_batches(rows, classes, present):
 
 
 def test_loss_is_the_mean_over_pixels_that_have_a_class():
-    target = PixelClasses("mask", ["a", "b", "c"], [0, 1, 2], [])
+    target = SegmentationTarget("mask", ["a", "b", "c"], [0, 1, 2], [])
     outputs, masks = random_case(3, 3, 3, 3)
     masks[1] = torch.full((9, 11), IGNORED, dtype=torch.int16)
     outputs["logits"].requires_grad_()

@@ -7,7 +7,7 @@ import hftl
 from hftl.data.splits import Splits
 from hftl.errors import DataError
 from hftl.tasks.auto_task import infer_task
-from hftl.tasks.registry import MultiLabel, Regression, SingleLabel
+from hftl.tasks.registry import MultiLabelTarget, RegressionTarget, SingleLabelTarget
 from hftl.tasks.targets.label_target import choose_problem, find_target, restore_target
 
 SINGLE, MULTI, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
@@ -61,8 +61,8 @@ def test_types_and_settings_decide_before_values():
 @pytest.mark.parametrize(
     ("column", "kind", "target"),
     [
-        (["a", "b"] * 12 + ["rare"], Value("string"), SingleLabel),
-        ([["a"], ["b"]] * 12 + [["rare"]], List(Value("string")), MultiLabel),
+        (["a", "b"] * 12 + ["rare"], Value("string"), SingleLabelTarget),
+        ([["a"], ["b"]] * 12 + [["rare"]], List(Value("string")), MultiLabelTarget),
     ],
 )
 def test_a_rare_label_may_fall_into_the_validation_cut(column, kind, target):
@@ -76,7 +76,11 @@ def test_a_rare_label_may_fall_into_the_validation_cut(column, kind, target):
 
 
 def test_a_target_comes_back_from_its_state():
-    for values, kind in ((["a", "b"], SingleLabel), ([["a"], ["b"]], MultiLabel), ([0.5, 2.0], Regression)):
+    for values, kind in (
+        (["a", "b"], SingleLabelTarget),
+        ([["a"], ["b"]], MultiLabelTarget),
+        ([0.5, 2.0], RegressionTarget),
+    ):
         found = find_target(splits({"label": values}))
         assert isinstance(found, kind) and not found.problems
         again = restore_target(found.state())

@@ -11,17 +11,17 @@ from hftl.data.splits import Splits
 from hftl.errors import DataError
 from hftl.logging import log
 from hftl.tasks.targets.multi_label import target as multi_label
-from hftl.tasks.targets.multi_label.target import MultiLabel
+from hftl.tasks.targets.multi_label.target import MultiLabelTarget
 from hftl.tasks.targets.regression import target as regression
-from hftl.tasks.targets.regression.target import Regression
-from hftl.tasks.targets.single_label.target import SingleLabel
+from hftl.tasks.targets.regression.target import RegressionTarget
+from hftl.tasks.targets.single_label.target import SingleLabelTarget
 
-LabelTarget = SingleLabel | MultiLabel | Regression
+LabelTarget = SingleLabelTarget | MultiLabelTarget | RegressionTarget
 SINGLE = "single_label_classification"
 TARGETS: dict[str, type[LabelTarget]] = {
-    SINGLE: SingleLabel,
-    multi_label.PROBLEM: MultiLabel,
-    regression.PROBLEM: Regression,
+    SINGLE: SingleLabelTarget,
+    multi_label.PROBLEM: MultiLabelTarget,
+    regression.PROBLEM: RegressionTarget,
 }
 _WORDS = {SINGLE: "one class a row", multi_label.PROBLEM: "any number of labels a row", regression.PROBLEM: "numbers"}
 FEW_VALUES = 20
@@ -39,7 +39,7 @@ def find_target(splits: Splits) -> LabelTarget:
     try:
         problem, why = choose_problem(splits)
     except DataError as error:
-        found = SingleLabel("label", [], [])
+        found = SingleLabelTarget("label", [], [])
         found.problems = error.problems
         return found
     log(f"data: {_WORDS[problem]} ({why})")

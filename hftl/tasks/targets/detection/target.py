@@ -41,7 +41,7 @@ _CORNERS = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [-0.5, 0, 0.5, 0], [0, -0
 """Centre, width and height @ this = corners x0 y0 x1 y1."""
 
 
-class LabelledBoxes:
+class DetectionTarget:
     """A list of boxes with classes 0..K-1 for each image; an image may have none.
 
     Args:
@@ -62,7 +62,7 @@ class LabelledBoxes:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits, image: str) -> LabelledBoxes:
+    def find(cls, splits: Splits, image: str) -> DetectionTarget:
         """Detects the column of objects and its classes, and reads every box; what is wrong goes into `problems`.
 
         Args:
@@ -216,6 +216,6 @@ def _named(values: Sequence[Any], names: Sequence[str] | None) -> list[str]:
     return [str(value) for value in values]
 
 
-def _broken(found: LabelledBoxes, problems: Sequence[str]) -> LabelledBoxes:
+def _broken(found: DetectionTarget, problems: Sequence[str]) -> DetectionTarget:
     found.problems = list(problems)
     return found

@@ -30,7 +30,7 @@ SCALE = 20.0
 """What cosines of texts are multiplied by before a softmax, as is usual (sentence-transformers)."""
 
 
-class PairScores:
+class ScoredPairsTarget:
     """How alike the texts of each pair are.
 
     Args:
@@ -89,7 +89,7 @@ class PairScores:
         return {"column": self.column, "low": self.low, "high": self.high, "pair_loss": self.pair_loss}
 
 
-class PositivePairs:
+class PositivePairsTarget:
     """Pairs that belong together; every other second text of a batch is a wrong one.
 
     In-batch negatives with a symmetric cross entropy (Henderson et al. 2017, https://arxiv.org/abs/1705.00652, section
@@ -135,7 +135,7 @@ class PositivePairs:
         return {"columns": self.columns}
 
 
-def find_pair_target(splits: Splits, texts: Sequence[str]) -> PairScores | PositivePairs:
+def find_pair_target(splits: Splits, texts: Sequence[str]) -> ScoredPairsTarget | PositivePairsTarget:
     """Detects the score column and its range, or takes pairs to belong together; what is wrong goes into `problems`.
 
     Args:
@@ -147,7 +147,7 @@ def find_pair_target(splits: Splits, texts: Sequence[str]) -> PairScores | Posit
     column = config.label_column or usual_column("score", others)
     wanted = splits.pair_loss
     if column is None:
-        found = PositivePairs(texts)
+        found = PositivePairsTarget(texts)
         if wanted not in ("auto", "infonce"):
             found.problems = [
                 f"train.pair_loss: '{wanted}' learns from scores, and there is no column of them (looked for "
@@ -159,7 +159,7 @@ def find_pair_target(splits: Splits, texts: Sequence[str]) -> PairScores | Posit
         return found
     if column not in features:
         listed = ", ".join(features)
-        found = PairScores(column, 0.0, 1.0, "cosine")
+        found = ScoredPairsTarget(column, 0.0, 1.0, "cosine")
         found.problems = [
             f"data.label_column: there is no column '{column}'.{nearest(column, features)} Columns: {listed}."
         ]
@@ -167,8 +167,8 @@ def find_pair_target(splits: Splits, texts: Sequence[str]) -> PairScores | Posit
     return _scores(splits, column, "cosine" if wanted == "auto" else wanted)
 
 
-def _scores(splits: Splits, column: str, wanted: str) -> PairScores:
-    found = PairScores(column, 0.0, 1.0, wanted)
+def _scores(splits: Splits, column: str, wanted: str) -> ScoredPairsTarget:
+    found = ScoredPairsTarget(column, 0.0, 1.0, wanted)
     values, classes = _numbers(splits["train"], column), getattr(splits["train"].features[column], "names", [])
     if values is None or len(classes) > 2:
         what = f"holds the classes {shorten(classes)}" if classes else "does not hold numbers"

@@ -40,7 +40,7 @@ class _Seen:
     bad: list[tuple[int, str]] = field(default_factory=list)
 
 
-class MultiLabel:
+class MultiLabelTarget:
     """Zeros and ones for K labels.
 
     Args:
@@ -76,7 +76,7 @@ class MultiLabel:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits) -> MultiLabel:
+    def find(cls, splits: Splits) -> MultiLabelTarget:
         """Detects the labels; what is wrong goes into `problems`. Rows without any label are counted and said."""
         try:
             cells, why = _cells(splits)
@@ -240,7 +240,7 @@ def _present(splits: Splits, seen: dict[str, _Seen]) -> set[Any]:
     return {value for split in splits.labelled_by_source for value in seen[split].counts}
 
 
-def _problems(splits: Splits, seen: dict[str, _Seen], target: MultiLabel) -> list[str]:
+def _problems(splits: Splits, seen: dict[str, _Seen], target: MultiLabelTarget) -> list[str]:
     out, train, present = [], seen["train"], _present(splits, seen)
     where = ", ".join(f"'{name}'" for name in target.columns)
     for split, found in seen.items() if not splits.lenient else ():

@@ -35,7 +35,7 @@ Answer = tuple[str, int]
 """Text, and its first character in the context."""
 
 
-class ContextAnswers:
+class QuestionAnsweringTarget:
     """Answers that stand in a context, as SQuAD has them.
 
     Args:
@@ -63,7 +63,7 @@ class ContextAnswers:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits, context: str) -> ContextAnswers:
+    def find(cls, splits: Splits, context: str) -> QuestionAnsweringTarget:
         """Detects the column and looks whether answers stand where they say; what is wrong goes into `problems`.
 
         Args:

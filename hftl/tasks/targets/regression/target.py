@@ -31,7 +31,7 @@ _FINEST = 1e-5
 """Smallest spread of a target, as a share of its mean: float32 outputs carry seven digits."""
 
 
-class Regression:
+class RegressionTarget:
     """One number a row, or several.
 
     The network answers in the target's own units (`HeadSpec.scale`), so nothing has to be undone after it.
@@ -60,7 +60,7 @@ class Regression:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits) -> Regression:
+    def find(cls, splits: Splits) -> RegressionTarget:
         """Detects the columns of numbers, and measures mean and spread; what is wrong goes into `problems`."""
         train, config = splits["train"], splits.config
         try:

@@ -34,7 +34,7 @@ _AUXILIARY = 0.4
 """Weight of the auxiliary head's loss (Zhao et al. 2017, https://arxiv.org/abs/1612.01105, section 3.4)."""
 
 
-class PixelClasses:
+class SegmentationTarget:
     """Masks as classes 0..K-1 for each pixel.
 
     Args:
@@ -59,7 +59,7 @@ class PixelClasses:
         self.class_of[list(numbers)] = range(len(numbers))
 
     @classmethod
-    def find(cls, splits: Splits, image: Column, mask: Column) -> PixelClasses:
+    def find(cls, splits: Splits, image: Column, mask: Column) -> SegmentationTarget:
         """Reads every mask and finds the classes; what is wrong goes into `problems`."""
         config = splits.config
         lacking = splits_without(splits, mask.name)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-class SingleLabel:
+class SingleLabelTarget:
     """Labels as classes 0..K-1.
 
     Args:
@@ -47,7 +47,7 @@ class SingleLabel:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits) -> SingleLabel:
+    def find(cls, splits: Splits) -> SingleLabelTarget:
         """Detects the label column and its classes; what is wrong goes into `problems`."""
         train = splits["train"]
         try:
@@ -165,7 +165,7 @@ def _present(splits: Splits, seen: dict[str, dict[Any, int]]) -> set[Any]:
     return {value for split in splits.labelled_by_source for value in seen[split] if value is not None}
 
 
-def _problems(splits: Splits, column: str, seen: dict[str, dict[Any, int]], target: SingleLabel) -> list[str]:
+def _problems(splits: Splits, column: str, seen: dict[str, dict[Any, int]], target: SingleLabelTarget) -> list[str]:
     out = []
     present = _present(splits, seen)
     real = any(isinstance(value, float) and not value.is_integer() for value in present)

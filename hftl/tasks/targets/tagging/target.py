@@ -32,7 +32,7 @@ IGNORED = -100
 """What a label is where no loss is taken, as torch and transformers have it."""
 
 
-class WordTags:
+class TaggingTarget:
     """Tags as classes 0..K-1, one for each word.
 
     Args:
@@ -53,7 +53,7 @@ class WordTags:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits, words: str) -> WordTags:
+    def find(cls, splits: Splits, words: str) -> TaggingTarget:
         """Detects the column and its tags, and says how they are read; what is wrong goes into `problems`.
 
         Args:
