@@ -135,11 +135,11 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out(form, split, change, s
         ({"label_column": "text", "problem_type": "multi_label_classification"}, {}, "does not hold several labels"),
         ({"label_column": "kinds", "label_separator": "|"}, {}, "holds no texts that '|' could separate"),
         ({"label_columns": ["animal", "foot"]}, {}, "there is no column 'foot'. Did you mean 'food'?"),
-        ({"label_columns": ["animal"], "label_column": "kinds"}, {}, "say one of them"),
+        ({"label_columns": ["animal"], "label_column": "kinds"}, {}, "Set only one"),
         (
             FORMS["list"] | {"max_train_samples_per_class": 2},
             {},
-            "data.max_train_samples_per_class: is for one class a row",
+            "data.max_train_samples_per_class: applies to single-label classification",
         ),
     ],
 )

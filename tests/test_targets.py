@@ -54,7 +54,7 @@ def test_types_and_settings_decide_before_values():
     flags = {"a": [0, 1, 1], "b": [True, False, None], "c": [0.0, 1.0, 2.0]}
     assert choose_problem(splits(flags, label_columns=["a", "b"]))[0] == MULTI
     assert choose_problem(splits(flags, label_columns=["a", "c"]))[0] == NUMBERS
-    with pytest.raises(DataError, match="say one of them"):
+    with pytest.raises(DataError, match="Set only one"):
         choose_problem(splits(flags, label_columns=["a"], label_column="b"))
 
 
@@ -72,7 +72,7 @@ def test_a_rare_label_may_fall_into_the_validation_cut(column, kind, target):
     config = hftl.DataConfig(source="here")
     found = target.find(Splits(parts, config, cut=True))
     assert not found.problems and found.names == ["a", "b", "rare"]
-    assert "which train lacks" in target.find(Splits(parts, config)).problems[0]
+    assert "missing from train" in target.find(Splits(parts, config)).problems[0]
 
 
 def test_a_target_comes_back_from_its_state():

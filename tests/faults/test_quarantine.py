@@ -189,7 +189,7 @@ def test_a_class_whose_training_images_are_all_broken_is_left_out_everywhere(ima
     run, splits, task = hftl.setup_run(skipping(image_run(), dirty), hftl.ImageClassification)
     assert {label for rows in splits.values() for label in rows["label"]} == {0, 2}
     kinds = [row["reason"] for row in run.quarantine if row["value"] == "green"]
-    assert set(kinds) == {"label that train lacks"} and len(kinds) == 3 + (4 - 3)
+    assert set(kinds) == {"label missing from train"} and len(kinds) == 3 + (4 - 3)
     for file in (dirty / "train/red").glob("*.png"):
         file.write_bytes(b"")
     assert any(
@@ -314,7 +314,7 @@ def test_empty_texts_and_missing_and_unseen_labels_are_left_out(tables, text_run
         ("train", 7, "label", "no label"),
         ("train", 8, "text", "no text"),
         ("train", 20, "label", "no label"),
-        ("test", 0, "label", "label that train lacks"),
+        ("test", 0, "label", "label missing from train"),
         ("test", 12, "text", "no text"),
     ]
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 56, "validation": 12, "test": 11}
