@@ -140,7 +140,7 @@ def test_a_saved_task_reads_data_that_number_classes_otherwise(tmp_path):
     rows = by_number.map(
         lambda row: {"objects": row["objects"] | {"category": [None] * len(row["objects"]["category"])}}
     )
-    with pytest.raises(DataError, match="unknown category: box 0 has none"):
+    with pytest.raises(DataError, match="unknown category: box 0 has a category without a name"):
         column.read(rows[0]["objects"], task.target.classes, (48, 64))
 
 
@@ -168,15 +168,15 @@ def size_of(width, height):
 
 
 BAD = {
-    "reversed box": box_of(0, [10, 10, -4, 5]),
+    "negative box size": box_of(0, [10, 10, -4, 5]),
     "empty box": box_of(0, [10, 10, 0, 5]),
-    "box outside": box_of(0, [64, 10, 5, 5]),
-    "not a box: box 0 ([nan": box_of(0, [float("nan"), 1, 5, 5]),
-    "not a box: box 0 ([1.0, 5.0])": box_of(0, [1, 5]),
+    "box outside image": box_of(0, [64, 10, 5, 5]),
+    "invalid box: box 0 ([nan": box_of(0, [float("nan"), 1, 5, 5]),
+    "invalid box: box 0 ([1.0, 5.0])": box_of(0, [1, 5]),
     "unknown category": lambda content: content["annotations"][0].update(category_id=99),
-    "boxes in shares: box 0 ([0.2, 0.3, 0.5, 0.7])": box_of(0, [0.2, 0.3, 0.5, 0.7]),
-    "boxes of another size: they were drawn on 640 x 480 pixels, the image has 64 x 48": size_of(640, 480),
-    "the image has 64 x 48 (turned, as its EXIF may say)": size_of(48, 64),
+    "normalized box: box 0 ([0.2, 0.3, 0.5, 0.7])": box_of(0, [0.2, 0.3, 0.5, 0.7]),
+    "image size mismatch: boxes are for 640 x 480 pixels, the image has 64 x 48": size_of(640, 480),
+    "the image has 64 x 48 (possibly rotated by EXIF orientation)": size_of(48, 64),
 }
 
 
@@ -206,7 +206,7 @@ def test_voc_declares_sizes_too_and_such_rows_can_be_left_out(tmp_path):
     file = make_voc(tmp_path) / "train/train2.xml"
     file.write_text(file.read_text().replace("<width>64<", "<width>640<"))
     splits = load(tmp_path)
-    with pytest.raises(DataError, match="row 2 .*boxes of another size: they were drawn on 640 x 48"):
+    with pytest.raises(DataError, match="row 2 .*image size mismatch: boxes are for 640 x 48"):
         hftl.ObjectDetection(splits)
     lenient = replace(splits, lenient=True)
     assert {split: list(bad) for split, bad in hftl.ObjectDetection(lenient).invalid_rows(lenient).items()} == {
@@ -225,10 +225,10 @@ def test_boxes_that_are_cut_off_are_counted_once_for_each_split(tmp_path, capsys
 
     splits = load(spoiled(tmp_path, corners))
     hftl.ObjectDetection(replace(splits, lenient=True))
-    assert "reach out" not in capsys.readouterr().out
+    assert "exceed their images" not in capsys.readouterr().out
     hftl.ObjectDetection(splits)
-    (said,) = [line for line in capsys.readouterr().out.splitlines() if "reach out" in line]
-    assert said.startswith("data: train: 9 of 10 boxes") and "not x0, y0, x1, y1" in said
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "exceed their images" in line]
+    assert said.startswith("data: train: clipped 9 of 10 boxes") and "not x0, y0, x1, y1" in said
 
 
 def test_rows_with_bad_objects_can_be_left_out(tiny_timm, tmp_path):
