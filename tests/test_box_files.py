@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from boxes import COUNTS, coco, make_coco, make_scenes, make_voc, save_images
+from detection_data import COUNTS, coco, make_coco, make_scenes, make_voc, save_images
 
 import hftl
 from hftl.errors import DataError, HftlError

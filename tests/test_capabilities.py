@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from boxes import make_coco
 from conftest import WORDS, run_undrawn
+from detection_data import make_coco
+from multimodal_data import write_pairs
 from pair_data import captioned, positive_pairs, scored_pairs, write_lines
-from pairs import write_pairs
-from tagged import write_questions, write_tagged
 from test_segmentation import scene
+from window_data import write_questions, write_tagged
 
 import hftl
 from hftl.artifacts.export import export_folder

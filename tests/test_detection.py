@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from boxes import SIZE, make_coco
 from conftest import run_undrawn
+from detection_data import SIZE, make_coco
 from launch import flags, launch
 from torchvision.ops import box_convert
 

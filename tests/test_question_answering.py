@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import run_undrawn
-from tagged import question_row, write_questions
+from window_data import question_row, write_questions
 
 import hftl
 from hftl.errors import ConfigError

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tagged import write_tagged
+from window_data import write_tagged
 
 import hftl
 from hftl.errors import ConfigError, DataError
