@@ -19,7 +19,7 @@ def tagged_row(rng: random.Random, length: int) -> dict[str, list[str]]:
     kinds = [TAGS.get(word) for word in words]
     tags = [
         "O" if kind is None else f"{'I' if kind == previous else 'B'}-{kind}"
-        for kind, previous in zip(kinds, [None, *kinds[:-1]], strict=True)
+        for kind, previous in zip(kinds, [None, *kinds], strict=False)
     ]
     return {"tokens": words, "tags": tags}
 
