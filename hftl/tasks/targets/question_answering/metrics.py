@@ -67,7 +67,7 @@ class AnswerMetrics:
         self.rows.append(_Row(said.margin, bool(answers), exact, f1))
 
     def merge(self, other: AnswerMetrics) -> None:
-        """Adds another process's rows."""
+        """Adds the rows of another process."""
         self.rows += other.rows
 
     def compute(self) -> dict[str, float]:

@@ -48,7 +48,7 @@ class EntityMetrics:
         self.words_right += sum(a == b for a, b in zip(true, said, strict=True))
 
     def merge(self, other: EntityMetrics) -> None:
-        """Adds another process's counts."""
+        """Adds the counts of another process."""
         for mine, theirs in ((self.true, other.true), (self.said, other.said), (self.right, other.right)):
             mine.update(theirs)
         self.words += other.words
