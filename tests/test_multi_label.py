@@ -133,7 +133,7 @@ def test_invalid_multi_label_rows_raise_or_are_skipped(form, split, change, mess
         (FORMS["list"], {"kinds": []}, "no training row has a label"),
         (FORMS["text"], {"joined": None}, "no training row has a label"),
         (FORMS["list"], {"kinds": ["animal"]}, "label(s) 'animal' occur in every training row"),
-        ({"label_column": "text", "problem_type": "multi_label_classification"}, {}, "does not hold several labels"),
+        ({"label_column": "text", "problem_type": "multi_label_classification"}, {}, "is not multi-label"),
         ({"label_column": "kinds", "label_separator": "|"}, {}, "'|' does not apply to column 'kinds'"),
         ({"label_columns": ["animal", "foot"]}, {}, "there is no column 'foot'. Did you mean 'food'?"),
         ({"label_columns": ["animal"], "label_column": "kinds"}, {}, "Set only one"),

@@ -77,7 +77,7 @@ def choose_problem(splits: Splits) -> tuple[ProblemType, str]:
     choice between whole numbers includes the setting that overrides it.
 
     Raises:
-        DataError: There is no label column, or several fit equally well.
+        DataError: No label column fits, or several fit equally well.
     """
     config, train = splits.config, splits["train"]
     if config.label_columns and config.label_column:

@@ -137,7 +137,7 @@ class PositivePairsTarget:
 
 
 def find_pair_target(splits: Splits, texts: Sequence[str]) -> ScoredPairsTarget | PositivePairsTarget:
-    """Returns a target for the score column, or for positive pairs if there is none; collects errors in `problems`.
+    """Returns a target for scores, or for positive pairs without a score column; collects errors in `problems`.
 
     Args:
         splits: All rows; `data.label_column` names the score column, `train.pair_loss` the loss.

@@ -56,7 +56,7 @@ class MultiLabelTarget:
         names: Label names, in the order of the outputs.
         values: Cell value of each label, in the same order.
         thresholds: Smallest probability at which each label is predicted; 0.5 before `tune_thresholds`.
-        problem_type: Always `PROBLEM`; identifies this target in saved states.
+        problem_type: Always `PROBLEM`; identifies this target in `state()`.
     """
 
     best_metric = "map"
@@ -201,7 +201,7 @@ def _find_cells(splits: Splits) -> tuple[LabelCells, str]:
     """Returns the label cells and the reason for their choice.
 
     Raises:
-        DataError: There is no label column, or its type cannot hold several labels.
+        DataError: No label column fits, or its type is not multi-label.
     """
     features, config = splits["train"].features, splits.config
     if config.label_columns:
@@ -222,7 +222,7 @@ def _find_cells(splits: Splits) -> tuple[LabelCells, str]:
     )
     if inner is None or not is_label:
         raise DataError(
-            f"data.label_column: column '{column.name}' ({feature}) does not hold several labels per row; allowed: "
+            f"data.label_column: column '{column.name}' ({feature}) is not multi-label; allowed: "
             "lists of names or class numbers, strings with data.label_separator, columns of zeros and ones. "
             "Set another data.label_column, data.label_separator or data.label_columns."
         )

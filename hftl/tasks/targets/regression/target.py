@@ -44,7 +44,7 @@ class RegressionTarget:
         columns: One numeric column per output.
         mean: Mean of the training rows, per output.
         std: Standard deviation of the training rows, per output.
-        problem_type: Always `PROBLEM`; identifies this target in saved states.
+        problem_type: Always `PROBLEM`; identifies this target in `state()`.
     """
 
     info = TargetInfo("numbers", frozenset({Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}))
