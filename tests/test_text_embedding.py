@@ -132,9 +132,15 @@ def test_invalid_pairs_are_skipped(pair_run):
     assert [row["row"] for row in run.quarantine] == [60, 61]
 
 
-@pytest.mark.parametrize("method", ["frozen", "probe"])
-def test_head_only_method_for_text_embedding_raises(method, pair_run):
-    with pytest.raises(ConfigError, match=f"{method} trains the head alone, and this model has none; say full or lora"):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("frozen", "frozen trains the head alone, and this model has none; say full or lora"),
+        ("probe", "'probe' does not support text_embedding"),
+    ],
+)
+def test_head_only_method_for_text_embedding_raises(method, message, pair_run):
+    with pytest.raises(ConfigError, match=message):
         hftl.setup_run(pair_run(method), hftl.TextEmbedding)
 
 
