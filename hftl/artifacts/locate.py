@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hftl.config.parse import load_config
+from hftl.config.parse import load_saved_config
 from hftl.config.schema import DataConfig
 from hftl.data.validation import read_quarantine
 from hftl.errors import ArtifactError, nearest
@@ -33,7 +33,7 @@ def artifact_folder(path: str | Path) -> Path:
 
 def trained_data(folder: Path) -> DataConfig:
     """Returns the data section of the run that made the model in `folder`."""
-    return load_config(folder / CONFIG).data if (folder / CONFIG).is_file() else DataConfig()
+    return load_saved_config(folder / CONFIG).data if (folder / CONFIG).is_file() else DataConfig()
 
 
 def rows_left_out(folder: Path) -> dict[str, dict[int, Any]]:

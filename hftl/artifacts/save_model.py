@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hftl.artifacts.locate import CONFIG, artifact_folder
-from hftl.config.parse import dump_config, load_config
+from hftl.config.parse import dump_config, load_saved_config
 from hftl.config.schema import RunConfig
 from hftl.errors import ArtifactError, HftlError, first_line, shorten
 from hftl.heads.sklearn_head import FILE as HEAD
@@ -24,6 +24,7 @@ from hftl.models.build import build_model, open_model
 from hftl.models.suppress_warnings import quiet
 from hftl.models.target_scaling import fold_scale
 from hftl.models.task_model import HeadSpec, ReloadedModel, TaskModel, compared_outputs
+from hftl.renames import upgrade_record
 from hftl.reporting.run_record import DESCRIPTION
 from hftl.tasks.capabilities import Capability, capabilities_of
 from hftl.tasks.registry import restore
@@ -207,7 +208,7 @@ def _open_adapter(folder: Path, described: dict[str, Any], spec: HeadSpec) -> Ta
 
 def _base_model(folder: Path, described: dict[str, Any], spec: HeadSpec) -> TaskModel:
     base = described["base_model"]
-    run = load_config(folder / CONFIG)
+    run = load_saved_config(folder / CONFIG)
     try:
         with suppress_logs():
             model = build_model(replace(run, model=_at_revision(run.model, base)), spec)
@@ -228,7 +229,7 @@ def _base_model(folder: Path, described: dict[str, Any], spec: HeadSpec) -> Task
 
 def _read_description(folder: Path) -> tuple[dict[str, Any], HeadSpec, Task]:
     try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        described = upgrade_record(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
         spec = HeadSpec.from_json(described["head"])
         return described, spec, restore(described["task"], described["state"])
     except (OSError, ValueError, KeyError, TypeError) as error:

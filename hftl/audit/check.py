@@ -26,6 +26,7 @@ from hftl.data.splits import Splits
 from hftl.errors import ConfigError, DataError, nearest
 from hftl.logging import log, suppress_logs
 from hftl.redaction import redact
+from hftl.renames import FINDINGS as OLD_FINDINGS
 from hftl.tasks.auto_task import infer_task
 from hftl.tasks.capabilities import Capability
 from hftl.tasks.registry import unsupported
@@ -118,7 +119,9 @@ def _refuse(names: Sequence[str], model: str | None, fix: str | None, source: st
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("check: it looks at the data in one process; call it without a launcher.")
     problems = [
-        f"--fail_on: there is no finding '{name}' (findings: {', '.join(FINDINGS)}).{nearest(name, FINDINGS)}"
+        f"--fail_on: '{name}' was renamed to '{OLD_FINDINGS[name]}'."
+        if name in OLD_FINDINGS
+        else f"--fail_on: there is no finding '{name}' (findings: {', '.join(FINDINGS)}).{nearest(name, FINDINGS)}"
         for name in names
         if name not in FINDINGS
     ]

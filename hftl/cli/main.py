@@ -15,6 +15,7 @@ from hftl.distributed import readable
 from hftl.errors import ConfigError, nearest
 from hftl.launcher import threads_option
 from hftl.logging import leave_process_group
+from hftl.renames import FLAGS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["run"] and arguments[1:] not in ([], ["--help"], ["-h"]):
             run_with_launcher(arguments[1:])
             return
+        renamed = [f"{old} was renamed to {new}." for old, new in FLAGS.items() if old in arguments]
+        if renamed:
+            raise ConfigError(*renamed)
         options = parser.parse_args(arguments or ["--help"])
         options.act(options)
     except Exception as raised:

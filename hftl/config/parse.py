@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hftl.config.schema import NO_OPTIONS, RunConfig, leaves
 from hftl.errors import ConfigError, first_line, nearest
+from hftl.renames import renamed_setting, upgrade_settings
 
 # What `transformers.TrainingArguments` and others call them.
 _ELSEWHERE = {
@@ -71,6 +73,42 @@ def load_config(path: str | Path) -> RunConfig:
     return parse_config(RunConfig(), ["--config", str(path)])
 
 
+def load_saved_config(path: str | Path) -> RunConfig:
+    """Returns the configuration in a file that `dump_config` wrote, also in the names of an earlier version."""
+    import yaml
+
+    before = dict(_yaml_values(path))
+    values = upgrade_settings(before)
+    if values == before:
+        return load_config(path)
+    with tempfile.TemporaryDirectory() as folder:
+        upgraded = Path(folder, "upgraded.yaml")
+        upgraded.write_text(yaml.safe_dump(_nested(values)), encoding="utf-8")
+        return load_config(upgraded)
+
+
+def _yaml_values(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of a YAML file by dotted name; nothing for a file that `load_config` will reject."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    yield from _flatten(content) if isinstance(content, dict) else ()
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        inner = out
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    return out
+
+
 def _parser(defaults: RunConfig, description: str) -> Any:
     import jsonargparse
 
@@ -119,7 +157,9 @@ def _each_problem(parser: Any, argv: list[str], defaults: RunConfig) -> tuple[li
         if key in groups and value == "null":
             continue  # a group whose lines are all commented out
         if key not in known and key not in groups:
-            problems.append(f"{origin}: there is no setting '{key}'.{_nearest_setting(key, known)} --help lists all.")
+            renamed = renamed_setting(key)
+            hint = f"there is no setting '{key}'.{_nearest_setting(key, known)} --help lists all."
+            problems.append(f"{origin}: {renamed}." if renamed else f"{origin}: {hint}")
             continue
         flags = [f"--{key}={value}"]
         try:
@@ -130,7 +170,9 @@ def _each_problem(parser: Any, argv: list[str], defaults: RunConfig) -> tuple[li
                 inside = ", ".join(name for name in known if name.startswith(f"{key}."))
                 problems.append(f"{origin}: '{key}' is a group of settings and cannot be {value!r}; it holds {inside}.")
             else:
-                problems.append(f"{origin}: {key}: {value!r} is not allowed; expected {_expected(key)}.")
+                hint = f"{key}: {value!r} is not allowed; expected {_expected(key)}."
+                renamed = renamed_setting(key, value)
+                problems.append(f"{origin}: {renamed}." if renamed else f"{origin}: {hint}")
     return problems, fine
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hftl.errors import ArtifactError, first_line, nearest
+from hftl.renames import upgrade_record, upgrade_settings
 from hftl.tasks.capabilities import Capability
 from hftl.tasks.predictions import ClassPredictions, Predictions, codes, needed_columns, read_predictions
 
@@ -157,7 +158,7 @@ class RunRecord:
         if not path.is_file():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return upgrade_record(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
 
@@ -169,7 +170,7 @@ class RunRecord:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ArtifactError(f"{path} is not valid YAML: {first_line(error)}.") from error
-        return _flat(values) if isinstance(values, dict) else {}
+        return upgrade_settings(_flat(values)) if isinstance(values, dict) else {}
 
     def _history(self) -> list[dict[str, Any]]:
         path = self.folder / "history.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hftl.config.parse import load_config
+from hftl.config.parse import load_saved_config
 from hftl.config.schema import RunConfig
 from hftl.data.source import load_splits
 from hftl.data.validation import InvalidRows
@@ -32,7 +32,7 @@ def restarts(run: RunConfig, bad: InvalidRows, rows: Any = None) -> bool:
     if not any(counts.values()) or not resumes(run) or finished_metrics(run) is not None:
         return False
     try:
-        if load_config(folder / MARKER).data.on_error == "skip":
+        if load_saved_config(folder / MARKER).data.on_error == "skip":
             return False
         newest = Checkpoints(folder / "checkpoints", run.checkpoint.total_limit).newest()
     except HftlError:

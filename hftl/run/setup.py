@@ -27,6 +27,7 @@ from hftl.launcher import build_accelerator, launch_problem
 from hftl.logging import is_main_process, log, suppress_logs
 from hftl.models.build import build_on_meta, model_name_problem, model_problem, trust_problems
 from hftl.models.task_model import HeadSpec
+from hftl.renames import renamed_members
 from hftl.run.restart import restarts
 from hftl.run_folder.folder import (
     MARKER,
@@ -85,8 +86,12 @@ def setup_run(
     if run.data.source and not any(problem.startswith("data.max_") for problem in problems):
         try:
             rows = None if rows is None else dataset_from_rows(rows)  # once: a stream cannot be read again
+            renamed = renamed_members((make,))
+            if renamed:
+                raise ConfigError(*renamed)
             splits, bad = load_usable_splits(run.data, make, rows, get_run_folder(run), run.train.pair_loss)
             task = make(splits)
+            problems += renamed_members((task, *task.metrics()))
             run = replace(run, restarts=restarts(run, bad, rows))
         except HftlError as error:
             problems += error.problems

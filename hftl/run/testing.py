@@ -18,6 +18,7 @@ from hftl.loading.loader import Examples
 from hftl.models.build import build_model
 from hftl.models.oom_retry import rows_of
 from hftl.models.task_model import TaskModel
+from hftl.renames import renamed_members
 from hftl.tasks.capabilities import Capability, capabilities_of, target_info
 from hftl.tasks.predictions import needed_columns
 from hftl.tasks.task import Batch, Task
@@ -40,6 +41,8 @@ def check_task(task: Task, splits: Splits, run: RunConfig, rows: int = 8) -> Non
     Raises:
         AssertionError: What the task breaks, in a sentence.
     """
+    renamed = renamed_members((task, *task.metrics()))
+    assert not renamed, " ".join(renamed)
     torch.manual_seed(0)
     model = build_model(run, task.head)
     encoded = task.encode(splits["train"].select(range(rows)), model.processor, None, run.data.max_length)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hftl.logging import log
 MANIFEST = "manifest.json"
 """Written last: size and SHA-256 of every other file. A folder without it is not a checkpoint."""
 STATE = "state.json"
+VERSION = 2
+"""Format of `STATE`; another one is rejected."""
 BEST = "best.safetensors"
 _PREFIX = "step-"
 
@@ -189,6 +192,14 @@ def checkpoint_problem(folder: Path) -> str | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """Returns the JSON part of a valid checkpoint."""
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def newest_version(folder: Path) -> int | None:
+    """Returns the format of the newest checkpoint, unverified; None if there is none that can be read."""
+    for path in sorted(folder.glob(f"{_PREFIX}[0-9]*/{STATE}"), reverse=True):
+        with suppress(OSError, ValueError):
+            return json.loads(path.read_text(encoding="utf-8")).get("version")
+    return None
 
 
 def clear_partial(folder: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from hftl.atomic_files import sync
 from hftl.config.defaults import default_folder
-from hftl.config.parse import load_config
+from hftl.config.parse import load_saved_config
 from hftl.config.schema import RunConfig, leaves
 from hftl.data.validation import FILE as QUARANTINE
 from hftl.errors import ConfigError, HftlError, first_line, shorten
 from hftl.hub_client import redact_tokens
-from hftl.run_folder.checkpoint import MANIFEST, clear_partial
+from hftl.run_folder.checkpoint import MANIFEST, VERSION, clear_partial, newest_version
 
 _held: dict[Path, int] = {}
 PUSHED = "pushed.json"
@@ -131,9 +131,15 @@ def resume_problems(run: RunConfig) -> list[str]:
     if run.resume != "auto" or not marker.is_file():
         return []
     try:
-        before = leaves(load_config(marker))
+        before = leaves(load_saved_config(marker))
     except HftlError as error:
         return [f"resume: {marker} cannot be read: {first_line(error)} Choose another output_dir, or say --overwrite."]
+    version = newest_version(get_run_folder(run) / "checkpoints")
+    if version not in (None, VERSION) and finished_metrics(run) is None:
+        return [
+            f"resume: '{get_run_folder(run)}' holds an unfinished run of another version of hftl (checkpoint format "
+            f"{version}; allowed: {VERSION}). Finish it with that version, or set another output_dir."
+        ]
     now = leaves(run)
     changed = [
         f"{name} was {before[name]}, now {value}"

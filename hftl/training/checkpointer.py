@@ -17,12 +17,11 @@ from hftl.errors import CheckpointError
 from hftl.logging import log
 from hftl.models.oom_retry import MicroBatchLimit
 from hftl.models.task_model import TaskModel
-from hftl.run_folder.checkpoint import BEST, Checkpoints, read_state
+from hftl.run_folder.checkpoint import BEST, VERSION, Checkpoints, read_state
 from hftl.run_folder.history import Recorder
 from hftl.training.best_checkpoint import BestCheckpoint
 from hftl.training.training_state import (
     OPTIMIZER,
-    VERSION,
     WEIGHTS,
     broadcast,
     frozen_fingerprint,

@@ -16,7 +16,6 @@ from hftl.models.task_model import TaskModel
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-VERSION = 1
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 
