@@ -156,7 +156,6 @@ def test_finished_old_run_is_pushed(hub, old_runs):
 
 def test_unfinished_old_run_is_rejected_with_way_out(old_runs):
     saved = load_saved_config("image_unfinished/config.yaml")
-    from dataclasses import replace
 
     run = replace(saved, resume="auto", output_dir="image_unfinished")
     with pytest.raises(
