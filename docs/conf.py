@@ -19,7 +19,7 @@ default_role = "code"  # docstrings write code in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 
-# With -n every reference that does not resolve is an error, except:
+nitpicky = True  # every reference that does not resolve is a warning, and an error with -W, except:
 nitpick_ignore_regex = [
     # other libraries: their inventories are on the network
     (r"py:.*", r"(accelerate|collections|datasets|numpy|pathlib|PIL|torch|transformers|typing)\..*"),
