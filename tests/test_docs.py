@@ -2,8 +2,8 @@
 
 Hub names are replaced by local folders of the same kind, and `uv run` is left out: the tests run inside the environment
 that it creates. The fast part forks commands from a process that has imported the libraries (tests/forked.py) and
-replaces all launchers but one by `python`. The slow part starts every command as printed. Links between pages are checked
-by the strict build of the site (.ci/run).
+replaces all launchers but one by `python`. The slow part starts every command as printed. Links between pages are
+checked by the strict build of the site (.ci/run).
 """
 
 import os
