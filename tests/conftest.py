@@ -54,7 +54,7 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_readme.py")  # the longest first: workers end together
+    items.sort(key=lambda item: item.path.name != "test_docs.py")  # the longest first: workers end together
     for item in items:
         if item.get_closest_marker("real") and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason=f"no material at {SHARED} (HFTL_SHARED)"))
