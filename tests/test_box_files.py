@@ -48,8 +48,8 @@ def expected_rows(split):
 def test_coco_layouts_return_equal_rows(json_name, image_folder, tmp_path):
     splits = load(make_coco(tmp_path, json_name, image_folder))
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 6, "validation": 3, "test": 3}
-    for split, ours in {"train": "train", "val": "validation", "test": "test"}.items():
-        assert read(splits[ours]) == expected_rows(split)
+    for folder_name, split in {"train": "train", "val": "validation", "test": "test"}.items():
+        assert read(splits[split]) == expected_rows(folder_name)
     assert find_objects(splits["train"].features, None)[1].names == ("blue", "red")  # by id, without unused categories
 
 
@@ -63,8 +63,8 @@ def test_coco_layouts_return_equal_rows(json_name, image_folder, tmp_path):
 )
 def test_voc_layouts_return_equal_rows(xml_folder, image_folder, lists, tmp_path):
     splits = load(make_voc(tmp_path, xml_folder, image_folder, lists))
-    for split, ours in {"train": "train", "val": "validation", "test": "test"}.items():
-        assert read(splits[ours]) == expected_rows(split)
+    for folder_name, split in {"train": "train", "val": "validation", "test": "test"}.items():
+        assert read(splits[split]) == expected_rows(folder_name)
 
 
 def test_voc_renamed_image_matches_xml_name(tmp_path):

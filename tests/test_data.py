@@ -447,9 +447,9 @@ def test_tokenize_twice_returns_cached_rows(tokenizer, texts):
     [file] = first.dataset.cache_files
     written = Path(file["filename"]).stat().st_mtime_ns
     tokenizer(["cat dog"], padding="max_length", max_length=9, truncation=True)  # changes the tokenizer's state
-    again = tokenize(load(texts)["train"], tokenizer, ["text"], 16, ["label"])
-    assert again.dataset.cache_files == [file] and Path(file["filename"]).stat().st_mtime_ns == written
-    assert again.fetch([3, 1], 0) == first.fetch([3, 1], 0)
+    repeated = tokenize(load(texts)["train"], tokenizer, ["text"], 16, ["label"])
+    assert repeated.dataset.cache_files == [file] and Path(file["filename"]).stat().st_mtime_ns == written
+    assert repeated.fetch([3, 1], 0) == first.fetch([3, 1], 0)
     assert tokenize(rows, tokenizer, ["text"], 8, ["label"]).dataset.cache_files != [file]
 
 
@@ -553,8 +553,8 @@ def test_eval_pixels_ignore_epoch_batch_and_global_rng(processor, varied_images)
     first = pixels(ImageRows(dataset, "image", processor, None))
     torch.manual_seed(9)
     random.seed(9)
-    again = ImageRows(dataset, "image", processor, None)
-    assert torch.equal(first, torch.cat([pixels(again, [number], epoch=number) for number in range(len(SIZES))]))
+    other = ImageRows(dataset, "image", processor, None)
+    assert torch.equal(first, torch.cat([pixels(other, [number], epoch=number) for number in range(len(SIZES))]))
 
 
 def test_image_rows_apply_exif_orientation(processor, tmp_path):

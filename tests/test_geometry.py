@@ -110,11 +110,11 @@ def test_rows_augmentation_depends_on_seed_epoch_and_row(tmp_path):
     state = torch.get_rng_state()
     first = encoded.fetch([0, 1, 2], 1)
     assert torch.equal(torch.get_rng_state(), state)
-    again = encoded.fetch([2], 1)[0]
-    assert torch.equal(first[2]["pixel_values"], again["pixel_values"])
-    assert torch.equal(first[2]["moved"].boxes, again["moved"].boxes)
-    assert not torch.equal(encoded.fetch([2], 2)[0]["pixel_values"], again["pixel_values"])
-    assert again["size"] == (32, 40) and again["left"] == 3
+    repeated = encoded.fetch([2], 1)[0]
+    assert torch.equal(first[2]["pixel_values"], repeated["pixel_values"])
+    assert torch.equal(first[2]["moved"].boxes, repeated["moved"].boxes)
+    assert not torch.equal(encoded.fetch([2], 2)[0]["pixel_values"], repeated["pixel_values"])
+    assert repeated["size"] == (32, 40) and repeated["left"] == 3
 
 
 def test_rows_annotation_error_returns_row_number(tmp_path):

@@ -26,26 +26,28 @@ class Column:
     why: str
 
 
-def find_column(role: str, features: Features, given: str | None) -> Column:
+def find_column(role: str, features: Features, configured: str | None) -> Column:
     """Returns the column for `role`.
 
     Args:
         role: Key in `ROLES`: `image`, `text`, `label`, or a task-specific role: `words`, `tags`, `question`,
             `context`, `answers`.
         features: Names and types of the columns.
-        given: Column name from the configuration, if any.
+        configured: Column name from the configuration, if any.
 
     Raises:
         DataError: The configured column does not exist; no column matches; or several columns match equally well.
     """
     listing = ", ".join(f"{name} ({type_name(kind)})" for name, kind in features.items())
     flag = f"data.{ROLES[role].setting}"
-    if given is not None:
-        if ROLES[role].setting == "label_column" and given in INPUTS:
-            raise DataError(f"{flag}: '{given}' is a reserved name of model inputs. Rename the column.")
-        if given in features:
-            return Column(given, f"set by {flag}")
-        raise DataError(f"{flag}: there is no column '{given}'.{nearest(given, features)} Columns: {listing}.")
+    if configured is not None:
+        if ROLES[role].setting == "label_column" and configured in INPUTS:
+            raise DataError(f"{flag}: '{configured}' is a reserved name of model inputs. Rename the column.")
+        if configured in features:
+            return Column(configured, f"set by {flag}")
+        raise DataError(
+            f"{flag}: there is no column '{configured}'.{nearest(configured, features)} Columns: {listing}."
+        )
     candidates = [name for name, kind in features.items() if ROLES[role].accepts(kind)]
     if role == "text":  # a column of class names holds text too, but is the label column
         candidates = [name for name in candidates if not is_usual_name("label", name)]

@@ -45,13 +45,13 @@ class MixedColumns:
     why: dict[str, str] = field(default_factory=dict)
 
 
-def find_mixed(train: Dataset, config: DataConfig, taken: Sequence[str]) -> MixedColumns:
+def find_mixed(train: Dataset, config: DataConfig, assigned: Sequence[str]) -> MixedColumns:
     """Returns the columns by modality and logs each choice.
 
     Args:
         train: Training rows; types and values decide.
         config: Columns set here are used as given.
-        taken: Columns that are already assigned: labels.
+        assigned: Columns that are already assigned: labels.
 
     Raises:
         DataError: A configured column does not exist, the image column is ambiguous, or there is neither an image nor
@@ -60,7 +60,7 @@ def find_mixed(train: Dataset, config: DataConfig, taken: Sequence[str]) -> Mixe
     ignored = set(config.ignore_columns)
     configured = [*config.ignore_columns, *(config.numeric_columns or ()), *(config.categorical_columns or ())]
     problems = _missing_columns(configured, train.features) + _conflicting_columns(config)
-    features = {name: kind for name, kind in train.features.items() if name not in {*taken, *ignored}}
+    features = {name: kind for name, kind in train.features.items() if name not in {*assigned, *ignored}}
     columns = MixedColumns()
     try:
         _find_image(columns, features, config, ignored)
@@ -81,7 +81,7 @@ def find_mixed(train: Dataset, config: DataConfig, taken: Sequence[str]) -> Mixe
             f"data.source: no image and no text column found. Columns: {', '.join(train.features)}. Set "
             "--data.image_column NAME or --data.text_column NAME."
         )
-    _log_columns(columns, train.features, taken)
+    _log_columns(columns, train.features, assigned)
     return columns
 
 
@@ -120,7 +120,7 @@ def _find_texts(columns: MixedColumns, features: Any, config: DataConfig, ignore
     columns.template = " ".join(f"{{{name}}}" if single else f"{name}: {{{name}}}" for name in columns.texts)
 
 
-def _log_columns(columns: MixedColumns, features: Features, taken: Sequence[str]) -> None:
+def _log_columns(columns: MixedColumns, features: Features, assigned: Sequence[str]) -> None:
     if columns.image:
         log(f"data: images from column '{columns.image}' ({columns.why[columns.image]})")
     for name in columns.texts:
@@ -130,7 +130,7 @@ def _log_columns(columns: MixedColumns, features: Features, taken: Sequence[str]
     for label, names in (("numbers", columns.numbers), ("categories", columns.categories)):
         if names:
             log(f"data: {label} from {', '.join(names)}")
-    used = {columns.image, *columns.texts, *columns.numbers, *columns.categories, *taken}
+    used = {columns.image, *columns.texts, *columns.numbers, *columns.categories, *assigned}
     unused = [name for name in features if name not in used]
     if unused:
         log(f"data: unused columns: {shorten(unused)}")

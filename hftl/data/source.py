@@ -62,7 +62,7 @@ def load_splits(
     _disable_bars_in_log_files()
     try:
         opened = _open(config) if rows is None else _from_python(rows, config)
-        sets = drop_rows({name: part for name, part in opened.items() if len(part)}, leave_out or {})
+        sets = drop_rows({name: dataset for name, dataset in opened.items() if len(dataset)}, leave_out or {})
     except OSError as error:
         raise DataError(f"data.source: cannot read '{config.source}': {error.strerror or error}.") from error
     if not sets or training and "train" not in sets:

@@ -122,23 +122,25 @@ def captioned_rows(
     return rows_class(dataset, image, captions, processor, seed, max_pixels, split)
 
 
-def find_captions(features: Features, given: str | None) -> Column:
+def find_captions(features: Features, configured: str | None) -> Column:
     """Returns the caption column, of strings or lists of strings.
 
     Args:
         features: Names and types of the columns.
-        given: Value of `data.text_column`.
+        configured: Value of `data.text_column`.
 
     Raises:
         DataError: The column is missing or ambiguous.
     """
     candidates = [name for name, kind in features.items() if ROLES["captions"].accepts(kind)]
     listing = ", ".join(features)
-    if given is not None:
-        if given in candidates:
-            return Column(given, "set by data.text_column")
-        problem = "has neither strings nor lists of strings" if given in features else "does not exist"
-        raise DataError(f"data.text_column: '{given}' {problem}.{nearest(given, features)} Columns: {listing}.")
+    if configured is not None:
+        if configured in candidates:
+            return Column(configured, "set by data.text_column")
+        problem = "has neither strings nor lists of strings" if configured in features else "does not exist"
+        raise DataError(
+            f"data.text_column: '{configured}' {problem}.{nearest(configured, features)} Columns: {listing}."
+        )
     by_name = usual_column("captions", features)
     if by_name is not None:
         return Column(by_name, "by name")
@@ -150,17 +152,17 @@ def find_captions(features: Features, given: str | None) -> Column:
     raise DataError(f"data.text_column: {problem}. Columns: {listing}. Set --data.text_column NAME.")
 
 
-def find_match(rows: Dataset, given: str | None) -> str | None:
+def find_match(rows: Dataset, configured: str | None) -> str | None:
     """Returns the match column (1: positive pair, 0: negative pair), or None if all rows are positive pairs.
 
     Args:
         rows: Training rows.
-        given: Value of `data.label_column`.
+        configured: Value of `data.label_column`.
 
     Raises:
-        DataError: The column `given` does not exist or has other values than 0 and 1.
+        DataError: The column `configured` does not exist or has other values than 0 and 1.
     """
-    names = [given] if given is not None else usual_columns("match", rows.features)
+    names = [configured] if configured is not None else usual_columns("match", rows.features)
     for name in names:
         if name not in rows.features:
             raise DataError(
@@ -170,9 +172,9 @@ def find_match(rows: Dataset, given: str | None) -> str | None:
         values = {value for value in arrow_column(rows, name).unique().to_pylist() if value is not None}
         if values and values <= {0, 1}:
             return name
-    if given is not None:
+    if configured is not None:
         raise DataError(
-            f"data.label_column: '{given}' has invalid values; allowed: 1 (positive pair) and 0 (negative pair)."
+            f"data.label_column: '{configured}' has invalid values; allowed: 1 (positive pair) and 0 (negative pair)."
         )
     return None
 
