@@ -308,7 +308,7 @@ def test_columns_are_found_by_type_and_by_name(pairs, pairs_run):
         ({"text_template": "{title!r}"}, "with nothing else in braces"),
         ({"numeric_columns": ["prize"]}, "there is no column 'prize'"),
         ({"numeric_columns": ["title"]}, "'title' does not hold numbers"),
-        ({"numeric_columns": ["price"], "categorical_columns": ["price"]}, "is in data.categorical_columns too"),
+        ({"numeric_columns": ["price"], "categorical_columns": ["price"]}, "is also in data.categorical_columns"),
         ({"ignore_columns": ["picture", "title", "body"], "categorical_columns": []}, "no image and no text column"),
     ],
 )

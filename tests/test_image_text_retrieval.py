@@ -155,7 +155,7 @@ def _check_commands(place, pictures, files, named, capsys):
         (lambda rows: [*rows, rows[0] | {"captions": []}], "empty or missing caption, at pair"),
         (lambda rows: [*rows, rows[0] | {"captions": ["a cat", " "]}], "empty or missing caption"),
         (lambda rows: [*rows, rows[0] | {"captions": None}], "empty or missing caption"),
-        (lambda rows: [{"image": row["image"], "number": 1} for row in rows], "no column holds captions"),
+        (lambda rows: [{"image": row["image"], "number": 1} for row in rows], "no caption column found"),
         (lambda rows: [row | {"label": number % 3} for number, row in enumerate(rows)], "must hold 1"),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_folder_without_images_says_what_it_holds(image_run, tmp_path):
         (tmp_path / "things" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "things" / name).write_text("x")
     problem = the_only(refused(with_data(image_run(), source=str(tmp_path / "things"))))
-    assert f"no images in {tmp_path / 'things'} (file types found: .mp4, .txt)" in problem
+    assert f"no images in '{tmp_path / 'things'}' (file types found: .mp4, .txt)" in problem
     (tmp_path / "empty").mkdir()
     assert "file types found: none" in the_only(refused(with_data(image_run(), source=str(tmp_path / "empty"))))
 

@@ -313,21 +313,21 @@ def test_splits_that_are_not_used_are_named(images, masks, lost, said, scenes, t
     moved.rename(tmp_path / (lost or "images/old"))
     splits = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
     assert set(splits) == {"train"}
-    assert f"data: {said} and is not used" in capsys.readouterr().out
+    assert f"data: {said} and is ignored" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("folder", "name"), [("images", "00.jpg"), ("masks", "00.gif"), ("masks", "00_mask.png")])
 def test_two_files_for_one_picture_are_refused(folder, name, scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks")
     (tmp_path / folder / name).write_bytes((tmp_path / folder / "01.png").read_bytes())
-    with pytest.raises(DataError, match="several files stand for one picture: ") as caught:
+    with pytest.raises(DataError, match="has several files for one image: ") as caught:
         load_splits(hftl.DataConfig(source=str(tmp_path)))
     assert name in str(caught.value) and "00.png" in str(caught.value)
 
 
 def test_folders_whose_names_do_not_meet_are_refused(scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks", "zzz")
-    with pytest.raises(DataError, match=r"no mask in .*masks is named as an image.*00zzz"):
+    with pytest.raises(DataError, match=r"no mask in .*masks has the name of an image.*00zzz"):
         load_splits(hftl.DataConfig(source=str(tmp_path)))
 
 
@@ -405,7 +405,7 @@ def spoil(folder, bad):
 
 BAD = [
     (Image.new("L", (43, 30)), "mask and image of different size: 43 x 30 and 44 x 30"),
-    (Image.new("RGB", (44, 30)), "its pixels are RGB"),
+    (Image.new("RGB", (44, 30)), "its mode is RGB"),
     (Image.new("L", (44, 30), 77), "mask value outside the classes: 77"),
     (None, "no mask"),
 ]
@@ -451,7 +451,7 @@ def test_masks_of_jpeg_are_refused(options, tmp_path):
     from hftl.data.image_decoding import decode_indices
 
     Image.new("L", (8, 8), 3).save(tmp_path / "mask.jpg", **options)
-    with pytest.raises(DataError, match="not a mask: JPEG changes class numbers.*PNG"):
+    with pytest.raises(DataError, match="not a mask: JPEG changes class indices.*PNG"):
         decode_indices({"path": str(tmp_path / "mask.jpg")}, 10**6)
 
 

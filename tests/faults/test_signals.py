@@ -94,7 +94,7 @@ def test_a_second_signal_stops_at_once(launched, forks, text_flags, tmp_path):
     attempt = forks.start(
         text_flags(tmp_path / "run"), tmp_path / "logs", faults=[*QUIET, pause], environment=environment
     )
-    attempt.until("fit: 13 steps")
+    attempt.until("train: 13 steps")
     attempt.until_exists(marker)
     attempt.send(signal.SIGTERM)
     attempt.until("a second signal stops at once")
@@ -112,7 +112,7 @@ def stop_often(count, forks, text_flags, tmp_path, seed):
     more = {"train.max_steps": 60, "train.logging_steps": 5, "train.eval_steps": 10, "train.batch_size_per_device": 3}
     more["checkpoint.save_steps"] = 25
     began = forks.start(text_flags(tmp_path / "whole", **more), logs, faults=QUIET, processes=2)
-    began.until("fit: 60 steps")
+    began.until("train: 60 steps")
     first = time.monotonic()
     began.until("validation: loss")
     duration = time.monotonic() - first
