@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from boxes import COUNTS, coco, make_coco, make_scenes, make_voc, save_images
+from detection_data import COUNTS, coco, make_coco, make_scenes, make_voc, save_images
 
 import hftl
 from hftl.errors import DataError, HftlError
@@ -140,7 +140,7 @@ def test_saved_task_maps_other_class_orders(tmp_path):
     rows = by_number.map(
         lambda row: {"objects": row["objects"] | {"category": [None] * len(row["objects"]["category"])}}
     )
-    with pytest.raises(DataError, match="unknown category: box 0 has none"):
+    with pytest.raises(DataError, match="unknown category: box 0 has a category without a name"):
         column.read(rows[0]["objects"], task.target.classes, (48, 64))
 
 
@@ -168,15 +168,15 @@ def set_size(width, height):
 
 
 INVALID = {
-    "reversed box": set_box(0, [10, 10, -4, 5]),
+    "negative box size": set_box(0, [10, 10, -4, 5]),
     "empty box": set_box(0, [10, 10, 0, 5]),
-    "box outside": set_box(0, [64, 10, 5, 5]),
-    "not a box: box 0 ([nan": set_box(0, [float("nan"), 1, 5, 5]),
-    "not a box: box 0 ([1.0, 5.0])": set_box(0, [1, 5]),
+    "box outside image": set_box(0, [64, 10, 5, 5]),
+    "invalid box: box 0 ([nan": set_box(0, [float("nan"), 1, 5, 5]),
+    "invalid box: box 0 ([1.0, 5.0])": set_box(0, [1, 5]),
     "unknown category": lambda content: content["annotations"][0].update(category_id=99),
-    "boxes in shares: box 0 ([0.2, 0.3, 0.5, 0.7])": set_box(0, [0.2, 0.3, 0.5, 0.7]),
-    "boxes of another size: they were drawn on 640 x 480 pixels, the image has 64 x 48": set_size(640, 480),
-    "the image has 64 x 48 (turned, as its EXIF may say)": set_size(48, 64),
+    "normalized box: box 0 ([0.2, 0.3, 0.5, 0.7])": set_box(0, [0.2, 0.3, 0.5, 0.7]),
+    "image size mismatch: boxes are for 640 x 480 pixels, the image has 64 x 48": set_size(640, 480),
+    "the image has 64 x 48 (possibly rotated by EXIF orientation)": set_size(48, 64),
 }
 
 
@@ -206,7 +206,7 @@ def test_voc_wrong_declared_size_raises_or_skips(tmp_path):
     file = make_voc(tmp_path) / "train/train2.xml"
     file.write_text(file.read_text().replace("<width>64<", "<width>640<"))
     splits = load(tmp_path)
-    with pytest.raises(DataError, match="row 2 .*boxes of another size: they were drawn on 640 x 48"):
+    with pytest.raises(DataError, match="row 2 .*image size mismatch: boxes are for 640 x 48"):
         hftl.ObjectDetection(splits)
     lenient = replace(splits, lenient=True)
     assert {split: list(rows) for split, rows in hftl.ObjectDetection(lenient).invalid_rows(lenient).items()} == {
@@ -225,10 +225,10 @@ def test_clipped_boxes_are_logged_once_per_split(tmp_path, capsys):
 
     splits = load(make_changed_coco(tmp_path, corners))
     hftl.ObjectDetection(replace(splits, lenient=True))
-    assert "reach out" not in capsys.readouterr().out
+    assert "exceed their images" not in capsys.readouterr().out
     hftl.ObjectDetection(splits)
-    (said,) = [line for line in capsys.readouterr().out.splitlines() if "reach out" in line]
-    assert said.startswith("data: train: 9 of 10 boxes") and "not x0, y0, x1, y1" in said
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "exceed their images" in line]
+    assert said.startswith("data: train: clipped 9 of 10 boxes") and "not x0, y0, x1, y1" in said
 
 
 def test_setup_run_skips_rows_with_invalid_objects(tiny_timm, tmp_path):

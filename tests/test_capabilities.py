@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from boxes import make_coco
 from conftest import WORDS, run_undrawn
+from detection_data import make_coco
+from multimodal_data import write_pairs
 from pair_data import captioned, positive_pairs, scored_pairs, write_lines
-from pairs import write_pairs
-from tagged import write_questions, write_tagged
 from test_segmentation import scene
+from window_data import write_questions, write_tagged
 
 import hftl
 from hftl.artifacts.export import export_folder
@@ -26,7 +26,7 @@ from hftl.selection.experiment_plan import make_experiment_plan
 from hftl.tasks.capabilities import Capability, TargetInfo, capabilities_of, target_info
 from hftl.tasks.predictions import needed_columns
 from hftl.tasks.registry import TASKS, unsupported
-from hftl.tasks.targets.tagging.target import WordTags
+from hftl.tasks.targets.tagging.target import TaggingTarget
 
 FULL = set(Capability)
 NUMERIC = {Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}
@@ -206,7 +206,7 @@ def test_check_states_which_checks_do_not_apply(kind, made, data, tmp_path, caps
     assert not hftl.check(config, output=tmp_path / "defaults", fail_on=[]).left_out, "defaults are never rejected"
 
 
-class Undeclared(WordTags):
+class Undeclared(TaggingTarget):
     """A target of a user's own."""
 
     info = None

@@ -308,11 +308,11 @@ def test_column_choices_are_logged_with_reason(images, texts, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "images from column 'image' (only Image column)" in printed
     assert "labels from column 'label' (only ClassLabel column); 3 classes" in printed
-    assert "named by the data set: blue, green, red" in printed
+    assert "named by the dataset: blue, green, red" in printed
     TextClassification(load(texts))
     printed = capsys.readouterr().out
     assert "texts from column 'text' (by name)" in printed
-    assert "labels from column 'label' (by name); 3 classes found in train: animal, food, tool" in printed
+    assert "labels from column 'label' (by name); 3 classes from train: animal, food, tool" in printed
     assert "train 60, validation 12, test 13 rows" in printed
     rows = [{"premise": "a", "hypothesis": "b", "label": number % 2} for number in range(4)]
     TextClassification(load(write(tmp_path / "nli.csv", rows)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, run_undrawn, with_data
 from launch import ENV, flags
-from pairs import write_pairs
+from multimodal_data import write_pairs
 
 import hftl
 from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig

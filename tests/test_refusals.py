@@ -222,7 +222,7 @@ def test_one_class_is_not_enough(table, image_run, image_copy):
 def test_a_class_that_train_lacks_is_named(table, image_run, image_copy):
     table(*GOOD[:5], "new words,z", "other words,w", name="test.csv")
     problem = the_only(refused_text(table(*GOOD)))
-    assert "test has 2 row(s) of class w, z, which train lacks" in problem
+    assert "test has 2 row(s) of class 'w', 'z', missing from train" in problem
     shutil.rmtree(image_copy / "train" / "red")
     problems = refused(with_data(image_run(), source=str(image_copy)))
     assert [problem.partition(",")[0] for problem in problems] == [
@@ -444,7 +444,12 @@ def test_problems_of_texts_and_labels_come_together(table):
     lines[2] = ",y"
     table(*GOOD[:5], "words,z", name="test.csv")
     problems = refused_text(named(table(*lines, "words,", validation_fraction=0.0), "no/such/model"))
-    for words in ("'no/such/model' does not exist", "1 empty text(s), at row 1", "1 row(s) without a label", "class z"):
+    for words in (
+        "'no/such/model' does not exist",
+        "1 empty text(s), at row 1",
+        "1 row(s) without a label",
+        "class 'z'",
+    ):
         assert sum(words in problem for problem in problems) == 1, (words, problems)
     assert len(problems) == 4
 

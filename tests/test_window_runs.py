@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import load_recipe, run_undrawn
 from launch import flags, launch
-from tagged import tagged_row, write_questions, write_tagged
+from window_data import tagged_row, write_questions, write_tagged
 
 import hftl
 from hftl.errors import DataError

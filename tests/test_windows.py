@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tagged import question_row, tagged_row
+from window_data import question_row, tagged_row
 
 from hftl.config.schema import ModelConfig, RunConfig
 from hftl.errors import DataError, ModelError

@@ -15,7 +15,7 @@ from hftl.logging import suppress_logs
 from hftl.tasks.capabilities import Capability, target_info
 from hftl.tasks.registry import unsupported
 from hftl.tasks.targets.label_target import TARGETS, choose_problem
-from hftl.tasks.targets.single_label.target import SingleLabel
+from hftl.tasks.targets.single_label.target import SingleLabelTarget
 from hftl.tasks.task import Task
 
 FEW = 5
@@ -68,7 +68,7 @@ def read_labels(splits: Splits, numbering: Numbering, task: Task | None = None) 
         return replace(none, why_not=f"column '{column}' holds several labels in each row")
     with suppress_logs():
         problem, why = choose_problem(splits)
-        target = SingleLabel.find(replace(splits, lenient=True))
+        target = SingleLabelTarget.find(replace(splits, lenient=True))
     if Capability.CLASS_CHECKS not in target_info(TARGETS[problem]).capabilities:
         return replace(none, why_not=f"labels are no classes ({why})")
     if len(target.names) > max(_MANY_CLASSES, len(train) / 2):
@@ -89,7 +89,7 @@ def read_labels(splits: Splits, numbering: Numbering, task: Task | None = None) 
     return Labels(codes, names, len(target.names))
 
 
-def splits_missing(target: SingleLabel, splits: Splits) -> dict[str, set[int]]:
+def splits_missing(target: SingleLabelTarget, splits: Splits) -> dict[str, set[int]]:
     """Returns the rows of each split that have no label."""
     return {
         split: {row for row, bad in found.items() if bad.reason == "no label"}

@@ -21,7 +21,7 @@ from hftl.models.build import build_model
 from hftl.models.task_model import HeadSpec, TaskModel
 from hftl.preprocessing.tokenization import token_limit
 from hftl.tasks.inputs import ImageInputs, TextInputs
-from hftl.tasks.targets.single_label.target import SingleLabel
+from hftl.tasks.targets.single_label.target import SingleLabelTarget
 from hftl.tasks.task import Inputs, SupervisedTask
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _Unlabelled(SupervisedTask):
 
     def __init__(self, inputs: Inputs, model_class: str) -> None:
         self.model_class = model_class
-        super().__init__(inputs, SingleLabel("", ["0", "1"], [0, 1]))
+        super().__init__(inputs, SingleLabelTarget("", ["0", "1"], [0, 1]))
 
 
 class ModelChecks:

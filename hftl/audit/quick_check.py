@@ -19,9 +19,9 @@ from hftl.data.columns import arrow_column
 from hftl.data.layouts.in_memory import GIVEN
 from hftl.data.splits import Splits
 from hftl.errors import shorten
-from hftl.tasks.targets.detection.target import LabelledBoxes
-from hftl.tasks.targets.question_answering.target import ContextAnswers, answers_in
-from hftl.tasks.targets.segmentation.target import PixelClasses
+from hftl.tasks.targets.detection.target import DetectionTarget
+from hftl.tasks.targets.question_answering.target import QuestionAnsweringTarget, answers_in
+from hftl.tasks.targets.segmentation.target import SegmentationTarget
 from hftl.tasks.task import input_column_types
 
 READ = 64_000_000
@@ -120,12 +120,12 @@ def _cell_labels(splits: Splits, target: Any, kinds: Mapping[str, str], groups: 
 
 def _reader(target: Any, rows: Any) -> Callable[[Any], str]:
     """Returns a function that writes a cell of labels as a text, equal for equal labels."""
-    if isinstance(target, LabelledBoxes):
+    if isinstance(target, DetectionTarget):
         objects = target.reader(rows)
         return lambda cell: repr(sorted(map(repr, zip(*objects.values(cell), strict=False))))
-    if isinstance(target, ContextAnswers):
+    if isinstance(target, QuestionAnsweringTarget):
         return lambda cell: repr(sorted(set(map(repr, answers_in(cell) or ()))))
-    if isinstance(target, PixelClasses):
+    if isinstance(target, SegmentationTarget):
         return lambda cell: blake2b(_content(cell)).hexdigest()
     return repr
 

@@ -191,7 +191,7 @@ def test_skip_drops_class_without_valid_training_images(image_run, dirty, images
     run, splits, task = hftl.setup_run(skipping(image_run(), dirty), hftl.ImageClassification)
     assert {label for rows in splits.values() for label in rows["label"]} == {0, 2}
     reasons = [row["reason"] for row in run.quarantine if row["value"] == "green"]
-    assert set(reasons) == {"label that train lacks"} and len(reasons) == 3 + (4 - 3)
+    assert set(reasons) == {"label missing from train"} and len(reasons) == 3 + (4 - 3)
     for file in (dirty / "train/red").glob("*.png"):
         file.write_bytes(b"")
     assert any(
@@ -318,7 +318,7 @@ def test_skip_drops_empty_texts_and_invalid_labels(tables, text_run):
         ("train", 7, "label", "no label"),
         ("train", 8, "text", "no text"),
         ("train", 20, "label", "no label"),
-        ("test", 0, "label", "label that train lacks"),
+        ("test", 0, "label", "label missing from train"),
         ("test", 12, "text", "no text"),
     ]
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 56, "validation": 12, "test": 11}

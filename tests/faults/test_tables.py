@@ -360,7 +360,7 @@ def test_unseen_and_missing_labels_raise_per_split(tmp_path):
     with pytest.raises(DataError) as caught:
         load(tmp_path, **{"train.csv": GOOD, "test.csv": "text,label\nx,z\ny,z\n", "dev.csv": "text\nx\n"})
     message = str(caught.value)
-    assert "test has 2 row(s) of class z, which train lacks" in message
+    assert "test has 2 row(s) of class 'z', missing from train" in message
     assert "validation has 1 row(s) without a label" in message
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from boxes import make_coco
 from conftest import with_data
+from detection_data import make_coco
 from launch import flags
+from multimodal_data import write_pairs
 from pair_data import captioned, write_lines
-from pairs import write_pairs
 from PIL import Image
 
 import hftl
