@@ -91,7 +91,7 @@ def test_images_are_ranked_from_a_file_and_bad_candidates_are_rows(images, tiny_
     problems = {each["name"]: each["problem"] for each in found["candidates"] if each["problem"]}
     assert list(problems) == names[3:]
     assert "Did you mean 'test_resnet'" in problems["test_rsnet"]
-    assert "NaN or infinite" in problems[nan] and "the same in all 36 rows" in problems[flat]
+    assert "NaN or infinite" in problems[nan] and "equal in all 36 rows" in problems[flat]
     assert "not a folder with config.json" in problems[names[-1]]
     for each in found["candidates"][:3]:
         head = each["features"]["head"]

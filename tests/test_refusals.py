@@ -92,7 +92,7 @@ def test_good_runs_are_not_refused(image_run, text_run, table):
         ("resnet18.a1_in1kk", ["'resnet18.a1_in1kk' has no weights 'a1_in1kk'", "a2_in1k", "Did you mean 'a1_in1k'?"]),
         ("local-dir:no/such/folder", ["'no/such/folder'", "config.json"]),
         ("embedded:leters", ["'leters'", "Did you mean 'letters'?"]),
-        ("hub:timm/resnet18", ["'hub:' is not a source", "hf-hub:, local-dir:, embedded:"]),
+        ("hub:timm/resnet18", ["unknown prefix 'hub:'", "hf-hub:, local-dir:, embedded:"]),
     ],
 )
 def test_an_unknown_image_model_names_the_nearest(name, said, image_run):
@@ -103,15 +103,15 @@ def test_an_unknown_image_model_names_the_nearest(name, said, image_run):
 
 
 def test_a_model_folder_without_its_prefix_says_the_prefix(image_run, tmp_path):
-    assert f"say local-dir:{tmp_path}" in the_only(refused(named(image_run(), str(tmp_path))))
+    assert f"Set local-dir:{tmp_path}" in the_only(refused(named(image_run(), str(tmp_path))))
 
 
 def test_a_missing_text_model_folder_names_the_nearest(text_run, tiny_bert, tmp_path):
     problem = the_only(refused_text(named(text_run(), tiny_bert[:-1] + "x")))
-    assert f"the folder '{tiny_bert[:-1]}x' does not exist" in problem
+    assert f"folder '{tiny_bert[:-1]}x' does not exist" in problem
     assert f"Did you mean '{Path(tiny_bert).name}'?" in problem
-    assert "without config.json" in the_only(refused_text(named(text_run(), str(tmp_path))))
-    assert "'not a name!' is neither a folder nor a hub id" in the_only(refused_text(named(text_run(), "not a name!")))
+    assert "has no config.json" in the_only(refused_text(named(text_run(), str(tmp_path))))
+    assert "'not a name!' is neither a folder nor a repo id" in the_only(refused_text(named(text_run(), "not a name!")))
 
 
 def test_lora_patterns_without_a_match_name_the_nearest_layers(image_run, text_run, capsys):

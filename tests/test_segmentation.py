@@ -491,7 +491,7 @@ def test_decoded_levels_with_many_levels_returns_four():
 
 
 def test_segmentation_rejects_unsupported_model_settings(scene_run):
-    with pytest.raises(ConfigError, match="img_size.*TimmBackbone cannot hold"):
+    with pytest.raises(ConfigError, match="img_size.*TimmBackbone does not support"):
         hftl.setup_run(scene_run("test_vit"), hftl.SemanticSegmentation)
     run = scene_run()
     with pytest.raises(ConfigError, match="model.dropout"):
@@ -503,7 +503,7 @@ def test_segmentation_rejects_unsupported_model_settings(scene_run):
         run, model=hftl.ModelConfig(name="vit_tiny_patch16_224", pretrained=False, image_size=64, decoder_channels=8)
     )
     run, _, task = hftl.setup_run(scene_run(), hftl.SemanticSegmentation)
-    with pytest.raises(ModelError, match="takes 224 x 224 pixels and nothing else"):
+    with pytest.raises(ModelError, match="fixed input size 224 x 224 pixels"):
         hftl.build_model(fixed, task.head)
 
 

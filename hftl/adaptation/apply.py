@@ -10,7 +10,7 @@ from hftl.adaptation.parameter_counts import ParameterCounts, count_parameters
 from hftl.adaptation.per_encoder import adapt_per_encoder, encoder_methods
 from hftl.config.schema import AdaptConfig
 from hftl.errors import AdaptError
-from hftl.heads.sklearn_head import KINDS as CLASSIC
+from hftl.heads.sklearn_head import NONLINEAR_CLASSIFIERS
 from hftl.logging import log
 from hftl.models.task_model import TaskModel
 
@@ -43,7 +43,7 @@ def adapt(model: TaskModel, config: AdaptConfig) -> ParameterCounts:
     else:
         unfreeze_all(model, config.batch_norm)
     report = count_parameters(model, config.method, targets)
-    if config.method == "probe" and config.probe.classifier in CLASSIC:
+    if config.method == "probe" and config.probe.classifier in NONLINEAR_CLASSIFIERS:
         report = replace(report, head=0)  # what takes its place is scikit-learn's, and has no parameters of torch's
     log(str(report))
     return report

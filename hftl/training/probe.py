@@ -15,7 +15,7 @@ from hftl.distributed import run_on_main
 from hftl.errors import AdaptError, FeatureError, HftlError, shorten
 from hftl.features.cache import Features, compute_features
 from hftl.features.extractor import linear_head
-from hftl.heads.classifiers import KINDS
+from hftl.heads.classifiers import CLASSIFIERS
 from hftl.heads.sklearn_head import SklearnHead, skops_problem
 from hftl.heads.sklearn_probe import Probe
 from hftl.heads.sklearn_probe import fit_classifier as fit_head
@@ -94,7 +94,7 @@ def _fit(found: Features, num_outputs: int, run: RunConfig) -> tuple[dict[str, A
         f"cross-validation on {fitted.rows:,} rows: accuracy {fitted.accuracy:.4f} log-loss {fitted.loss:.4f} "
         f"({record['seconds']:.1f} s)"
     )
-    if KINDS[config.classifier].linear:
+    if CLASSIFIERS[config.classifier].linear:
         return record, fitted.linear(), b""
     head = SklearnHead(config.classifier, fitted.estimator, num_outputs, fitted.calibration)
     return record, None, head.to_bytes()
@@ -120,9 +120,9 @@ def probe_problems(run: RunConfig, head: HeadSpec, splits: Splits | None, task: 
         splits: Uses `train`; None where the data did not open.
         task: The same.
     """
-    if run.adapt.method != "probe" or run.adapt.probe.classifier not in KINDS:
+    if run.adapt.method != "probe" or run.adapt.probe.classifier not in CLASSIFIERS:
         return []
-    missing = None if KINDS[run.adapt.probe.classifier].linear else skops_problem()
+    missing = None if CLASSIFIERS[run.adapt.probe.classifier].linear else skops_problem()
     problems = [f"adapt.probe.classifier: {missing}"] if missing else []
     problems += _head_problems(run, head)
     single = _single_rows(splits, task) if splits is not None and task is not None else []

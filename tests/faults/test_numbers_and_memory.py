@@ -166,7 +166,7 @@ def test_short_memory_halves_the_rows_and_computes_the_same(text_run, monkeypatc
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-3)
     said = capsys.readouterr().out
-    assert said.count("out of memory in training") == 2 and "with 15 rows at once" in said  # 15 -> 7 -> 3
+    assert said.count("out of memory in training") == 2 and "with 15 rows per forward pass" in said  # 15 -> 7 -> 3
     assert said.count("out of memory in evaluation") >= 2
 
 
@@ -176,7 +176,9 @@ def test_memory_too_short_for_one_row_or_for_trying_again_is_an_error(enabled):
         raise MemoryError("no")
 
     rows = 1 if enabled else 8
-    with pytest.raises(HftlError, match=rf"out of memory in training with {rows} row\(s\) at once: no\. Make"):
+    with pytest.raises(
+        HftlError, match=rf"out of memory in training with {rows} row\(s\) per forward pass: no\. Reduce"
+    ):
         MicroBatchLimit("training", enabled).retrying(attempt, lambda: 8)
 
 
