@@ -338,7 +338,7 @@ def test_a_stop_is_passed_on_and_keeps_what_is_complete(quick, images, tiny_timm
 
     def stopping(work, *arguments, **options):
         if work is comparison.train:
-            raise Stopped("stopped (SIGTERM) after step 3 of 9; the state is in the run folder. The same command …")
+            raise Stopped("stopped (SIGTERM) after step 3 of 9; the checkpoint is saved. Run the same command …")
         return real(work, *arguments, **options)
 
     monkeypatch.setattr(comparison, "run_in_child", stopping)

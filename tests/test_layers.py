@@ -12,7 +12,7 @@ ORDER = (
 )  # fmt: skip
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 75
-MAX_FIT_LINES = 120
+MAX_FIT_LINES = 100
 
 
 def modules():

@@ -126,6 +126,20 @@ class Recorder:
         self._losses, self._count = 0.0, 0
         return mean
 
+    def log_step(self, epoch: float, skipped_loss: float | None, grad_norm: float, rates: Mapping[str, float]) -> None:
+        """Records the current step.
+
+        Args:
+            epoch: Epochs so far, with fraction.
+            skipped_loss: Loss of a step that left the weights as they were; None logs `mean_loss`.
+            grad_norm: Norm of the gradient before clipping.
+            rates: Learning rate by parameter group.
+        """
+        loss = self.mean_loss() if skipped_loss is None else skipped_loss
+        values = {"epoch": epoch, "train/loss": loss, "grad_norm": grad_norm}
+        values |= {f"lr/{group}": rate for group, rate in rates.items()}
+        self.log(values if skipped_loss is None else values | {"skipped_steps": self.history.skipped})
+
     def log(self, values: dict[str, float], unsaid: Collection[str] = ()) -> None:
         """Records values at the current step; those named in `unsaid` stand on file and in trackers alone."""
         record = {"step": self.history.steps, **values}

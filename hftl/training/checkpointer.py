@@ -95,7 +95,7 @@ class Checkpointer:
 
         return run_on_main(self.accelerator, read, self.store.folder)
 
-    def check_room(self, training: Training) -> None:
+    def check_disk_space(self, training: Training) -> None:
         """Refuses to begin where the disk has no room for the states to come, the one being written included.
 
         Raises:
@@ -117,8 +117,12 @@ class Checkpointer:
 
         run_on_main(self.accelerator, check)
 
-    def load(self, training: Training, state: dict[str, Any]) -> None:
-        """Puts the state that was found into all parts of the training but the recorder."""
+    def load(self, training: Training, state: dict[str, Any]) -> tuple[bool, bool]:
+        """Restores the checkpoint that `find` returned, except for the recorder.
+
+        Returns:
+            Whether the evaluation after the last step is pending, and whether training is finished.
+        """
         from safetensors.torch import load_file
 
         accelerator, found = self.accelerator, self._found
@@ -136,6 +140,7 @@ class Checkpointer:
             training.model.evaluation_limit.rows = mine["rows_evaluation"]
         other = "" if world == before else f" (of {before} process(es): same rows in the same steps, other rounding)"
         log(f"resume: going on after step {state['recorder']['history']['steps']} from {found}{other}")
+        return state["eval_pending"], state["finished"]
 
     @property
     def due(self) -> bool:
@@ -189,7 +194,7 @@ class Checkpointer:
         if wait:
             self.flush(training)
 
-    def save_good(self, training: Training) -> bool:
+    def save_if_finite(self, training: Training) -> bool:
         """Saves the state, unless its weights are not all numbers; returns whether it did."""
         good = run_on_main(self.accelerator, lambda: is_finite(training.model))
         if good:

@@ -91,7 +91,7 @@ def fit_heads(accelerator: Accelerator, model: TaskModel, task: Task, splits: Sp
         recorder.history.steps = done.steps
         recorder.history.best = done.best
         run_on_main(accelerator, lambda: write_text(get_run_folder(run) / HEADS, json.dumps(done.table, indent=2)))
-        if stop.agreed():
+        if stop.any_received():
             raise _stopped(stop, done.steps, plan)
     kept = {"weight": done.weight, "bias": done.bias}
     model.to(accelerator.device)
@@ -183,7 +183,7 @@ class _Trial:
                 sums, count = torch.zeros_like(sums), 0
             if self._due and self._evaluate():
                 break
-            if self.stop.asked:
+            if self.stop.received:
                 raise _stopped(self.stop, bank.steps, plan)
         return self._finish()
 

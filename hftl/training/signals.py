@@ -34,22 +34,22 @@ class StopSignal:
         self._accelerator = accelerator
         self.reason: str | None = None
         self._before: dict[int, Any] = {}
-        self._asked_at = 0.0
+        self._received_at = 0.0
         self._passed_on = "TORCHELASTIC_RUN_ID" in os.environ
         launched = self._passed_on or "ACCELERATE_MIXED_PRECISION" in os.environ
         self._parent = os.getppid() if launched else None
 
     @property
-    def asked(self) -> bool:
+    def received(self) -> bool:
         """Whether a stop was asked of this process."""
         if self.reason is None and self._parent not in (None, os.getppid()):
             self.reason = "the launcher is gone"
         return self.reason is not None
 
-    def agreed(self) -> bool:
+    def any_received(self) -> bool:
         """Whether a stop was asked of any process; all call it together."""
         nothing = torch.zeros((), device=self._accelerator.device)
-        return all_reduce_sum(self._accelerator, nothing, self.asked)[1] > 0
+        return all_reduce_sum(self._accelerator, nothing, self.received)[1] > 0
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -64,11 +64,11 @@ class StopSignal:
     def _take(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.reason in SIGNALS:
-            if now - self._asked_at > ECHO_S:
+            if now - self._received_at > ECHO_S:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        self.reason, self._asked_at = signal.Signals(number).name, now
+        self.reason, self._received_at = signal.Signals(number).name, now
         if not self._passed_on:
             for each in self._before:
                 signal.signal(each, signal.SIG_DFL)  # works in the middle of a computation, as no handler does

@@ -51,7 +51,7 @@ def test_one_process_is_asked_to_stop_anywhere(forks, text_flags, tmp_path):
         slowest = max(slowest, seconds)
         assert statuses == [75], (name, attempt.said())
         said = attempt.said()
-        step = int(re.search(rf"Stopped: stopped \({name}\) after step (\d+) of 24; the state is in", said)[1])
+        step = int(re.search(rf"Stopped: stopped \({name}\) after step (\d+) of 24; the checkpoint is saved", said)[1])
         assert steps_of(out)[-1] == step and "Traceback" not in said
     for place in ("prepare", "an evaluation of fit", "evaluate", "publish"):
         marker = tmp_path / place
@@ -124,7 +124,7 @@ def stop_often(count, forks, text_flags, tmp_path, seed):
             if stopped < count:
                 attempt.until("train/loss", "validation: loss")
                 time.sleep(rng.uniform(0, 0.6 * duration))
-            if stopped < count and "fit: kept" not in attempt.said():  # else training is over
+            if stopped < count and "restored best checkpoint" not in attempt.said():  # else training is over
                 statuses, seconds = stop(attempt, signal.SIGTERM, rank=rng.choice((None, 0, 1)))
             else:
                 statuses, seconds = attempt.wait(), 0.0
@@ -133,7 +133,7 @@ def stop_often(count, forks, text_flags, tmp_path, seed):
             done = statuses == [0, 0] or "outside of training" in said or over
             if not done:
                 assert statuses == [75, 75] and "Traceback" not in said + attempt.said(1), (statuses, said)
-                step = int(re.search(r"Stopped: .* after step (\d+) of 60; the state is in", said)[1])
+                step = int(re.search(r"Stopped: .* after step (\d+) of 60; the checkpoint is saved", said)[1])
                 assert steps_of(out)[-1] == step
                 assert "Stopped" not in attempt.said(1)  # said once
                 stopped += 1
@@ -206,7 +206,7 @@ def test_a_signal_to_the_real_launcher(launcher, number, group, text_flags, tmp_
         (os.killpg if group else os.kill)(launched.pid, number)
         status = launched.wait(60)
         wait_for(lambda: steps_of(out), log)  # `accelerate launch` is gone before its process
-        wait_for(lambda: "the state is in" in log.read_text(), log)
+        wait_for(lambda: "the checkpoint is saved" in log.read_text(), log)
     seconds = time.monotonic() - sent
     assert status != 0 and "Stopped: stopped (" in log.read_text(), log.read_text()
     with log.open("w") as stream:
