@@ -44,10 +44,10 @@ def _gradient_jobs(world, texts, images, tiny_bert, tiny_resnet, root):
                 train__max_grad_norm=0,
                 train__lr=1e-3,
                 train__head_lr=1e-3,
-                train__head_first=0,
+                train__freeze_backbone_ratio=0,
                 train__batch_size_per_device=batch,
                 train__gradient_accumulation_steps=accumulation,
-                train__log_every=1,
+                train__logging_steps=1,
                 data__augment__crop_scale=1.0,
             )
             yield "gradient", {"recipe": f"{kind}_classification", "flags": options}, out

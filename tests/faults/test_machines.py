@@ -139,11 +139,11 @@ def errors(jobs: list[Job]) -> list[str]:
     return [line.partition("PeerError: ")[2] for line in lines if "PeerError: " in line]
 
 
-LONG = {"train__num_epochs": 10_000, "train__log_every": 5, "train__eval_every": 10_000_000}
+LONG = {"train__num_epochs": 10_000, "train__logging_steps": 5, "train__eval_steps": 10_000_000}
 
 
 def test_two_machines_are_as_good_as_one(machines, texts, tiny_bert, tmp_path, mark):
-    settings = {"train__num_epochs": 3, "train__log_every": 1}
+    settings = {"train__num_epochs": 3, "train__logging_steps": 1}
     jobs = machines(**settings)
     seconds = [job.end(150) for job in jobs]
     assert [job.process.returncode for job in jobs] == [0, 0], jobs[0].err[-3000:] + jobs[1].err[-3000:]

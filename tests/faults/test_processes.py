@@ -117,7 +117,7 @@ def test_tokenizing_leaves_it_to_start_to_form_the_group(text_run):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_launcher(rank, texts, tiny_bert, tmp_path, mark):
     """At a random moment of training, on one machine: one of the two processes is killed."""
-    long = {"train__num_epochs": 10_000, "train__log_every": 5, "train__eval_every": 40}
+    long = {"train__num_epochs": 10_000, "train__logging_steps": 5, "train__eval_steps": 40}
     command = recipe(texts, tiny_bert, "run", train__timeout_minutes=0.3, **long)
     job = Job(torchrun("--nproc_per_node", "2", "--master_port", free_port(), *command), tmp_path / "job", mark)
     job.until("step 10/", START_S)

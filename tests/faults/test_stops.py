@@ -85,7 +85,7 @@ def test_without_validation_all_processes_end_with_the_statistics_that_are_saved
     bare.mkdir()
     for split in ("train", "test"):
         (bare / split).symlink_to(images / split)
-    chosen = flags(bare, tiny_timm["test_resnet"], tmp_path / "run", adapt__batch_norm="update", **more)
+    chosen = flags(bare, tiny_timm["test_resnet"], tmp_path / "run", adapt__batch_norm="train", **more)
     job = ("faulty", {"recipe": "image_classification", "flags": chosen}, tmp_path)
     launch(2, [job], forks=forks, logs=tmp_path / "logs")
     mine, other = (load_file(tmp_path / f"weights{rank}.safetensors") for rank in (0, 1))
