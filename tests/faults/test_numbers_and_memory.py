@@ -209,7 +209,12 @@ def test_pieces_are_the_batch(rows, limit):
 def two(texts, tiny_bert, forks, tmp_path_factory):
     """What happens on two processes, of which one has the trouble."""
     root = tmp_path_factory.mktemp("two")
-    options = {"train__max_steps": 6, "train__batch_size_per_device": 8, "model__dropout": 0.0, "train__logging_steps": 1}
+    options = {
+        "train__max_steps": 6,
+        "train__batch_size_per_device": 8,
+        "model__dropout": 0.0,
+        "train__logging_steps": 1,
+    }
 
     def job(name, more=None, **spec):
         chosen = flags(texts, tiny_bert, root / name / "run", **options, **(more or {}))
