@@ -101,9 +101,7 @@ def set_cpu_threads(num_threads: int | None = None) -> None:
     import torch
 
     now = torch.get_num_threads()
-    before = (
-        _thread_counts[0] if now == _thread_counts[1] else now
-    )  # an earlier run in this process may have changed it
+    before = _thread_counts[0] if now == _thread_counts[1] else now  # an earlier run may have changed it
     launched = launched_threads() if num_threads is None and before == 1 else None
     number = num_threads or launched or before
     if number != now:

@@ -73,11 +73,11 @@ class Checkpoints:
             log(f"resume: WARNING: none of the {damaged} state(s) is whole; training starts FROM THE BEGINNING")
         return None
 
-    def room(self) -> int:
-        """Returns the bytes that are free for states, those of older ones included."""
-        held = sum(file.lstat().st_size for file in self.folder.rglob("*") if file.is_file())
+    def available_bytes(self) -> int:
+        """Returns the bytes available for checkpoints: free space and the space of existing checkpoints."""
+        used = sum(file.lstat().st_size for file in self.folder.rglob("*") if file.is_file())
         existing = next(each for each in (self.folder, *self.folder.absolute().parents) if each.exists())
-        return shutil.disk_usage(existing).free + held
+        return shutil.disk_usage(existing).free + used
 
     def save(
         self, step: int, state: dict[str, Any], tensors: Mapping[str, dict[str, Tensor]], best: Path | None

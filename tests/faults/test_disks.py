@@ -49,7 +49,7 @@ def failures(disk, out):
         ),
         "best": (
             ("at_call", ("safetensors.torch.save_file", "best/weights", "fill", str(disk), 20_000)),
-            ["CheckpointError: checkpoint: the best weights cannot be written", FULL, "best/weights.safetensors"],
+            ["CheckpointError: checkpoint: best weights cannot be written", FULL, "best/weights.safetensors"],
         ),
         "start": (("at_call", ("hftl.run.setup.make_folder", "", "fill", str(disk), 0)), ["DiskError: ", FULL]),
         "predictions": (

@@ -97,7 +97,7 @@ def test_a_second_signal_stops_at_once(launched, forks, text_flags, tmp_path):
     attempt.until("fit: 13 steps")
     attempt.until_exists(marker)
     attempt.send(signal.SIGTERM)
-    attempt.until("a second signal stops at once")
+    attempt.until("a second signal stops immediately")
     if launched:
         attempt.send(signal.SIGTERM)
         time.sleep(ECHO_S + 0.2)
