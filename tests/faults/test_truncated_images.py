@@ -111,7 +111,7 @@ def test_skipped_training_row_restarts_at_step_0(run, folder, tmp_path, capsys):
     truncate(training_file(folder, row))
     fails(run)
     found, logged = resumed(run, capsys)
-    assert "resume: 1 train row(s) of the checkpoint after step 2 are left out now" in logged
+    assert "resume: 1 train row(s) of the checkpoint after step 2 are now skipped" in logged
     assert "restarts from step 0" in logged and found == fresh(run, tmp_path, on_error="skip")
     assert f'"row": {row}' in Path(run.output_dir, "quarantine.jsonl").read_text()
 
