@@ -153,5 +153,5 @@ def test_labels_that_cannot_be_learnt_are_refused(data, change, said, text_run, 
 
 
 def test_metrics_of_evaluate_are_refused(tags_run):
-    with pytest.raises(ConfigError, match="one class or one number a row"):
+    with pytest.raises(ConfigError, match="one class or one number per row"):
         hftl.setup_run(tags_run(metrics=["mauve"]), hftl.TextClassification)

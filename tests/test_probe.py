@@ -235,7 +235,7 @@ def test_settings_of_steps_do_not_apply_and_are_not_in_the_record(text_run, caps
         with_head(text_run(num_epochs=3, batch_size_per_device=64), "ridge"), hftl.TextClassification
     )
     assert run.train.num_epochs is run.train.lr is run.train.head_lr is run.train.freeze_backbone_ratio is None
-    assert "train.num_epochs, train.lr, train.head_lr do not apply" in capsys.readouterr().out
+    assert "train.num_epochs, train.lr, train.head_lr are ignored" in capsys.readouterr().out
 
 
 # from data to a saved model

@@ -65,9 +65,8 @@ def check_task(task: Task, splits: Splits, run: RunConfig, rows: int = 8) -> Non
         try:
             adapt(model, replace(run.adapt, method=method))
         except AdaptError:
-            assert method == "frozen" and not model.head_modules, (
-                f"adaptation method {method} is rejected although the model supports it"
-            )
+            headless = method == "frozen" and not model.head_modules
+            assert headless, f"adaptation method {method} is rejected although the model supports it"
             continue
         _check_step(task, model, batch, run, method)
     _check_saved(task, model, encoded, run)

@@ -73,7 +73,7 @@ class Checkpoints:
             log(f"resume: WARNING: all {damaged} checkpoint(s) are damaged; training restarts from step 0")
         return None
 
-    def available_bytes(self) -> int:
+    def room(self) -> int:
         """Returns the bytes available for checkpoints: free space and the space of existing checkpoints."""
         used = sum(file.lstat().st_size for file in self.folder.rglob("*") if file.is_file())
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())

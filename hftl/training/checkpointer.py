@@ -108,7 +108,7 @@ class Checkpointer:
             limit = self.config.total_limit
             checkpoint = 2 * weights + 2 * trainable  # with the best weights and the two moments of AdamW
             needed = (limit + 1) * checkpoint
-            free = self.store.available_bytes()
+            free = self.store.room()
             if free < needed:
                 raise CheckpointError(
                     f"checkpoint: {limit} + 1 checkpoints of {format_bytes(checkpoint)} (weights, best weights, "

@@ -283,7 +283,7 @@ def test_processes_that_left_out_different_rows_do_not_start(dirty, tiny_timm, t
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("refused: data.on_error: the processes left out different rows (so many each: 6, 5)") == 2
+    assert done.stdout.count("refused: data.on_error: processes skipped different rows (rows per process: 6, 5)") == 2
 
 
 # Texts and labels
