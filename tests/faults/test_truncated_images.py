@@ -174,7 +174,7 @@ def test_processes_end_with_one_error_and_resume(split, forks, folder, tiny_timm
     truncate(file)
     settings = {"train__max_steps": 10, "train__batch_size_per_device": 4, "train__trackers": "[]"}
     settings |= {"data__num_workers": 0, "resume": "auto"}
-    options = {"recipe": "image_classification", "processes": 2, "faults": [("no_pictures", [])]}
+    options = {"recipe": "image_classification", "processes": 2, "faults": [("skip_report", [])]}
     command = flags(folder, tiny_timm["test_resnet"], tmp_path / "run", **settings)
     statuses, said = forks.run(command, tmp_path / "logs", **options)
     assert statuses == [2, 2], said
