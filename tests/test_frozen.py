@@ -160,7 +160,7 @@ class Weighted(hftl.TextClassification):
 def test_a_loss_that_reads_more_than_labels_is_trained_plainly(text_run, capsys):
     *_, history, done = trained(text_run("frozen", "mean"), Weighted, FrozenConfig())
     assert history.steps and not Path(done.output_dir, HEADS).exists()
-    assert "more than inputs and labels (inputs, labels, share)" in capsys.readouterr().out
+    assert "other than inputs and labels (inputs, labels, share)" in capsys.readouterr().out
 
 
 def test_logits_that_are_more_than_the_linear_layer_are_trained_plainly(text_run, monkeypatch, capsys):
@@ -169,7 +169,7 @@ def test_logits_that_are_more_than_the_linear_layer_are_trained_plainly(text_run
     plain = TextModel.forward
     monkeypatch.setattr(TextModel, "forward", lambda self, inputs: {"logits": 2 * plain(self, inputs)["logits"]})
     *_, done = trained(text_run("frozen", "mean"), hftl.TextClassification, FrozenConfig())
-    assert not Path(done.output_dir, HEADS).exists() and "not the output of the head" in capsys.readouterr().out
+    assert not Path(done.output_dir, HEADS).exists() and "not the output of the linear layer of the head" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", [{"lr_factors": []}, {"lr_factors": [-1.0]}, {"weight_decays": []}])

@@ -105,7 +105,7 @@ def test_a_run_learns_and_opens_elsewhere_and_labels_images(method, pair_run, tm
     metrics = run_undrawn("image_text_retrieval", run)
     assert write_report(Path(run.output_dir)).is_file()
     said = capsys.readouterr().out
-    assert ("vectors of the encoders, computed once" in said) == (method == "frozen")
+    assert ("frozen on cached encoder embeddings" in said) == (method == "frozen")
     assert metrics["validation/mean_recall"] > 0.4
     pictures = tmp_path / "data" / "images"
     files = sorted(str(file) for file in pictures.glob("2-*.png"))[:6]

@@ -222,7 +222,7 @@ def test_a_head_of_several_layers_is_refused_and_pooling_helps(text_run, tiny_be
     DistilBertModel(DistilBertConfig(vocab_size=80, max_position_embeddings=64, **size)).save_pretrained(folder)
     run = with_head(text_run(), "logistic")
     run = replace(run, model=replace(run.model, name=str(folder)))
-    with pytest.raises(ConfigError, match=r"pre_classifier.*--model\.pooling mean \(or cls\)"):
+    with pytest.raises(ConfigError, match=r"pre_classifier.*--model\.pooling mean or cls"):
         hftl.setup_run(run, hftl.TextClassification)
     run, splits, task = hftl.setup_run(replace(run, model=replace(run.model, pooling="mean")), hftl.TextClassification)
     model = hftl.build_model(run, task.head)
