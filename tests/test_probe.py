@@ -384,7 +384,7 @@ def test_a_run_that_is_complete_says_so_and_one_that_was_stopped_begins_again(te
         raise KeyboardInterrupt("SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hftl.training.probe.fit_head", stopped)
+        patch.setattr("hftl.training.probe.fit_classifier", stopped)
         with pytest.raises(KeyboardInterrupt):
             main(run)
     metrics = main(run)

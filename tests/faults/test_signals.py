@@ -30,7 +30,7 @@ def stop(attempt, number, **target):
 
 
 STAGES = {
-    "setup": ("hftl.run.setup.load_splits", ""),
+    "setup": ("hftl.run.setup.load_usable_splits", ""),
     "evaluation during training": ("hftl.training.validation.evaluate_rows", ""),
     "last evaluation during training": ("hftl.training.validation.evaluate_rows", ""),
     "evaluate": ("hftl.evaluation.evaluate.TableWriter.write", ""),
@@ -96,7 +96,7 @@ def test_second_signal_stops_immediately(launched, forks, text_flags, tmp_path):
     attempt = forks.start(
         text_flags(tmp_path / "run"), tmp_path / "logs", faults=[*NO_REPORT, pause], environment=environment
     )
-    attempt.until("13 steps, ")
+    attempt.until("13 steps")
     attempt.until_exists(marker)
     attempt.send(signal.SIGTERM)
     attempt.until("a second signal stops immediately")
@@ -119,7 +119,7 @@ def stop_repeatedly(count, forks, text_flags, tmp_path, seed):
         "checkpoint.save_steps": 25,
     }
     reference = forks.start(text_flags(tmp_path / "reference", **settings), logs, faults=NO_REPORT, processes=2)
-    reference.until("60 steps, ")
+    reference.until("60 steps")
     started = time.monotonic()
     reference.until("validation: loss")
     duration = time.monotonic() - started
