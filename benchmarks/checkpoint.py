@@ -62,8 +62,8 @@ def _trained(run: Any, kind: Any) -> tuple[Any, Any]:
 
     caught: list[Any] = []
 
-    class Caught(loop.Keeper):
-        def check_room(self, training: Any) -> None:
+    class Caught(loop.Checkpointer):
+        def check_disk_space(self, training: Any) -> None:
             caught.extend((self, training))
 
     with suppress_logs():
@@ -71,11 +71,11 @@ def _trained(run: Any, kind: Any) -> tuple[Any, Any]:
         accelerator = hftl.create_accelerator(run)
         model = hftl.build_model(run, task.head)
         hftl.adapt(model, run.adapt)
-        original, loop.Keeper = loop.Keeper, Caught
+        original, loop.Checkpointer = loop.Checkpointer, Caught
         try:
             hftl.fit(accelerator, model, task, splits, run)
         finally:
-            loop.Keeper = original
+            loop.Checkpointer = original
     used, training = caught
     keeper = original(used.accelerator, run, used.store.folder.parent / "saves")
     return keeper, training
@@ -91,7 +91,7 @@ def _round(keeper: Any, training: Any, folder: Path) -> tuple[float, float, floa
     started = time.perf_counter()
     keeper.save(training)
     still = time.perf_counter() - started
-    keeper.settle(training)
+    keeper.flush(training)
     on_disk = time.perf_counter() - started
     started = time.perf_counter()
     for number, tensors in enumerate(

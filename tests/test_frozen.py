@@ -131,7 +131,7 @@ def test_head_search_skips_diverged_heads_or_raises(text_run):
     *_, finished = train_head(run, hftl.TextClassification, grid)
     rows = json.loads(Path(finished.output_dir, HEADS).read_text())
     assert [row["kept"] for row in rows] == [True, False]
-    with pytest.raises(NonfiniteError, match="no head is left"):
+    with pytest.raises(NonfiniteError, match="no head has a finite loss"):
         train_head(run, hftl.TextClassification, replace(SINGLE_HEAD, lr_factors=[1e40]), "all")
 
 
@@ -161,7 +161,7 @@ class WeightedClassification(hftl.TextClassification):
 def test_loss_with_extra_batch_entries_skips_cache(text_run, capsys):
     *_, history, finished = train_head(text_run("frozen", "mean"), WeightedClassification, FrozenConfig())
     assert history.steps and not Path(finished.output_dir, HEADS).exists()
-    assert "more than inputs and labels (inputs, labels, row_weight)" in capsys.readouterr().out
+    assert "other than inputs and labels (inputs, labels, row_weight)" in capsys.readouterr().out
 
 
 def test_logits_beyond_linear_head_skip_cache(text_run, monkeypatch, capsys):
@@ -170,7 +170,10 @@ def test_logits_beyond_linear_head_skip_cache(text_run, monkeypatch, capsys):
     forward = TextModel.forward
     monkeypatch.setattr(TextModel, "forward", lambda self, inputs: {"logits": 2 * forward(self, inputs)["logits"]})
     *_, finished = train_head(text_run("frozen", "mean"), hftl.TextClassification, FrozenConfig())
-    assert not Path(finished.output_dir, HEADS).exists() and "not the output of the head" in capsys.readouterr().out
+    assert (
+        not Path(finished.output_dir, HEADS).exists()
+        and "not the output of the linear layer of the head" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("invalid", [{"lr_factors": []}, {"lr_factors": [-1.0]}, {"weight_decays": []}])

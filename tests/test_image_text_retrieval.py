@@ -111,7 +111,7 @@ def test_run_reload_matches_embeddings_and_labels(method, pair_run, tmp_path, ca
     metrics = run_undrawn("image_text_retrieval", run)
     assert write_report(Path(run.output_dir)).is_file()
     output = capsys.readouterr().out
-    assert ("vectors of the encoders, computed once" in output) == (method == "frozen")
+    assert ("frozen on cached encoder embeddings" in output) == (method == "frozen")
     assert metrics["validation/mean_recall"] > 0.4
     image_folder = tmp_path / "data" / "images"
     files = sorted(str(file) for file in image_folder.glob("2-*.png"))[:6]

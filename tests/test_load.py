@@ -91,7 +91,7 @@ def test_by_id_at_a_revision_and_as_an_adapter(hub, text_folder, texts):
     assert files
     with pytest.raises(ArtifactError, match="damaged"):
         hftl.load("alice/other")
-    with pytest.raises(ArtifactError, match="there is no repository alice/absent"):
+    with pytest.raises(ArtifactError, match="'alice/absent' does not exist"):
         hftl.load("alice/absent")
     with pytest.raises(ArtifactError, match="no such revision"):
         hftl.load("alice/model", revision="f" * 40)
@@ -230,9 +230,9 @@ def test_two_processes_predict_the_same_table_in_order(text_folder, forks, tmp_p
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"HF_TOKEN": ""}, "not logged in, or alice/model does not exist"),
+        ({"HF_TOKEN": ""}, "not logged in, or 'alice/model' does not exist"),
         ({"HF_TOKEN": "hf_nobody"}, "does not accept the token"),
-        ({"HF_TOKEN": "hf_bob"}, "there is no repository alice/model that this token can see"),
+        ({"HF_TOKEN": "hf_bob"}, "'alice/model' does not exist or is not accessible with this token"),
     ],
     ids=["no token", "wrong token", "someone else's"],
 )

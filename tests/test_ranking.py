@@ -183,7 +183,7 @@ def test_what_cannot_be_ranked_is_refused(images, texts, tiny_timm, tmp_path):
         rank(str(images), [], output=None)
     with pytest.raises(ConfigError, match="Did you mean 'LogME'"):
         rank(str(images), ["a"], by="LogMe", output=None)
-    with pytest.raises(ConfigError, match="cannot be a folder"):
+    with pytest.raises(ConfigError, match="cannot be created"):
         (tmp_path / "file").write_text("x")
         rank(str(images), ["a"], output=tmp_path / "file" / "out")
     shutil.copytree(images / "train" / "blue", tmp_path / "one" / "train" / "blue")

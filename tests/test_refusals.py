@@ -255,7 +255,7 @@ def test_an_effective_batch_larger_than_the_data_is_refused(image_run, monkeypat
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
         run = image_run(batch_size_per_device=batch, gradient_accumulation_steps=accumulation)
         problem = the_only(refused(run))
-        assert f"effective batch of {batch * accumulation * world}" in problem and "36 training rows" in problem
+        assert f"effective batch size of {batch * accumulation * world}" in problem and "36 training rows" in problem
         fits = image_run(batch_size_per_device=36 // accumulation // world, gradient_accumulation_steps=accumulation)
         hftl.setup_run(fits, hftl.ImageClassification)
 
@@ -299,7 +299,7 @@ def test_an_existing_run_is_kept_unless_told_otherwise(image_run, tmp_path):
     (folder / "model" / "weights").write_text("precious")
     (folder / "config.yaml").write_text("")
     problem = the_only(refused(run))
-    assert f"'{folder}' holds a run already (config.yaml, model)" in problem and "--overwrite" in problem
+    assert f"'{folder}' already contains a run (config.yaml, model)" in problem and "--overwrite" in problem
     assert (folder / "model" / "weights").read_text() == "precious"
 
 
@@ -308,16 +308,16 @@ def test_a_folder_that_no_run_made_is_never_cleared(image_run, tmp_path):
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "weights").write_text("precious")
     problem = the_only(refused(replace(image_run(), overwrite=True)))
-    assert f"'{folder}' holds model, but no run of hftl (no config.yaml)" in problem
+    assert f"'{folder}' contains model but no config.yaml of hftl" in problem
     assert (folder / "model" / "weights").read_text() == "precious"
 
 
 def test_a_run_folder_around_its_own_inputs_is_refused(image_run, image_copy):
     run = with_data(image_run(), source=str(image_copy))
     problem = the_only(refused(replace(run, output_dir=str(image_copy.parent), overwrite=True)))
-    assert "holds data.source" in problem
+    assert "contains data.source" in problem
     model = run.model.name.removeprefix("local-dir:")
-    assert "holds model.name" in the_only(refused(replace(run, output_dir=model, overwrite=True)))
+    assert "contains model.name" in the_only(refused(replace(run, output_dir=model, overwrite=True)))
 
 
 def test_overwriting_removes_the_run_and_nothing_else(image_run, tmp_path):
@@ -377,7 +377,7 @@ def test_a_run_folder_that_may_not_be_written_is_refused(image_run, tmp_path):
     with nobody():
         problem = the_only(folder_problems(replace(image_run(), output_dir=str(closed / "inside" / "run"))))
     closed.chmod(0o700)
-    assert "cannot be reached: Permission denied" in problem
+    assert "cannot be accessed: Permission denied" in problem
 
 
 # All at once
@@ -413,7 +413,7 @@ def test_everything_wrong_is_in_one_message(image_run, tmp_path):
         ("imagse' does not exist", "Did you mean 'images'?"),
         ("timm has no model 'resnet5O'", "'resnet50'"),
         ("train.metrics: 'no_such_metric'", "macro_f1"),
-        ("holds a run already", "--overwrite"),
+        ("already contains a run", "--overwrite"),
     ]
     assert len(problems) == len(expected), problems
     for words in expected:
@@ -431,7 +431,7 @@ def test_problems_of_data_model_and_settings_come_together(image_run, image_copy
         "unreadable image",
         "validation has 3 row(s) of class blue",
         "test has 3 row(s) of class blue",
-        "effective batch of 25",
+        "effective batch size of 25",
         "'qkw' matches no",
         "is a file",
     ):

@@ -286,7 +286,7 @@ def test_processes_with_different_quarantine_raise(dirty, tiny_timm, tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     completed = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, env=environment)
     assert completed.returncode == 0, completed.stderr[-3000:]
-    message = "raised: data.on_error: the processes left out different rows (so many each: 6, 5)"
+    message = "raised: data.on_error: processes skipped different rows (rows per process: 6, 5)"
     assert completed.stdout.count(message) == 2
 
 

@@ -111,7 +111,7 @@ def test_resume_with_skipped_training_row_restarts(run, folder, tmp_path, capsys
     truncate(training_file(folder, row))
     row_problem(run)
     result, logged = resume_with_skip(run, capsys)
-    assert "resume: 1 train row(s) of the checkpoint after step 2 are left out now" in logged
+    assert "resume: 1 train row(s) of the checkpoint after step 2 are now skipped" in logged
     assert "restarts from step 0" in logged and result == train_from_scratch(run, tmp_path, on_error="skip")
     assert f'"row": {row}' in Path(run.output_dir, "quarantine.jsonl").read_text()
 
@@ -174,7 +174,7 @@ def test_processes_raise_one_error_and_resume(split, forks, folder, tiny_timm, t
     truncate(file)
     settings = {"train__max_steps": 10, "train__batch_size_per_device": 4, "train__trackers": "[]"}
     settings |= {"data__num_workers": 0, "resume": "auto"}
-    options = {"recipe": "image_classification", "processes": 2, "faults": [("no_pictures", [])]}
+    options = {"recipe": "image_classification", "processes": 2, "faults": [("skip_report", [])]}
     command = flags(folder, tiny_timm["test_resnet"], tmp_path / "run", **settings)
     statuses, output = forks.run(command, tmp_path / "logs", **options)
     assert statuses == [2, 2], output
