@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
             print(f"\n{task}")
             started = time.perf_counter()
             found = {"photographs": photographs, "shuffled_digits": shuffled_digits}[task](folder / task, args.seeds)
-            result = {"benchmark": "verdict", "task": task, "verdict": found.verdict, "sentence": found.sentence}
+            result = {"benchmark": "verdict", "task": task, "verdict": found.conclusion, "sentence": found.sentence}
             print(json.dumps(result | {"seconds": round(time.perf_counter() - started)}))
 
 
@@ -54,7 +54,7 @@ def photographs(folder: Path, seeds: int) -> Comparison:
         hftl.ModelConfig(name=f"local-dir:{shared / 'weights' / 'mobilenetv2_100'}", image_size=128),
         train=hftl.TrainConfig(num_epochs=3, trackers=[]),
     )
-    return hftl.compare(methods=("scratch", "frozen"), seeds=seeds, run=run, output_dir=folder, overwrite=True)
+    return hftl.compare(methods=("scratch", "frozen"), num_seeds=seeds, run=run, output_dir=folder, overwrite=True)
 
 
 def shuffled_digits(folder: Path, seeds: int) -> Comparison:
@@ -67,7 +67,7 @@ def shuffled_digits(folder: Path, seeds: int) -> Comparison:
         train=hftl.TrainConfig(num_epochs=8, lr=2e-3, head_lr=2e-3, trackers=[]),
     )
     methods = ("scratch", "frozen", "full")
-    return hftl.compare(methods=methods, seeds=seeds, run=run, output_dir=folder, overwrite=True)
+    return hftl.compare(methods=methods, num_seeds=seeds, run=run, output_dir=folder, overwrite=True)
 
 
 def write_shuffled_digits(folder: Path, train: int = TRAINING_DIGITS, seed: int = 0) -> None:

@@ -145,7 +145,7 @@ def test_compare_command_on_tags_trains_nothing(made, data, tiny_bert, tmp_path,
     arguments = ["compare", data["word_tags"]["source"], "--model", tiny_bert, "--methods", "scratch", "full"]
     config = tmp_path / "short.yaml"
     config.write_text("train: {max_steps: 1, trackers: [], batch_size_per_device: 4}")
-    arguments += ["--seeds", "1", "--config", str(config), "--output_dir", str(tmp_path / "runs")]
+    arguments += ["--num_seeds", "1", "--config", str(config), "--output_dir", str(tmp_path / "runs")]
 
     def in_this_process(work, *values, **_):
         assert work is not comparison.train, "a training began"
@@ -193,15 +193,15 @@ def test_check_states_which_checks_do_not_apply(kind, made, data, tmp_path, caps
     checked = hftl.check(config, output=tmp_path / "check")
     need_classes = [name for name in NEED_CLASSES if name != "label_errors"]  # without a model
     if Capability.CLASS_CHECKS in capabilities_of(task):
-        assert all(checked[name].looked for name in need_classes)
+        assert all(checked[name].checked for name in need_classes)
         return
     # columns of pairs with scores alone do not tell whether their texts or a number are learned
     problem = "checks that compare classes do not support "
     problem += f"{task.name} ({KINDS[kind][1]}); allowed: " if kind != "scored_pairs" else ""
-    assert all(not checked[name].looked and problem in checked[name].sentence for name in need_classes)
-    assert f"(unlabelled, conflicts, imbalance: Not looked for: {problem}" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--fail_on: conflicts: ") as caught:
-        hftl.check(config, output=tmp_path / "again", fail_on=["leaks", "conflicts"])
+    assert all(not checked[name].checked and problem in checked[name].description for name in need_classes)
+    assert f"(unlabelled, conflicting_labels, class_imbalance: Not checked: {problem}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--fail_on: conflicting_labels: ") as caught:
+        hftl.check(config, output=tmp_path / "again", fail_on=["leaks", "conflicting_labels"])
     assert problem in str(caught.value)
     assert not hftl.check(config, output=tmp_path / "defaults", fail_on=[]).left_out, "defaults are never rejected"
 

@@ -182,7 +182,7 @@ def test_backbones_are_ranked_and_data_checked_for_any_labels(tables, tiny_bert,
     assert found.kind == "values" and np.isfinite(found.scores["head"]["linear probe"][tiny_bert].value)
     for kind in ("lists", "several"):
         checked = hftl.check(replace(data, **{"label_columns": None} | DATA[kind]), output=tmp_path / kind)
-        assert not checked["unlabelled"].looked and checked["leaks"].looked
+        assert not checked["unlabelled"].checked and checked["leaks"].checked
 
 
 def test_images_pass_the_contract(pictures, tiny_timm, tmp_path):
