@@ -136,7 +136,7 @@ def test_bad_pairs_can_be_left_out(pair_run):
 
 @pytest.mark.parametrize("method", ["frozen", "probe"])
 def test_there_is_no_head_to_train_alone(method, pair_run):
-    with pytest.raises(ConfigError, match=f"{method} trains the head alone, and this model has none; say full or lora"):
+    with pytest.raises(ConfigError, match=f"'{method}' trains only the head, and this model has no head; allowed"):
         hftl.setup_run(pair_run(method), hftl.TextEmbedding)
 
 
