@@ -357,7 +357,7 @@ def test_a_task_of_ones_own_may_judge_rows_or_not(tmp_path):
 
     class Judging(recipe.DigitQuestions):
         def __init__(self, splits):
-            hftl.SupervisedTask.__init__(self, recipe.ImageInputs.find(splits), Odd(recipe.TwoQuestions()))
+            hftl.SupervisedTask.__init__(self, recipe.ImageInputs.find(splits), Odd(recipe.ParityAndSize()))
 
     found = hftl.setup_run(run, Judging)[0].quarantine
     assert [(row["row"], row["reason"]) for row in found] == [(1, "an odd digit"), (2, "an odd digit")]
