@@ -67,7 +67,7 @@ def test_of_several_captions_training_draws_one_and_evaluation_takes_all(pair_ru
 
 def test_rows_that_a_label_calls_no_pairs_are_not_used(pair_run, capsys):
     run, splits, task = hftl.setup_run(pair_run(kind={"label": True}), hftl.ImageTextRetrieval)
-    assert "30 of 60 train rows are pairs ('label' 1)" in capsys.readouterr().out
+    assert "30 of 60 train rows are pairs ('label' is 1)" in capsys.readouterr().out
     rows = task.encode(splits["train"], hftl.build_model(run, task.head).processor, None, None)
     assert len(rows) == 30 and not any("a red rope" in row["captions"] for row in rows.fetch(range(0, 30, 3), 0))
 

@@ -87,7 +87,7 @@ def test_what_is_saved_opens_elsewhere_with_the_same_embeddings(pair_run, capsys
 @pytest.mark.parametrize(
     ("splits", "settings", "message"),
     [
-        ({"train": [{"text": "a cat", "score": 1.0}] * 20}, {}, "no second column"),
+        ({"train": [{"text": "a cat", "score": 1.0}] * 20}, {}, "no second text column"),
         ({"train": [*scored_pairs(20), {"sentence1": "a", "sentence2": "", "score": 1.0}]}, {}, "empty text"),
         (
             {"train": [*scored_pairs(20), {"sentence1": "a", "sentence2": "b", "score": None}]},
