@@ -1,6 +1,6 @@
-"""hftl: fine-tune pretrained vision and text models; full, frozen or LoRA, on any hardware, opened anywhere.
+"""Fine-tuning of pretrained vision and text models (full, frozen backbone or LoRA) on any hardware.
 
-Names load when they are first used: `import hftl` imports no torch.
+Names are imported lazily: `import hftl` does not import torch.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ _EXPORTS = {
     "hftl.artifacts.save_run": ("RunResult", "save_run"),
     "hftl.artifacts.push": ("push",),
 }
-_MODULE_OF = {name: home for home, names in _EXPORTS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "AdaptConfig",

@@ -73,7 +73,7 @@ def test_encode_samples_one_caption_in_training_only(pair_run):
 
 def test_setup_skips_unmatched_pairs(pair_run, capsys):
     run, splits, task = hftl.setup_run(pair_run(captions={"label": True}), hftl.ImageTextRetrieval)
-    assert "30 of 60 train rows are pairs ('label' 1)" in capsys.readouterr().out
+    assert "30 of 60 train rows are pairs ('label' is 1)" in capsys.readouterr().out
     rows = task.encode(splits["train"], hftl.build_model(run, task.head).processor, None, None)
     assert len(rows) == 30 and not any("a red rope" in row["captions"] for row in rows.fetch(range(0, 30, 3), 0))
 

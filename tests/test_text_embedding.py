@@ -85,7 +85,7 @@ def test_saved_embedding_model_without_hftl_matches_hftl(pair_run, capsys, run_w
 @pytest.mark.parametrize(
     ("splits", "settings", "message"),
     [
-        ({"train": [{"text": "a cat", "score": 1.0}] * 20}, {}, "no second column"),
+        ({"train": [{"text": "a cat", "score": 1.0}] * 20}, {}, "no second text column"),
         ({"train": [*scored_pairs(20), {"sentence1": "a", "sentence2": "", "score": 1.0}]}, {}, "empty text"),
         (
             {"train": [*scored_pairs(20), {"sentence1": "a", "sentence2": "b", "score": None}]},
@@ -134,7 +134,7 @@ def test_invalid_pairs_are_skipped(pair_run):
 
 @pytest.mark.parametrize("method", ["frozen", "probe"])
 def test_head_only_method_for_text_embedding_raises(method, pair_run):
-    with pytest.raises(ConfigError, match=f"{method} trains the head alone, and this model has none; say full or lora"):
+    with pytest.raises(ConfigError, match=f"'{method}' trains only the head, and this model has no head; allowed"):
         hftl.setup_run(pair_run(method), hftl.TextEmbedding)
 
 

@@ -360,7 +360,7 @@ def test_custom_task_may_validate_rows(tmp_path):
 
     class ValidatingTask(recipe.DigitQuestions):
         def __init__(self, splits):
-            inputs, target = recipe.ImageInputs.find(splits), ValidatingTarget(recipe.TwoQuestions())
+            inputs, target = recipe.ImageInputs.find(splits), ValidatingTarget(recipe.ParityAndSize())
             hftl.SupervisedTask.__init__(self, inputs, target)
 
     quarantine = hftl.setup_run(run, ValidatingTask)[0].quarantine

@@ -193,7 +193,7 @@ def test_a_tokenizer_cannot_take_files_of_this_machine_along(key, copied, tmp_pa
 @pytest.mark.parametrize("name", ["somebody/metric", "../metric", "/tmp/metric"])
 def test_metrics_that_are_somebodys_code_are_not_fetched(name, monkeypatch):
     monkeypatch.setattr("evaluate.load", lambda *_: pytest.fail("fetched"))
-    assert "is code of somebody on the hub; download it, read it" in metric_problems([name])[0]
+    assert "is third-party code on the Hub. Download and review it" in metric_problems([name])[0]
 
 
 def test_metrics_of_the_library_and_of_this_machine_are_the_users_choice(tmp_path, monkeypatch):

@@ -1,14 +1,13 @@
-"""Does `hftl compare` tell where transfer helps from where it does not? One task of each kind, and the verdicts.
+"""Conclusions of `hftl compare` on a task with transfer gain and on a task without.
 
-`python -m benchmarks verdict` compares training from scratch with ways of transfer on two tasks, three seeds each, and
-prints table, sentence and seconds:
+`python -m benchmarks transfer_gain` compares training from scratch with transfer learning on two tasks, with three
+seeds each, and prints table, conclusion and seconds:
 
-- photographs (hymenoptera, folder `HFTL_SHARED`), mobilenetv2_100 with ImageNet weights: features made for such images;
-- shuffled digits: scikit-learn's handwritten digits, the 64 pixels of every image in one random order. Their values are
-  those of digits and the classes are as separable as ever, but strokes are gone, which is all that the embedded model
-  learnt from letters.
+- photographs (hymenoptera, folder `HFTL_SHARED`), mobilenetv2_100 with ImageNet weights, pretrained on similar images;
+- shuffled digits: handwritten digits of scikit-learn with the same random permutation of the 64 pixels in all images.
+  Pixel values and class separability are unchanged, but the strokes that the embedded model was pretrained on are gone.
 
-Rates are the methods' own for photographs, and those of quickstart's full runs for digits.
+Learning rates are the defaults of the methods for photographs, and those of `hftl quickstart` (full) for digits.
 """
 
 from __future__ import annotations
@@ -30,24 +29,26 @@ TASKS = ("photographs", "shuffled_digits")
 
 
 def main(argv: list[str]) -> None:
-    """Prints the comparison of each task, and a line of JSON."""
+    """Prints the comparison of each task, and its conclusion as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", help="folder that keeps the runs and pages; a temporary one by default")
+    parser.add_argument("--output", help="folder of runs and reports; by default a temporary folder")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as aside:
-        folder = Path(args.output or aside)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.output or temporary)
         for task in args.tasks:
             print(f"\n{task}")
             started = time.perf_counter()
-            found = {"photographs": photographs, "shuffled_digits": shuffled_digits}[task](folder / task, args.seeds)
-            result = {"benchmark": "verdict", "task": task, "verdict": found.conclusion, "sentence": found.sentence}
-            print(json.dumps(result | {"seconds": round(time.perf_counter() - started)}))
+            compare = {"photographs": photographs, "shuffled_digits": shuffled_digits}[task]
+            comparison = compare(folder / task, args.seeds)
+            result: dict[str, object] = {"conclusion": comparison.conclusion, "message": comparison.sentence}
+            result["seconds"] = round(time.perf_counter() - started)
+            print(json.dumps({"benchmark": "transfer_gain", "task": task} | result))
 
 
 def photographs(folder: Path, seeds: int) -> Comparison:
-    """Ants or bees, 245 / 77 / 76 photographs, at 128 x 128 pixels."""
+    """Compares methods on hymenoptera: ants or bees, 245 / 77 / 76 photographs of 128 x 128 pixels."""
     shared = Path(os.environ.get("HFTL_SHARED", "../shared")) / "data"
     run = hftl.RunConfig(
         hftl.DataConfig(source=str(shared / "image" / "hymenoptera")),
@@ -58,7 +59,7 @@ def photographs(folder: Path, seeds: int) -> Comparison:
 
 
 def shuffled_digits(folder: Path, seeds: int) -> Comparison:
-    """Ten classes, 300 / 200 / 600 images without strokes."""
+    """Compares methods on shuffled digits: ten classes, 300 / 200 / 600 images."""
     data = folder.with_name(f"{folder.name}-data")
     write_shuffled_digits(data)
     run = hftl.RunConfig(
@@ -71,7 +72,7 @@ def shuffled_digits(folder: Path, seeds: int) -> Comparison:
 
 
 def write_shuffled_digits(folder: Path, train: int = TRAINING_DIGITS, seed: int = 0) -> None:
-    """Writes train, validation (200) and test (600) as folders of class folders; one order of pixels for all images."""
+    """Writes train, validation (200) and test (600) in class folders; all images have the same pixel permutation."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -79,9 +80,9 @@ def write_shuffled_digits(folder: Path, train: int = TRAINING_DIGITS, seed: int 
     rng = np.random.default_rng(seed)
     order, rows = rng.permutation(64), rng.permutation(len(digits.images))
     ends = np.cumsum([train, 200, 600])
-    for split, part in zip(("train", "validation", "test"), np.split(rows, ends)[:3], strict=True):
-        for row in part:
-            place = folder / split / str(digits.target[row])
-            place.mkdir(parents=True, exist_ok=True)
+    for split, split_rows in zip(("train", "validation", "test"), np.split(rows, ends)[:3], strict=True):
+        for row in split_rows:
+            class_folder = folder / split / str(digits.target[row])
+            class_folder.mkdir(parents=True, exist_ok=True)
             pixels = np.round(digits.data[row][order].reshape(8, 8) * (255 / 16)).astype(np.uint8)
-            Image.fromarray(pixels).save(place / f"{row:04d}.png")
+            Image.fromarray(pixels).save(class_folder / f"{row:04d}.png")
