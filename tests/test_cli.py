@@ -242,25 +242,25 @@ def test_a_class_that_the_model_does_not_know_is_refused(image_model, text_model
     shutil.copytree(images / "test" / "red", tmp_path / "new" / "test" / "crimson")
     shutil.copytree(images / "test" / "green", tmp_path / "new" / "test" / "green")
     message = refused("evaluate", image_model, "--data", tmp_path / "new")
-    assert "does not know the class(es) crimson" in message and "blue, green, red" in message
+    assert "class(es) crimson are unknown" in message and "blue, green, red" in message
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "test.csv").write_text("text,label\ncat,animal\nbread,drink\n")
     message = refused("evaluate", text_model, "--data", tmp_path / "table")
     assert "drink" in message and "column 'label'" in message
     (tmp_path / "table" / "test.csv").write_text("text,kind\ncat,animal\n")
     message = refused("evaluate", text_model, "--data", tmp_path / "table")
-    assert "there is no label column 'label'. Columns: text, kind" in message
+    assert "label column(s) 'label' are missing. Columns: text, kind" in message
 
 
 def test_a_split_that_is_not_there_names_those_that_are(text_model, texts, refused):
     message = refused("evaluate", text_model, "--data", texts / "test.csv")
-    assert "has no test rows" in message and "--split train" in message
+    assert "--split: 'test' is missing" in message and "allowed: train" in message
 
 
 def test_a_folder_that_is_no_run_is_refused(images, refused, tmp_path):
     for folder in (images, tmp_path / "nothing"):
         for command in (["evaluate", folder], ["predict", folder, "x"]):
-            assert f"'{folder}' is neither a run folder nor a model folder" in refused(*command)
+            assert f"'{folder}' is not a run folder or model folder" in refused(*command)
 
 
 # Predict
@@ -278,7 +278,7 @@ def test_one_image_is_predicted_as_in_the_run(image_model, images, hftl):
 def test_a_folder_of_images_goes_into_a_table(ending, image_model, images, hftl, tmp_path):
     output = tmp_path / f"rows{ending}"
     printed = hftl("predict", image_model, images / "test", "--output", output, "--batch_size", 3)
-    assert printed.splitlines()[-1] == f"10 predictions in {output}"
+    assert printed.splitlines()[-1] == f"predict: wrote 10 predictions to {output}"
     rows = read(output)
     assert [row["input"] for row in rows] == sorted(str(file) for file in (images / "test").rglob("*.png"))
     assert [row["row"] for row in rows] == list(range(10))
@@ -325,10 +325,10 @@ def test_any_text_is_a_text_however_long_or_odd(text_model, hftl):
     ("which", "given", "said"),
     [
         ("image_model", "test/red/00.pgn", "does not exist"),
-        ("image_model", "test/red/000.png", "no file"),
+        ("image_model", "test/red/000.png", "does not exist"),
         ("image_model", "test/rde", "Did you mean 'red'?"),
         ("image_model", "empty", "no images"),
-        ("image_model", "notes.txt", "is not an image"),
+        ("image_model", "notes.txt", "is invalid. Pass an image"),
         ("image_model", "table.csv", "lacks column(s) image. Columns: id, words"),
         ("text_model", "tabel.csv", "Did you mean 'table.csv'?"),
         ("text_model", "table.csv", "lacks column(s) text. Columns: id, words"),
@@ -361,8 +361,10 @@ def test_a_second_text_is_refused_by_a_model_of_single_texts(text_model, refused
 
 def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(text_model, refused, tmp_path):
     for command in (["predict", text_model, "cat"], ["evaluate", text_model]):
-        assert "must end in .parquet, .csv, .jsonl" in refused(*command, "--output", tmp_path / "rows.xlsx")
-        assert f"no folder '{tmp_path / 'gone'}'" in refused(*command, "--output", tmp_path / "gone" / "rows.csv")
+        assert "allowed: .parquet, .csv, .jsonl" in refused(*command, "--output", tmp_path / "rows.xlsx")
+        assert f"folder '{tmp_path / 'gone'}' does not exist" in refused(
+            *command, "--output", tmp_path / "gone" / "rows.csv"
+        )
     assert "at least 1" in refused("predict", text_model, "cat", "--batch_size", 0)
     assert not list(tmp_path.iterdir())
 

@@ -213,7 +213,7 @@ def test_what_failed_is_said_and_the_rest_is_judged(tmp_path):
     again = judge(folders | {"lora": {}}, "test", "a budget", {"lora": [Failure(0, "no room (lora-s0.log)")]})
     assert again.conclusion == "helped" and len(again.result("full").scores) == 2
     assert "lora, seed 0, failed: no room (lora-s0.log)" in again.warnings
-    assert any(warning.startswith("full, seed 2, failed: there is no run folder") for warning in again.warnings)
+    assert any(warning.startswith("full, seed 2, failed: run folder") for warning in again.warnings)
     other = measured(tmp_path / "other", "full", 1, np.ones(299))
     strange = judge(folders | {"full": {0: folders["full"][0], 1: other}}, "test", "a budget", {})
     assert any("not measured on the same rows" in warning for warning in strange.warnings)
@@ -234,16 +234,16 @@ def test_the_verdict_is_on_the_page_of_the_comparison_and_of_the_kept_run(tmp_pa
     found, folders = compared(tmp_path, {"scratch": 0.6, "full": 0.9}, rows=90, seeds=1)
     runs = [folder for of_method in folders.values() for folder in of_method.values()]
     page = Page(compare_reports(runs, tmp_path / "compare.html", found.to_dict()))
-    assert page.titles[0] == "did-transfer-help?" and found.sentence in page.text
-    rows = {row[0]: row for row in page.tables["Ways of training"][1:]}
+    assert page.titles[0] == "transfer-gain" and found.sentence in page.text
+    rows = {row[0]: row for row in page.tables["Training methods"][1:]}
     ends = found.result("full").difference
     assert f"{ends.value:.4f} [{ends.low:.4f}, {ends.high:.4f}]" in rows["full"][3] and "–" in rows["scratch"][3]
     drawn = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
-    assert any("points of test accuracy against scratch" in alt and "full" in alt for alt in drawn)
+    assert any("points of test accuracy vs scratch" in alt and "full" in alt for alt in drawn)
     kept = tmp_path / found.kept
     (kept / "compare.json").write_text(json.dumps(found.to_dict()))
-    assert Page(write_report(kept)).titles[1] == "did-transfer-help?"
-    assert "did-transfer-help?" not in Page(write_report(runs[0])).titles
+    assert Page(write_report(kept)).titles[1] == "transfer-gain"
+    assert "transfer-gain" not in Page(write_report(runs[0])).titles
 
 
 # real trainings
@@ -276,7 +276,7 @@ def test_every_training_leaves_a_run_of_its_own_and_differs_in_the_method_alone(
     assert one["data"] == other["data"] and one["train"]["num_epochs"] == other["train"]["num_epochs"] == 2
     assert one["train"]["seed"] == 0 and settings["scratch-s1"]["train"]["seed"] == 1
     assert (one["model"]["pretrained"], other["model"]["pretrained"]) == (False, True)
-    assert "did-transfer-help?" in Page(folder / found.kept / "report.html").titles
+    assert "transfer-gain" in Page(folder / found.kept / "report.html").titles
 
 
 def test_complete_runs_are_read_again_and_other_settings_refused(quick, images, tiny_timm, capsys):
@@ -361,7 +361,7 @@ def test_a_child_returns_or_says_how_it_ended(tmp_path, capfd):
     with pytest.raises(ChildFailedError, match="ZeroDivisionError"):
         run_in_child(divmod, 1, 0, log=log)
     assert "Traceback" in log.read_text()
-    with pytest.raises(ArtifactError, match="no run folder"):
+    with pytest.raises(ArtifactError, match="run folder .* does not exist"):
         run_in_child(RunRecord, tmp_path / "nothing")
     assert "Traceback" not in capfd.readouterr().err
 

@@ -152,7 +152,7 @@ def test_predictions_are_masks_of_the_size_and_the_numbers_of_the_data(trained, 
 def test_the_report_shows_masks_beside_pictures(trained):
     folder, _ = trained
     page = write_report(folder).read_text()
-    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "pictures of test" in page
+    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "images of test" in page
 
 
 def test_two_processes_evaluate_as_one(trained, forks, tmp_path):

@@ -117,13 +117,13 @@ def test_a_batch_of_one_has_nothing_to_compare(loss, pair_run):
 
 
 def test_a_score_that_is_missing_in_other_data_is_named(pair_run, tmp_path):
-    from hftl.artifacts.labeled_data import labelled_rows
+    from hftl.artifacts.labeled_data import labeled_rows
 
     run, _, task = hftl.setup_run(pair_run(), hftl.TextEmbedding)
     rows = [*scored_pairs(4), {"sentence1": "a", "sentence2": "b", "score": None}]
     write_lines(tmp_path / "other", test=rows)
     with pytest.raises(hftl.HftlError, match="1 row.*row 4: no score"):
-        labelled_rows(task, run.data, str(tmp_path / "other"), "test", {})
+        labeled_rows(task, run.data, str(tmp_path / "other"), "test", {})
 
 
 def test_bad_pairs_can_be_left_out(pair_run):

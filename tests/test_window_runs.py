@@ -42,7 +42,7 @@ def tags(run, table):
 def answers(run, table):
     rows, given = opened(run, table)
     card = open(run + "/model/README.md").read()
-    code = card.split("## Use")[1].split("```python")[1].split("```")[0].replace("path/to/model", run + "/model")
+    code = card.split("## How to use")[1].split("```python")[1].split("```")[0].replace("path/to/model", run + "/model")
     equal = 0
     for row, asked in zip(rows, given):
         assert asked["context"][max(row["start"], 0) : max(row["end"], 0)] == row["answer"]
@@ -116,7 +116,7 @@ def test_commands_serve_both(window_run, capsys, tmp_path):
     assert "| test/f1 |" in card
 
     load_recipe("question_answering").main(answers)
-    assert "not drawn" not in capsys.readouterr().out and (tmp_path / "answers/report.html").is_file()
+    assert "report: not written" not in capsys.readouterr().out and (tmp_path / "answers/report.html").is_file()
     predict_to_file(answers.output_dir, "my a", "the cat the", output=str(out))
     found = json.loads(out.read_text())
     assert found["answer"] == "the cat the"[found["start"] : found["end"]] and found["candidates"]
