@@ -19,7 +19,7 @@ from hub import Hub, User
 
 ROOT = Path(__file__).parent.parent
 USERS = {
-    "hf_alice": User("alice", orgs=("acme",), visits=("museum",)),
+    "hf_alice": User("alice", orgs=("acme",), read_orgs=("museum",)),
     "hf_alice_read": User("alice", role="read", orgs=("acme",)),
     "hf_bob": User("bob"),
 }
@@ -359,7 +359,7 @@ def load_recipe(name: str):
 def run_undrawn(name: str, run):
     """Returns the metrics of a run of a recipe without report.html, which takes as long as the rest of a small run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hftl.artifacts.save_run._draw", lambda *_: None)
+        patch.setattr("hftl.artifacts.save_run._render_report", lambda *_: None)
         return load_recipe(name).main(run)
 
 

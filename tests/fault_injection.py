@@ -13,7 +13,7 @@ def skip_report() -> None:
     """Skips report.html, which takes as long as the rest of a small run."""
     import hftl.artifacts.save_run
 
-    hftl.artifacts.save_run._draw = lambda *_: None
+    hftl.artifacts.save_run._render_report = lambda *_: None
 
 
 def crash(target: str, pattern: str, nth: int, when: str) -> None:

@@ -242,25 +242,25 @@ def test_evaluate_rejects_unknown_classes(image_model, text_model, images, rejec
     shutil.copytree(images / "test" / "red", tmp_path / "new" / "test" / "crimson")
     shutil.copytree(images / "test" / "green", tmp_path / "new" / "test" / "green")
     message = rejected("evaluate", image_model, "--data", tmp_path / "new")
-    assert "does not know the class(es) crimson" in message and "blue, green, red" in message
+    assert "class(es) crimson are unknown" in message and "blue, green, red" in message
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "test.csv").write_text("text,label\ncat,animal\nbread,drink\n")
     message = rejected("evaluate", text_model, "--data", tmp_path / "table")
     assert "drink" in message and "column 'label'" in message
     (tmp_path / "table" / "test.csv").write_text("text,kind\ncat,animal\n")
     message = rejected("evaluate", text_model, "--data", tmp_path / "table")
-    assert "there is no label column 'label'. Columns: text, kind" in message
+    assert "label column(s) 'label' are missing. Columns: text, kind" in message
 
 
 def test_evaluate_missing_split_raises_with_existing_ones(text_model, texts, rejected):
     message = rejected("evaluate", text_model, "--data", texts / "test.csv")
-    assert "has no test rows" in message and "--split train" in message
+    assert "--split: 'test' is missing" in message and "allowed: train" in message
 
 
 def test_commands_reject_folders_without_run_or_model(images, rejected, tmp_path):
     for folder in (images, tmp_path / "nothing"):
         for command in (["evaluate", folder], ["predict", folder, "x"]):
-            assert f"'{folder}' is neither a run folder nor a model folder" in rejected(*command)
+            assert f"'{folder}' is not a run folder or model folder" in rejected(*command)
 
 
 # Predict
@@ -278,7 +278,7 @@ def test_predict_image_matches_run(image_model, images, hftl):
 def test_predict_image_folder_writes_table(ending, image_model, images, hftl, tmp_path):
     output = tmp_path / f"rows{ending}"
     printed = hftl("predict", image_model, images / "test", "--output", output, "--batch_size", 3)
-    assert printed.splitlines()[-1] == f"10 predictions in {output}"
+    assert printed.splitlines()[-1] == f"predict: wrote 10 predictions to {output}"
     rows = read(output)
     assert [row["input"] for row in rows] == sorted(str(file) for file in (images / "test").rglob("*.png"))
     assert [row["row"] for row in rows] == list(range(10))
@@ -327,10 +327,10 @@ def test_predict_accepts_any_text(text_model, hftl):
     ("fixture", "argument", "expected"),
     [
         ("image_model", "test/red/00.pgn", "does not exist"),
-        ("image_model", "test/red/000.png", "no file"),
+        ("image_model", "test/red/000.png", "does not exist"),
         ("image_model", "test/rde", "Did you mean 'red'?"),
         ("image_model", "empty", "no images"),
-        ("image_model", "notes.txt", "is not an image"),
+        ("image_model", "notes.txt", "is invalid. Pass an image"),
         ("image_model", "table.csv", "lacks column(s) image. Columns: id, words"),
         ("text_model", "tabel.csv", "Did you mean 'table.csv'?"),
         ("text_model", "table.csv", "lacks column(s) text. Columns: id, words"),
@@ -361,8 +361,10 @@ def test_predict_rejects_pair_for_single_text_model(text_model, rejected):
 
 def test_predict_rejects_invalid_output_before_inference(text_model, rejected, tmp_path):
     for command in (["predict", text_model, "cat"], ["evaluate", text_model]):
-        assert "must end in .parquet, .csv, .jsonl" in rejected(*command, "--output", tmp_path / "rows.xlsx")
-        assert f"no folder '{tmp_path / 'gone'}'" in rejected(*command, "--output", tmp_path / "gone" / "rows.csv")
+        assert "allowed: .parquet, .csv, .jsonl" in rejected(*command, "--output", tmp_path / "rows.xlsx")
+        assert f"folder '{tmp_path / 'gone'}' does not exist" in rejected(
+            *command, "--output", tmp_path / "gone" / "rows.csv"
+        )
     assert "at least 1" in rejected("predict", text_model, "cat", "--batch_size", 0)
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from multimodal_data import write_pairs
 import hftl
 from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 from hftl.adaptation.apply import adapt
-from hftl.artifacts.labeled_data import labelled_rows
+from hftl.artifacts.labeled_data import labeled_rows
 from hftl.models.build import build_model, open_model
 from hftl.models.modeling_image_text import ImageTextConfig, ImageTextDualConfig
 from hftl.reporting import write_report
@@ -420,7 +420,7 @@ def test_two_processes_match_single_process_metrics(gaps, tiny_timm, tiny_bert, 
     record = RunRecord(tmp_path / "run")
     assert record.environment["processes"] == 2
     model = hftl.load(tmp_path / "run")
-    rows = labelled_rows(model.task, model.data, None, "test")
+    rows = labeled_rows(model.task, model.data, None, "test")
     for name, value in model.run(model.encode(rows), 4).items():
         assert record.metrics[f"test/{name}"] == pytest.approx(value, abs=1e-6), name
 

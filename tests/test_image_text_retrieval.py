@@ -194,10 +194,10 @@ def test_setup_skips_invalid_pairs(pair_run, tmp_path):
 
 
 def test_zero_shot_rejects_invalid_labels_and_tasks(text_run):
-    with pytest.raises(DataError, match="no {}"):
+    with pytest.raises(DataError, match="lacks {}"):
         hftl.inference.zero_shot.prompts(["a", "b"], "a photo")
-    with pytest.raises(DataError, match="two different labels"):
+    with pytest.raises(DataError, match="at least two distinct"):
         hftl.inference.zero_shot.prompts(["a", "a"], None)
     _, _, task = hftl.setup_run(text_run(), hftl.TextClassification)
-    with pytest.raises(DataError, match="this one is for text classification"):
+    with pytest.raises(DataError, match="the task of this model is text classification"):
         hftl.inference.zero_shot.embed_texts(None, task, ["a"], ["a"], None)

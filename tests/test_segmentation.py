@@ -152,7 +152,7 @@ def test_predicted_masks_preserve_size_and_mask_values(trained, scenes, tmp_path
 def test_report_contains_images_with_masks(trained):
     folder, _ = trained
     page = write_report(folder).read_text()
-    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "pictures of test" in page
+    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "images of test" in page
 
 
 def test_evaluate_on_two_processes_matches_one(trained, forks, tmp_path):

@@ -114,14 +114,14 @@ def test_batch_dependent_loss_with_batch_size_one_raises(loss, pair_run):
         hftl.setup_run(run, hftl.TextEmbedding)
 
 
-def test_labelled_rows_without_score_raises(pair_run, tmp_path):
-    from hftl.artifacts.labeled_data import labelled_rows
+def test_labeled_rows_without_score_raises(pair_run, tmp_path):
+    from hftl.artifacts.labeled_data import labeled_rows
 
     run, _, task = hftl.setup_run(pair_run(), hftl.TextEmbedding)
     rows = [*scored_pairs(4), {"sentence1": "a", "sentence2": "b", "score": None}]
     write_lines(tmp_path / "other", test=rows)
     with pytest.raises(hftl.HftlError, match="1 row.*row 4: no score"):
-        labelled_rows(task, run.data, str(tmp_path / "other"), "test", {})
+        labeled_rows(task, run.data, str(tmp_path / "other"), "test", {})
 
 
 def test_invalid_pairs_are_skipped(pair_run):
