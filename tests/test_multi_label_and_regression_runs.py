@@ -160,8 +160,8 @@ def test_cards_reports_and_commands_contain_metrics(runs, tables, capsys, tmp_pa
         missing = [word for word in words if word not in card]
         assert not missing, (name, missing, card)
         page = write_report(runs[name]).read_text()
-        assert ("Truth and predictions" if name == "numbers" else "average precision") in page
-        assert "Largest errors" in page and "The data cannot be shown" not in page
+        assert ("Targets and predictions" if name == "numbers" else "average precision") in page
+        assert "Largest errors" in page and "The data cannot be" not in page
         main(["evaluate", str(runs[name])])
         out = capsys.readouterr().out
         assert ("test/rmse" if name == "numbers" else "test/map") in out, out
