@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks NAME` prints a table and, last, one JSON line."""
+"""Benchmarks: `python -m benchmarks NAME` prints a table and, on the last line, the result as JSON."""

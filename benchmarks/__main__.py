@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`."""
+"""Command line of the benchmarks: `python -m benchmarks NAME [options]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAMES = sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not f
 
 
 def main() -> None:
-    """Runs the benchmark that is named first; the rest of the line is its own."""
+    """Runs the benchmark named by the first argument with the remaining arguments."""
     if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
         print("usage: python -m benchmarks NAME [--help]\n")
         for name in NAMES:

@@ -1,7 +1,7 @@
-"""Which source task makes the better embedded model: digits with 10 labels per class, four methods, several seeds.
+"""Source tasks of the embedded model, compared on digits with 10 labels per class, four methods and several seeds.
 
 `python -m benchmarks embedded_source letters=local-dir:A fashion=local-dir:B [--seeds 3] [--split validation]` compares
-networks of the same architecture that were trained on different sources. Choose on validation, report test.
+models of the same architecture that were trained on different source tasks. Select on validation, report test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hftl.selection.comparison import run_plan
 
 
 def main(argv: list[str]) -> None:
-    """Prints quickstart's table for each source."""
+    """Prints the table of `hftl quickstart` for each source."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", help="NAME=MODEL")
     parser.add_argument("--seeds", type=int, default=3)
@@ -29,6 +29,6 @@ def main(argv: list[str]) -> None:
             name, _, model = source.partition("=")
             print(f"\nsource: {name} ({model}); {args.split} accuracy")
             plan = quickstart_plan(model, args.seeds, Path(folder) / name)
-            found = run_plan(replace(plan, split=args.split))
-            means[name] = {result.method: round(result.score, 4) for result in found.results}
+            comparison = run_plan(replace(plan, split=args.split))
+            means[name] = {result.method: round(result.score, 4) for result in comparison.results}
     print(json.dumps({"benchmark": "embedded_source", "split": args.split, "seeds": args.seeds, "accuracy": means}))

@@ -1,7 +1,7 @@
-"""Extractive questions answered by the first sentence of their context: the score that a trained model has to beat.
+"""Baseline of extractive question answering: the first sentence of the context is the answer.
 
 Usage: python -m benchmarks first_sentence FOLDER [--split test]
-Prints SQuAD's F1 and exact match.
+Prints F1 and exact match as defined by SQuAD.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hftl.tasks.targets.question_answering.metrics import Answered, AnswerMetric
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs from the command line."""
+    """Prints both metrics as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks first_sentence", description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--split", default="test")
@@ -25,6 +25,6 @@ def main(arguments: Sequence[str]) -> None:
     metric = AnswerMetrics(None, 0.0)
     for row in load_splits(DataConfig(source=options.folder), training=False)[options.split]:
         answers: dict[str, list[str]] = row["answers"]  # pyright: ignore
-        first = re.split(r"(?<=[.!?])\s", row["context"])[0]  # pyright: ignore
-        metric.add(Answered(first, 0.0), list(answers["text"]))
+        first_sentence = re.split(r"(?<=[.!?])\s", row["context"])[0]  # pyright: ignore
+        metric.add(Answered(first_sentence, 0.0), list(answers["text"]))
     print(json.dumps(metric.compute()))

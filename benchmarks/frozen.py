@@ -1,12 +1,12 @@
-"""What cached features save: a frozen backbone under hftl against the same one under transformers' Trainer.
+"""Speedup by cached features: training a head on a frozen backbone by hftl and by the Trainer of transformers.
 
 `python -m benchmarks frozen --data DIR --model NAME [--epochs 10] [--rounds 3]` trains the head of the same pretrained
-network on the same rows, with the same preprocessing, batch size, peak learning rate and evaluation after each epoch,
-without augmentation: once by hftl's verbs on an empty cache (features, a grid of heads), once by Trainer, which runs
-the backbone in every epoch. Then it times the pass that computes features against the bare forward pass over the same
-batches, by turns. Times are CPU seconds of one thread, which a busy machine disturbs less than wall time; hftl is timed
-before Trainer and after it (the mean counts), since a long run of Trainer sees the machine change. `--only_hftl` times
-it once and nothing else.
+model on the same rows, with the same preprocessing, batch size, peak learning rate and evaluation after each epoch,
+without augmentation: once by hftl with an empty cache (features, grid of heads), and once by Trainer, which runs the
+backbone in every epoch. It then times feature extraction and the bare forward pass over the same batches, in turn.
+Times are CPU seconds of one thread, which depend less on other load than wall-clock time. hftl is timed before and
+after Trainer, and the mean is reported, since the load of the machine can change during a long run of Trainer.
+`--only_hftl` times hftl once and skips the rest.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 PASS_ROWS = 512
-"""Rows of the comparison with the bare forward pass."""
+"""Number of rows of the comparison with the bare forward pass."""
 
 
 def main(argv: list[str]) -> None:
-    """Prints seconds, accuracy, and the two ratios."""
+    """Prints seconds, test accuracies and both ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="source as in data.source")
-    parser.add_argument("--model", required=True, help="as model.name")
+    parser.add_argument("--data", required=True, help="value of data.source")
+    parser.add_argument("--model", required=True, help="value of model.name")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison with the bare forward pass")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the comparison with the bare forward pass")
     parser.add_argument("--only_hftl", action="store_true")
     args = parser.parse_args(argv)
     import torch
@@ -39,20 +39,23 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HFTL_CACHE"] = str(Path(folder, "cache"))
-        run, kind = _run(args, Path(folder))
-        ours, our_accuracy = _hftl(run, kind)
-        print(f"hftl     {ours:8.1f} s  test accuracy {our_accuracy:.4f}", flush=True)
+        run, task_class = _run_config(args, Path(folder))
+        hftl_seconds, hftl_accuracy = _train_by_hftl(run, task_class)
+        print(f"hftl     {hftl_seconds:8.1f} s  test accuracy {hftl_accuracy:.4f}", flush=True)
         if args.only_hftl:
             return
-        trainers, their_accuracy = _trainer(run, kind, Path(folder))
-        print(f"Trainer  {trainers:8.1f} s  test accuracy {their_accuracy:.4f}", flush=True)
-        os.environ["HFTL_CACHE"] = str(Path(folder, "cache again"))
-        again, _ = _hftl(run, kind)
-        print(f"hftl     {again:8.1f} s, again", flush=True)
-        ours = (ours + again) / 2
-        ratios = [_pass(run, kind, Path(folder, f"cache{number}")) for number in range(args.rounds + 1)][1:]
+        trainer_seconds, trainer_accuracy = _train_by_trainer(run, task_class, Path(folder))
+        print(f"Trainer  {trainer_seconds:8.1f} s  test accuracy {trainer_accuracy:.4f}", flush=True)
+        os.environ["HFTL_CACHE"] = str(Path(folder, "second cache"))
+        second_seconds, _ = _train_by_hftl(run, task_class)
+        print(f"hftl     {second_seconds:8.1f} s, second run", flush=True)
+        hftl_seconds = (hftl_seconds + second_seconds) / 2
+        # the first round is warm-up
+        ratios = [
+            _extraction_ratio(run, task_class, Path(folder, f"cache{number}")) for number in range(args.rounds + 1)
+        ][1:]
     extraction = statistics.median(ratios)
-    print(f"Trainer / hftl {trainers / ours:.2f}")
+    print(f"Trainer / hftl {trainer_seconds / hftl_seconds:.2f}")
     print(f"features / bare forward pass {extraction:.3f} (rounds: {', '.join(f'{r:.3f}' for r in ratios)})")
     print(
         json.dumps(
@@ -61,16 +64,17 @@ def main(argv: list[str]) -> None:
                 "data": Path(args.data).name,
                 "model": Path(args.model).name,
                 "epochs": args.epochs,
-                "speedup": round(trainers / ours, 3),
-                "seconds": [round(ours, 1), round(trainers, 1)],
-                "accuracy": [round(our_accuracy, 4), round(their_accuracy, 4)],
+                "speedup": round(trainer_seconds / hftl_seconds, 3),
+                "seconds": [round(hftl_seconds, 1), round(trainer_seconds, 1)],
+                "accuracy": [round(hftl_accuracy, 4), round(trainer_accuracy, 4)],
                 "extraction": round(extraction, 4),
             }
         )
     )
 
 
-def _run(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
+def _run_config(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
+    """Returns the configuration and the detected task class."""
     import hftl
     from hftl.logging import suppress_logs
     from hftl.tasks.auto_task import infer_task
@@ -89,22 +93,23 @@ def _run(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
         return run, infer_task(hftl.load_splits(run.data))
 
 
-def _built(run: Any, kind: Any) -> tuple[Any, ...]:
+def _build(run: Any, task_class: Any) -> tuple[Any, ...]:
     import hftl
 
-    run, splits, task = hftl.setup_run(run, kind)
+    run, splits, task = hftl.setup_run(run, task_class)
     accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     return run, splits, task, accelerator, model
 
 
-def _hftl(run: Any, kind: Any) -> tuple[float, float]:
+def _train_by_hftl(run: Any, task_class: Any) -> tuple[float, float]:
+    """Returns CPU seconds of training and test accuracy."""
     import hftl
     from hftl.logging import suppress_logs
 
     with suppress_logs():
-        run, splits, task, accelerator, model = _built(run, kind)
+        run, splits, task, accelerator, model = _build(run, task_class)
         started = time.process_time()
         hftl.fit(accelerator, model, task, splits, run)
         seconds = time.process_time() - started
@@ -112,20 +117,23 @@ def _hftl(run: Any, kind: Any) -> tuple[float, float]:
         return seconds, hftl.evaluate(accelerator, model, task, splits, run)["test/accuracy"]
 
 
-def _trainer(run: Any, kind: Any, folder: Path) -> tuple[float, float]:
-    """Trainer as its documentation shows it, on the same network: texts tokenized before, padded batch by batch."""
+def _train_by_trainer(run: Any, task_class: Any, folder: Path) -> tuple[float, float]:
+    """Returns CPU seconds of training and test accuracy of Trainer, used as its documentation shows.
+
+    Texts are tokenized before the timed part and padded per batch.
+    """
     import torch
     from transformers import Trainer, TrainingArguments
 
     from hftl.logging import suppress_logs
 
     with suppress_logs():
-        run, splits, task, _, model = _built(run, kind)
-    rows = {split: task.encode(splits[split], model.processor, None, None) for split in splits}
+        run, splits, task, _, model = _build(run, task_class)
+    examples = {split: task.encode(splits[split], model.processor, None, None) for split in splits}
     config = run.train
 
-    class Net(torch.nn.Module):
-        """The network with its loss, as Trainer wants it."""
+    class ModelWithLoss(torch.nn.Module):
+        """The model with its loss in the interface of Trainer."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -136,7 +144,7 @@ def _trainer(run: Any, kind: Any, folder: Path) -> tuple[float, float]:
             return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     trainer = Trainer(
-        Net(),
+        ModelWithLoss(),
         TrainingArguments(
             str(folder / "trainer"),
             num_train_epochs=config.num_epochs,
@@ -154,18 +162,20 @@ def _trainer(run: Any, kind: Any, folder: Path) -> tuple[float, float]:
             label_names=["labels"],
         ),
         data_collator=task.collate,
-        train_dataset=_Map(rows["train"]),
-        eval_dataset=_Map(rows["validation"]),
-        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        train_dataset=_MapDataset(examples["train"]),
+        eval_dataset=_MapDataset(examples["validation"]),
+        compute_metrics=lambda outputs: {
+            "accuracy": float((outputs.predictions.argmax(-1) == outputs.label_ids).mean())
+        },
     )
     started = time.process_time()
     trainer.train()
     seconds = time.process_time() - started
-    return seconds, trainer.evaluate(_Map(rows["test"]))["eval_accuracy"]
+    return seconds, trainer.evaluate(_MapDataset(examples["test"]))["eval_accuracy"]
 
 
-def _pass(run: Any, kind: Any, cache: Path) -> float:
-    """Returns the time of features over that of a forward pass over the same batches, preprocessing in both."""
+def _extraction_ratio(run: Any, task_class: Any, cache: Path) -> float:
+    """Returns CPU time of feature extraction / CPU time of forward passes on the same batches; both preprocess."""
     import torch
     from accelerate import Accelerator
 
@@ -175,37 +185,38 @@ def _pass(run: Any, kind: Any, cache: Path) -> float:
 
     os.environ["HFTL_CACHE"] = str(cache)
     with suppress_logs():
-        run, splits, task, _, model = _built(replace(run, output_dir=str(cache) + "-run"), kind)
-        few = splits["train"].select(range(min(PASS_ROWS, len(splits["train"]))))
-        rows = task.encode(few, model.processor, None, None)
+        run, splits, task, _, model = _build(replace(run, output_dir=str(cache) + "-run"), task_class)
+        rows = splits["train"].select(range(min(PASS_ROWS, len(splits["train"]))))
+        examples = task.encode(rows, model.processor, None, None)
         size = features.rows_at_once(run, "cpu")
-        order = list(range(len(few))) if rows.lengths is None else (-rows.lengths).argsort(kind="stable").tolist()
-        batches = [[(0, row, 1.0) for row in order[at : at + size]] for at in range(0, len(order), size)]
+        lengths = examples.lengths
+        order = list(range(len(rows))) if lengths is None else (-lengths).argsort(kind="stable").tolist()
+        batches = [[(0, row, 1.0) for row in order[start : start + size]] for start in range(0, len(order), size)]
         started = time.process_time()
-        features.compute_features(Accelerator(), model, task, few, run)
-        ours = time.process_time() - started
+        features.compute_features(Accelerator(), model, task, rows, run)
+        extraction_seconds = time.process_time() - started
         model.eval()
         started = time.process_time()
         with (
             torch.no_grad(),
-            make_loader(rows, lambda: iter(batches), task.collate, device="cpu", num_workers=0) as all_,
+            make_loader(examples, lambda: iter(batches), task.collate, device="cpu", num_workers=0) as loader,
         ):
-            for batch in all_:
+            for batch in loader:
                 model(batch["inputs"])
-        return ours / (time.process_time() - started)
+        return extraction_seconds / (time.process_time() - started)
 
 
-class _Map:
-    """The rows, one at a time, as a plain map-style data set."""
+class _MapDataset:
+    """Map-style dataset of examples."""
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows.fetch([index], 0)[0]
+        return self.examples.fetch([index], 0)[0]
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Data sets of several labels and of numbers, made from sets of single labels.
+"""Multi-label and regression datasets, generated from single-label datasets.
 
 Usage: python -m benchmarks label_sets OUT [--shared ../shared/data]
-Writes, each split from rows of that split alone and each source row once at most (digits: with replacement):
+Each split is generated from rows of the same split; each source row is used at most once (digits: with replacement).
 
-OUT/two_questions/{train,validation,test}.jsonl  Two TREC-6 questions as one text; `labels` lists what they ask for.
-    Plain descriptions (DESC), a fifth of the questions, are no label, so that some rows have none.
-OUT/tiles/{train,validation,test}/  2 x 2 CIFAR-10 pictures, each tile empty with probability 1/3; metadata.jsonl has
-    `labels`, the classes that are seen.
-OUT/digit_sums/{train,validation,test}/  3 x 3 embedded digits, each tile empty with probability 1/2; metadata.jsonl has
-    `count`, how many digits there are, and `total`, their sum.
+OUT/two_questions/{train,validation,test}.jsonl  Two TREC-6 questions as one text; `labels` lists their classes.
+    Class DESC (a fifth of the questions) is excluded from the labels, so that some rows have no label.
+OUT/tiles/{train,validation,test}/  2 x 2 tiles of CIFAR-10 images, each empty with probability 1/3; `labels` in
+    metadata.jsonl lists the classes of the tiles.
+OUT/digit_sums/{train,validation,test}/  3 x 3 tiles of embedded digits, each empty with probability 1/2; metadata.jsonl
+    has `count`, the number of digits, and `total`, their sum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hftl.config.schema import DataConfig
 from hftl.data.layouts.digits import load_digits
 from hftl.data.source import load_splits
 
-PLAIN = "DESC"
+EXCLUDED = "DESC"
 DIGIT_ROWS = {"train": 1500, "validation": 300, "test": 600}
 
 
@@ -39,51 +39,52 @@ def two_questions(source: Path, out: Path, rng: np.random.Generator) -> None:
         texts, labels, order = rows["text"][:], rows["label"][:], rng.permutation(len(rows))
         lines = []
         for first, second in zip(order[0::2], order[1::2], strict=False):
-            asked = sorted({names[labels[first]], names[labels[second]]} - {PLAIN})
-            lines.append(json.dumps({"text": f"{texts[first]} {texts[second]}", "labels": asked}))
+            classes = sorted({names[labels[first]], names[labels[second]]} - {EXCLUDED})
+            lines.append(json.dumps({"text": f"{texts[first]} {texts[second]}", "labels": classes}))
         (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         print(f"{out.name} {split}: {len(lines)} rows")
 
 
 def tiles(source: Path, out: Path, rng: np.random.Generator) -> None:
-    """Writes pictures of up to four pictures, with the classes of all."""
+    """Writes images of up to four tiles, with the classes of all tiles."""
     splits = load_splits(DataConfig(source=str(source)))
     names = splits["train"].features["label"].names
     for split, rows in splits.items():
         order = iter(rng.permutation(len(rows)).tolist())
-        made = list(_tiled(order, rng, rows, 32))
-        labels = [{"labels": sorted({names[rows[row]["label"]] for row in chosen})} for _, chosen in made]
-        _write(out / split, [image for image, _ in made], labels)
+        examples = list(_tiled_images(order, rng, rows, 32))
+        labels = [{"labels": sorted({names[rows[row]["label"]] for row in sources})} for _, sources in examples]
+        _write(out / split, [image for image, _ in examples], labels)
 
 
-def _tiled(
+def _tiled_images(
     order: Iterator[int], rng: np.random.Generator, rows: Any, side: int
 ) -> Iterator[tuple[Image.Image, list[int]]]:
+    """Yields images of 2 x 2 tiles with their source rows."""
     while True:
-        canvas, chosen = Image.new("RGB", (2 * side, 2 * side)), []
-        for place in range(4):
+        canvas, sources = Image.new("RGB", (2 * side, 2 * side)), []
+        for tile in range(4):
             if rng.random() < 1 / 3:
                 continue
             row = next(order, None)
             if row is None:
                 return
-            canvas.paste(rows[row]["image"].convert("RGB"), (place % 2 * side, place // 2 * side))
-            chosen.append(row)
-        yield canvas, chosen
+            canvas.paste(rows[row]["image"].convert("RGB"), (tile % 2 * side, tile // 2 * side))
+            sources.append(row)
+        yield canvas, sources
 
 
 def digit_sums(out: Path, rng: np.random.Generator) -> None:
-    """Writes pictures of up to nine digits, with their number and their sum."""
+    """Writes images of up to nine digits, with their number and sum."""
     for split, rows in load_digits().items():
         digits, labels = [image.convert("L") for image in rows["image"][:]], rows["label"][:]
         images, targets = [], []
         for _ in range(DIGIT_ROWS[split]):
-            canvas, chosen = Image.new("L", (24, 24)), []
-            for place in np.flatnonzero(rng.random(9) < 0.5):
-                chosen.append(int(rng.integers(len(digits))))
-                canvas.paste(digits[chosen[-1]], (place % 3 * 8, place // 3 * 8))
+            canvas, sources = Image.new("L", (24, 24)), []
+            for tile in np.flatnonzero(rng.random(9) < 0.5):
+                sources.append(int(rng.integers(len(digits))))
+                canvas.paste(digits[sources[-1]], (tile % 3 * 8, tile // 3 * 8))
             images.append(canvas)
-            targets.append({"count": len(chosen), "total": sum(labels[row] for row in chosen)})
+            targets.append({"count": len(sources), "total": sum(labels[row] for row in sources)})
         _write(out / split, images, targets)
 
 
@@ -98,7 +99,7 @@ def _write(folder: Path, images: Sequence[Image.Image], rows: Sequence[dict[str,
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Writes all three sets."""
+    """Writes all three datasets."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks label_sets", description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"))

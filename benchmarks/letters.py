@@ -1,4 +1,4 @@
-"""Render the source task of the embedded model: letters (never digits) from free fonts, as PNG folders.
+"""Source task of the embedded model: images of letters (no digits) rendered from free fonts, in PNG folders.
 
 White ink on black, warped, cropped, thresholded, averaged down to 8x8, enlarged to 32x32.
 
@@ -24,14 +24,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from PIL.Image import Resampling, Transform
 
-FOLDED = "ckopsuvwxyz"  # upper and lower case look the same once cropped to the ink
-CANVAS = 96  # side of the square on which a letter is drawn and warped
+FOLDED = "ckopsuvwxyz"  # upper and lower case are identical after cropping to the ink
+CANVAS = 96  # side in pixels of the square canvas of a letter
 GLYPH = 60  # height in pixels of the cropped letter on the canvas
 CELLS = 3  # the warp moves the corners of a CELLS x CELLS mesh
 
 
 def class_name(letter: str) -> str:
-    """Names the class of a letter, one for letter pairs that look identical."""
+    """Returns the class of a letter; letters with identical shapes have the same class."""
     if letter.lower() in FOLDED:
         return f"both_{letter.lower()}"
     if letter in "Il":
@@ -40,7 +40,7 @@ def class_name(letter: str) -> str:
 
 
 def usable(path: Path) -> bool:
-    """Tells whether a font draws every ASCII letter, each in its own way."""
+    """Whether a font renders all ASCII letters, with distinct shapes (up to 4 exceptions)."""
     try:
         font = ImageFont.truetype(str(path), 48)
         masks = {bytes(font.getmask(letter)) for letter in string.ascii_letters}
@@ -50,13 +50,13 @@ def usable(path: Path) -> bool:
 
 
 def find_fonts(folders: list[Path]) -> list[Path]:
-    """Lists the usable .ttf and .otf files under the folders, ordered by file name."""
+    """Returns the usable .ttf and .otf files in the folders, sorted by file name."""
     files = {p.name: p for f in folders for p in sorted(f.rglob("*.[ot]tf"))}
     return [files[name] for name in sorted(files) if usable(files[name])]
 
 
 def glyph(font: ImageFont.FreeTypeFont, letter: str, rng: random.Random) -> Image.Image:
-    """Draws one letter, cropped to its ink and fitted to a random box on the canvas."""
+    """Renders a letter, crops it to its ink and resizes it to a random box on the canvas."""
     left, top, right, bottom = font.getbbox(letter)
     ink = Image.new("L", (right - left + 8, bottom - top + 8))
     ImageDraw.Draw(ink).text((4 - left, 4 - top), letter, fill=255, font=font)
@@ -87,7 +87,7 @@ def warp(canvas: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def weigh(canvas: Image.Image, rng: random.Random) -> Image.Image:
-    """Thickens or thins the stroke until the ink is as much as a pen would leave."""
+    """Dilates or erodes the strokes until the amount of ink is that of handwriting."""
     low = rng.uniform(0.18, 0.34) * GLYPH**2
     for _ in range(4):
         ink = sum(canvas.histogram()[128:])
@@ -99,7 +99,7 @@ def weigh(canvas: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def scan(canvas: Image.Image, rng: random.Random) -> Image.Image:
-    """Crops to the ink and samples it as the 8x8 digits were, then enlarges to 32x32."""
+    """Crops to the ink, samples it to 8x8 pixels as in the digits dataset, and resizes to 32x32."""
     canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1.5)))
     canvas = canvas.point(lambda value: 255 * (value > 96))
     ink = canvas.crop(canvas.getbbox() or (0, 0, CANVAS, CANVAS))
@@ -113,11 +113,11 @@ def scan(canvas: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def write_split(out: Path, fonts: list[Path], count: int, rng: random.Random) -> None:
-    """Writes one split, the classes balanced and the fonts drawn at random by family."""
+    """Writes a split with balanced classes and fonts sampled at random by family."""
     families: dict[Path, list[ImageFont.FreeTypeFont]] = {}
     for path in fonts:
         families.setdefault(path.parent, []).append(ImageFont.truetype(str(path), 80))
-    drawn = list(families.values())  # a family counts once, however many styles it has
+    styles = list(families.values())  # families have equal probability, independent of their number of styles
     classes: dict[str, list[str]] = {}
     for letter in string.ascii_letters:
         classes.setdefault(class_name(letter), []).append(letter)
@@ -125,7 +125,7 @@ def write_split(out: Path, fonts: list[Path], count: int, rng: random.Random) ->
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(count // len(classes)):
-            canvas = glyph(rng.choice(rng.choice(drawn)), rng.choice(letters), rng)
+            canvas = glyph(rng.choice(rng.choice(styles)), rng.choice(letters), rng)
             scan(weigh(warp(canvas, rng), rng), rng).save(folder / f"{index:04d}.png")
 
 
@@ -133,9 +133,9 @@ def main(argv: list[str]) -> None:
     """Writes the three splits."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("fonts", type=Path, nargs="+", help="folders searched for fonts")
+    parser.add_argument("fonts", type=Path, nargs="+", help="folders with fonts, searched recursively")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=30000, help="training images, about")
+    parser.add_argument("--train", type=int, default=30000, help="approximate number of training images")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
     fonts = find_fonts(args.fonts)

@@ -1,4 +1,4 @@
-"""Peak memory with ten times the rows: training, evaluation and prediction, each in a process of its own.
+"""Peak memory of training, evaluation and prediction with N and 10 N rows, each in a separate process.
 
 `python -m benchmarks memory [--rows 3000] [--modality text|image]` prints peak resident memory and the ratios.
 """
@@ -13,44 +13,44 @@ import sys
 import tempfile
 from pathlib import Path
 
-_JOB = """
+_JOB_CODE = """
 import json, resource, sys
-job, source, run, modality, small = sys.argv[1:]
+job, source, run, modality, model_name = sys.argv[1:]
 import hftl
-from hftl.logging import muted
-kind = hftl.TextClassification if modality == "text" else hftl.ImageClassification
+from hftl.logging import suppress_logs
+task_class = hftl.TextClassification if modality == "text" else hftl.ImageClassification
 from hftl.inference.batch_inference import evaluate_saved, predict_to_file
-with muted():
+with suppress_logs():
     if job == "train":
         config = hftl.RunConfig(
-            hftl.DataConfig(source=source), hftl.ModelConfig(name=small),
+            hftl.DataConfig(source=source), hftl.ModelConfig(name=model_name),
             train=hftl.TrainConfig(num_epochs=1, trackers=[], logging_steps=1000), output_dir=run, overwrite=True,
         )
-        config, splits, task = hftl.prepare(config, kind)
-        accelerator = hftl.start(config)
+        config, splits, task = hftl.setup_run(config, task_class)
+        accelerator = hftl.create_accelerator(config)
         model = hftl.build_model(config, task.head)
-        report = hftl.adapt(model, config.adapt)
+        counts = hftl.adapt(model, config.adapt)
         history = hftl.fit(accelerator, model, task, splits, config)
-        hftl.publish(accelerator, model, task, splits, config, hftl.Outcome(report, history, {}))
+        hftl.save_run(accelerator, model, task, splits, config, hftl.RunResult(counts, history, {}))
     elif job == "evaluate":
         evaluate_saved(run, source, "train", output=run + "/evaluated.parquet")
     else:
-        given = source if modality == "image" else source + "/train.csv"
-        predict_to_file(run, given, output=run + "/predicted.parquet")
+        inputs = source if modality == "image" else source + "/train.csv"
+        predict_to_file(run, inputs, output=run + "/predicted.parquet")
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 """
 
 
 def main(argv: list[str]) -> None:
-    """Prints the peaks in MiB and the ratio ten times the rows / rows for each job."""
+    """Prints peak memory in MiB with N and 10 N rows, and their ratio, for each job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--modality", choices=("text", "image"), default="text")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make = _texts if args.modality == "text" else _images
-        sources = {rows: make(folder / str(rows), rows) for rows in (args.rows, 10 * args.rows)}
+        write = _texts if args.modality == "text" else _images
+        sources = {rows: write(folder / str(rows), rows) for rows in (args.rows, 10 * args.rows)}
         model = _tiny_bert(folder / "bert") if args.modality == "text" else "embedded:letters"
         peaks = {
             job: [
@@ -60,28 +60,28 @@ def main(argv: list[str]) -> None:
             for job in ("train", "evaluate", "predict")
         }
     print(f"\n{'job':<10} {args.rows:>8} rows {10 * args.rows:>8} rows   ratio   (peak resident MiB, {args.modality})")
-    for job, (few, many) in peaks.items():
-        print(f"{job:<10} {few:>13.0f} {many:>13.0f}   {many / few:.3f}")
+    for job, (small, large) in peaks.items():
+        print(f"{job:<10} {small:>13.0f} {large:>13.0f}   {large / small:.3f}")
     print(
         json.dumps(
             {
                 "benchmark": "memory",
                 "modality": args.modality,
                 "rows": args.rows,
-                "ratios": {job: round(many / few, 4) for job, (few, many) in peaks.items()},
+                "ratios": {job: round(large / small, 4) for job, (small, large) in peaks.items()},
             }
         )
     )
 
 
 def _peak(folder: Path, job: str, source: Path, run: Path, modality: str, model: str) -> float:
-    """Returns the peak resident memory of a job in MiB; the caches of data sets are new."""
+    """Returns the peak resident memory of a job in MiB, with an empty cache of datasets."""
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", _JOB, job, str(source), str(run), modality, model]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return float(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", _JOB_CODE, job, str(source), str(run), modality, model]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return float(process.stdout.splitlines()[-1])
 
 
 def _texts(folder: Path, rows: int) -> Path:
@@ -101,9 +101,9 @@ def _images(folder: Path, rows: int) -> Path:
 
     rng = np.random.default_rng(0)
     for row in range(rows):
-        place = folder / "train" / f"class_{row % 4}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(place / f"{row}.png")
+        class_folder = folder / "train" / f"class_{row % 4}"
+        class_folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(class_folder / f"{row}.png")
     return folder
 
 

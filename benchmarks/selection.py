@@ -1,7 +1,8 @@
-"""Which evaluation to keep when validation is small: the best, the last, or the last within one standard error.
+"""Checkpoint selection with a small validation split: the best, the last, or the last within one standard error.
 
-`python -m benchmarks selection` trains linear heads on frozen features of the real set hymenoptera (77 validation and
-76 test rows; folder `HFTL_SHARED`) for several rates, lengths and seeds, and prints each rule's mean test accuracy.
+`python -m benchmarks selection` trains linear heads on frozen features of hymenoptera (77 validation and 76 test rows;
+folder `HFTL_SHARED`) with several learning rates, numbers of epochs and seeds, and prints the mean test accuracy of
+each rule.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 RULES = ("best accuracy", "best loss", "last", "one error")
 VIEWS = 4
-"""Augmented views of each training image whose features are computed; epochs take turns."""
+"""Number of augmented views per training image with precomputed features; epochs use them in turn."""
 
 
 def main(argv: list[str]) -> None:
@@ -35,14 +36,14 @@ def main(argv: list[str]) -> None:
         (32, 1e-2, 12),
         (16, 3e-3, 8),
     ):
-        found = [
-            _kept(_train(views, validation, test, batch, lr, epochs, seed), len(validation[1]))
+        accuracies = [
+            _selected(_train(views, validation, test, batch, lr, epochs, seed), len(validation[1]))
             for seed in range(args.seeds)
         ]
-        means = [sum(of) / len(of) for of in zip(*found, strict=True)]
+        means = [sum(by_seed) / len(by_seed) for by_seed in zip(*accuracies, strict=True)]
         rows.append(means)
         print(f"{batch:>5} {lr:>6g} {epochs:>6}   " + "   ".join(f"{mean:>13.3f}" for mean in means))
-    overall = [sum(of) / len(of) for of in zip(*rows, strict=True)]
+    overall = [sum(by_setting) / len(by_setting) for by_setting in zip(*rows, strict=True)]
     print(f"{'mean':>19}   " + "   ".join(f"{mean:>13.3f}" for mean in overall))
     print(
         json.dumps(
@@ -98,29 +99,29 @@ def _train(
     torch.nn.init.trunc_normal_(head.weight, std=0.01)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
     steps = -(-rows // batch)
-    total, step, out = epochs * steps, 0, []
+    total, step, results = epochs * steps, 0, []
     for epoch in range(epochs):
         features, labels = views[epoch % VIEWS]
-        for chosen in torch.randperm(rows).tensor_split(steps):
+        for indices in torch.randperm(rows).tensor_split(steps):
             optimizer.param_groups[0]["lr"] = lr * lr_factor(step, "linear", total, math.ceil(0.1 * total))
-            torch.nn.functional.cross_entropy(head(features[chosen]), labels[chosen]).backward()
+            torch.nn.functional.cross_entropy(head(features[indices]), labels[indices]).backward()
             torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
         with torch.no_grad():
             logits = head(validation[0])
-            right = float((logits.argmax(1) == validation[1]).float().mean())
+            accuracy = float((logits.argmax(1) == validation[1]).float().mean())
             loss = float(torch.nn.functional.cross_entropy(logits, validation[1]))
-            out.append((right, loss, float((head(test[0]).argmax(1) == test[1]).float().mean())))
-    return out
+            results.append((accuracy, loss, float((head(test[0]).argmax(1) == test[1]).float().mean())))
+    return results
 
 
-def _kept(epochs: list[tuple[float, ...]], rows: int) -> list[float]:
-    """Returns the test accuracy that each rule ends with."""
+def _selected(epochs: list[tuple[float, ...]], rows: int) -> list[float]:
+    """Returns the test accuracy of the epoch that each rule selects; the standard error is that of Agresti-Coull."""
     best = max(accuracy for accuracy, _, _ in epochs)
-    share = (best * rows + 2) / (rows + 4)
-    error = math.sqrt(share * (1 - share) / rows)
+    adjusted = (best * rows + 2) / (rows + 4)
+    error = math.sqrt(adjusted * (1 - adjusted) / rows)
     return [
         max(epochs, key=lambda epoch: (epoch[0], -epoch[1]))[2],
         min(epochs, key=lambda epoch: epoch[1])[2],

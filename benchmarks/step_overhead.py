@@ -1,8 +1,8 @@
-"""What hftl's loop costs over a plain Accelerate loop, per optimizer step, on the same model and batches.
+"""Overhead per optimizer step of `hftl.fit` over a minimal Accelerate loop, with the same model and batches.
 
 `python -m benchmarks step_overhead [--model minilm|resnet] [--rounds 5]` times both in turn in one process, in CPU
-seconds of one thread, which a busy machine disturbs less than wall time. The cost of a step is the slope between a
-short and a long run, so set-up does not count; the ratio is taken round by round.
+seconds of one thread, which depend less on other load than wall-clock time. Time per step is the slope between a short
+and a long run, which excludes setup; the ratio is computed per round.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def main(argv: list[str]) -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        run, kind = _text(Path(folder)) if args.model == "minilm" else _image(Path(folder))
-        rows = [_round(run, kind) for _ in range(args.rounds + 1)][1:]  # the first warms up
-    ours, plain = (statistics.median(row[i] for row in rows) for i in (0, 1))
-    ratios = [row[0] / row[1] for row in rows]
-    print(f"\n{'loop':<18} ms a step (median of {len(rows)} rounds)")
-    print(f"{'hftl.fit':<18} {ours * 1e3:.2f}\n{'plain Accelerate':<18} {plain * 1e3:.2f}")
+        run, task_class = _text(Path(folder)) if args.model == "minilm" else _image(Path(folder))
+        rounds = [_round(run, task_class) for _ in range(args.rounds + 1)][1:]  # the first round is warm-up
+    hftl_seconds, plain_seconds = (statistics.median(seconds[i] for seconds in rounds) for i in (0, 1))
+    ratios = [hftl / plain for hftl, plain in rounds]
+    print(f"\n{'loop':<18} ms per step (median of {len(rounds)} rounds)")
+    print(f"{'hftl.fit':<18} {hftl_seconds * 1e3:.2f}\n{'plain Accelerate':<18} {plain_seconds * 1e3:.2f}")
     ratio = statistics.median(ratios)
     print(f"ratio {ratio:.3f} (rounds: {', '.join(f'{r:.3f}' for r in ratios)})")
     print(
@@ -43,15 +43,15 @@ def main(argv: list[str]) -> None:
                 "benchmark": "step_overhead",
                 "model": args.model,
                 "ratio": round(ratio, 4),
-                "ms_hftl": round(ours * 1e3, 3),
-                "ms_plain": round(plain * 1e3, 3),
+                "ms_hftl": round(hftl_seconds * 1e3, 3),
+                "ms_plain": round(plain_seconds * 1e3, 3),
             }
         )
     )
 
 
 def _text(folder: Path) -> tuple[Any, Any]:
-    """A BERT of MiniLM-L6's size with random weights, on texts of 30 tokens."""
+    """Returns a run with a random BERT of the size of MiniLM-L6 on texts of 30 tokens, and its task class."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     from hftl import DataConfig, ModelConfig, RunConfig, TextClassification, TrainConfig
@@ -76,7 +76,7 @@ def _text(folder: Path) -> tuple[Any, Any]:
 
 
 def _image(folder: Path) -> tuple[Any, Any]:
-    """The embedded network on digits."""
+    """Returns a run with the embedded model on digits, and its task class."""
     from hftl import DataConfig, ImageClassification, ModelConfig, RunConfig, TrainConfig
 
     run = RunConfig(
@@ -89,19 +89,19 @@ def _image(folder: Path) -> tuple[Any, Any]:
     return run, ImageClassification
 
 
-def _round(run: Any, kind: Any) -> tuple[float, float]:
-    """Returns seconds per step of hftl's loop and of the plain one, measured in turn."""
-    times = {loop: {steps: loop(run, kind, steps) for steps in (SHORT, LONG)} for loop in (_ours, _plain)}
-    ours, plain = ((of[LONG] - of[SHORT]) / (LONG - SHORT) for of in times.values())
-    return ours, plain
+def _round(run: Any, task_class: Any) -> tuple[float, float]:
+    """Returns CPU seconds per step of `hftl.fit` and of the Accelerate loop, measured in turn."""
+    times = {loop: {steps: loop(run, task_class, steps) for steps in (SHORT, LONG)} for loop in (_hftl, _accelerate)}
+    hftl_seconds, plain_seconds = ((seconds[LONG] - seconds[SHORT]) / (LONG - SHORT) for seconds in times.values())
+    return hftl_seconds, plain_seconds
 
 
-def _ours(run: Any, kind: Any, steps: int) -> float:
+def _hftl(run: Any, task_class: Any, steps: int) -> float:
     import hftl
     from hftl.logging import suppress_logs
 
     with suppress_logs():
-        run, splits, task = hftl.setup_run(replace(run, train=replace(run.train, max_steps=steps)), kind)
+        run, splits, task = hftl.setup_run(replace(run, train=replace(run.train, max_steps=steps)), task_class)
         splits.sets.pop("validation", None)
         accelerator = hftl.create_accelerator(run)
         model = hftl.build_model(run, task.head)
@@ -111,8 +111,8 @@ def _ours(run: Any, kind: Any, steps: int) -> float:
         return time.process_time() - started
 
 
-def _plain(run: Any, kind: Any, steps: int) -> float:
-    """The loop that a reader of Accelerate's documentation would write."""
+def _accelerate(run: Any, task_class: Any, steps: int) -> float:
+    """Returns CPU seconds of a training loop as in the documentation of Accelerate."""
     import torch
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
@@ -122,17 +122,16 @@ def _plain(run: Any, kind: Any, steps: int) -> float:
     from hftl.logging import suppress_logs
 
     with suppress_logs():
-        run, splits, task = hftl.setup_run(run, kind)
+        run, splits, task = hftl.setup_run(run, task_class)
         model = hftl.build_model(run, task.head)
         hftl.adapt(model, run.adapt)
-    rows = task.encode(splits["train"], model.processor, 0, None)
+    dataset = _MapDataset(task.encode(splits["train"], model.processor, 0, None))
     accelerator = Accelerator()
     started = time.process_time()
-    examples = _Map(rows)
-    loader = DataLoader(examples, batch_size=run.train.batch_size_per_device, shuffle=True, collate_fn=task.collate)
+    loader = DataLoader(dataset, batch_size=run.train.batch_size_per_device, shuffle=True, collate_fn=task.collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    schedule = get_linear_schedule_with_warmup(optimizer, 1, steps)
-    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 1, steps)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     model.train()
     for _, batch in zip(range(steps), loader, strict=False):
         logits = model(batch["inputs"])["logits"]
@@ -140,19 +139,19 @@ def _plain(run: Any, kind: Any, steps: int) -> float:
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
+        scheduler.step()
         optimizer.zero_grad()
     return time.process_time() - started
 
 
-class _Map:
-    """The rows, one at a time, as a plain map-style data set."""
+class _MapDataset:
+    """Map-style dataset of examples."""
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.examples)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return self.rows.fetch(indices, 0)
+        return self.examples.fetch(indices, 0)

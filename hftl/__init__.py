@@ -1,6 +1,6 @@
-"""hftl: fine-tune pretrained vision and text models; full, frozen or LoRA, on any hardware, opened anywhere.
+"""Fine-tuning of pretrained vision and text models (full, frozen backbone or LoRA) on any hardware.
 
-Names load when they are first used: `import hftl` imports no torch.
+Names are imported lazily: `import hftl` does not import torch.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hftl.renames import PYTHON_NAMES
 from hftl.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ _EXPORTS = {
     "hftl.artifacts.save_run": ("RunResult", "save_run"),
     "hftl.artifacts.push": ("push",),
 }
-_MODULE_OF = {name: home for home, names in _EXPORTS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "AdaptConfig",
@@ -148,6 +149,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in PYTHON_NAMES:
+        raise AttributeError(f"hftl.{name} was renamed to hftl.{PYTHON_NAMES[name]}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'hftl' has no attribute '{name}'")
     return getattr(import_module(_MODULE_OF[name]), name)

@@ -1,8 +1,9 @@
-"""A task of your own, in your own file: two questions about each image, answered by one network.
+"""Custom task: predict parity and size of handwritten digits, two labels per image, with one model.
 
     python recipes/custom_task.py --output_dir runs/two_questions
 
-A task joins inputs (how rows become tensors: here hftl's own, for images) with a target: what is learnt from them.
+A task combines inputs and a target. Inputs convert rows to tensors for the model; this task reuses `ImageInputs`.
+The target defines labels, head, loss, metrics and predictions; this file implements one. Shapes: B is the batch size.
 """
 
 import torch
@@ -11,70 +12,88 @@ from torch.nn.functional import cross_entropy
 import hftl
 from hftl.models.task_model import HeadSpec
 from hftl.run.testing import check_task
-from hftl.tasks.registry import ImageInputs
+from hftl.tasks.inputs import ImageInputs
 from hftl.tasks.targets.single_label.metrics import ClassificationMetrics
 
-ANSWERS = {"parity": ("even", "odd"), "size": ("small", "medium", "large")}
-PARTS = {"parity": slice(0, 2), "size": slice(2, 5)}  # of the outputs [B, 5]
+CLASSES = {"parity": ("even", "odd"), "size": ("small", "medium", "large")}
+LOGITS = {"parity": slice(0, 2), "size": slice(2, 5)}  # columns of the model output [B, 5]
 DATA = hftl.DataConfig(source="embedded:digits", augment=hftl.AugmentConfig(crop_scale=1.0, hflip=0.0))
 DEFAULTS = hftl.RunConfig(data=DATA, model=hftl.ModelConfig(name="embedded:letters"))
 
 
-class Accuracy(ClassificationMetrics):  # accumulators: `update` by batch, `merge` over processes, `compute` once
-    def __init__(self, question):
-        super().__init__(len(ANSWERS[question]))
-        self.question, self.place = question, list(ANSWERS).index(question)
+class LabelAccuracy(ClassificationMetrics):
+    """Accuracy of one label: `update` adds a batch, `merge` adds another process, `compute` returns the result."""
+
+    def __init__(self, label):
+        super().__init__(num_classes=len(CLASSES[label]))
+        self.label, self.index = label, list(CLASSES).index(label)
 
     def update(self, outputs, batch):
-        logits, labels = outputs["logits"][:, PARTS[self.question]], batch["labels"][:, self.place]
-        super().update({"logits": logits}, {"labels": labels})
+        """Adds the logits and labels of a batch."""
+        logits = outputs["logits"][:, LOGITS[self.label]]
+        super().update({"logits": logits}, {"labels": batch["labels"][:, self.index]})
 
     def compute(self):
-        return {f"{self.question}_accuracy": super().compute()["accuracy"]}
+        """Returns the metric by name."""
+        return {f"{self.label}_accuracy": super().compute()["accuracy"]}
 
 
-class TwoQuestions:
-    columns, problems, best_metric = ["label"], [], "size_accuracy"
+class ParityAndSize:
+    """Target: parity and size of the digit in column `label`, trained with the sum of two cross-entropy losses."""
+
+    columns = ["label"]  # columns that `labels` reads
+    problems = []  # error messages of data validation
+    best_metric = "size_accuracy"  # validation metric that selects the best checkpoint
 
     def head(self, model_class):
-        return HeadSpec(model_class, 5, sum(ANSWERS.values(), ()), problem_type=None)
+        """Returns the specification of the head: one linear layer with 5 outputs."""
+        return HeadSpec(model_class, num_outputs=5, labels=CLASSES["parity"] + CLASSES["size"], problem_type=None)
 
     def labels(self, examples):
-        return torch.tensor([[row["label"] % 2, row["label"] // 4] for row in examples])
+        """Returns the class indices of parity and size [B, 2]."""
+        return torch.tensor([[example["label"] % 2, example["label"] // 4] for example in examples])
 
-    def loss(self, outputs, labels):  # one number for each example
-        parity, size = (outputs["logits"][:, part] for part in PARTS.values())
-        return cross_entropy(parity, labels[:, 0], reduction="none") + cross_entropy(
-            size, labels[:, 1], reduction="none"
-        )
+    def loss(self, outputs, labels):
+        """Returns one loss per example [B]; hftl computes the mean over batches and processes."""
+        parity, size = (outputs["logits"][:, columns] for columns in LOGITS.values())
+        parity_loss = cross_entropy(parity, labels[:, 0], reduction="none")
+        return parity_loss + cross_entropy(size, labels[:, 1], reduction="none")
 
     def metrics(self):
-        return [Accuracy(question) for question in ANSWERS]
+        """Returns new metric accumulators."""
+        return [LabelAccuracy(label) for label in CLASSES]
 
     def decode(self, outputs, batch):
-        best = [outputs["logits"][:, part].argmax(-1).tolist() for part in PARTS.values()]
-        return [{q: ANSWERS[q][i] for q, i in zip(ANSWERS, row, strict=True)} for row in zip(*best, strict=True)]
+        """Returns the predicted class names, one dictionary per example."""
+        parity, size = (outputs["logits"][:, columns].argmax(-1).tolist() for columns in LOGITS.values())
+        return [{"parity": CLASSES["parity"][p], "size": CLASSES["size"][s]} for p, s in zip(parity, size, strict=True)]
 
     def state(self):
+        """Returns the constructor's arguments, which are saved with the model."""
         return {}
 
 
 class DigitQuestions(hftl.SupervisedTask):
-    name, model_class, primary_metrics = "digit_questions", "timm", ("parity_accuracy", "size_accuracy")
+    """Task: images as inputs, parity and size as target, a timm model with a new head."""
+
+    name = "digit_questions"
+    model_class = "timm"
+    primary_metrics = ("parity_accuracy", "size_accuracy")
 
     def __init__(self, splits):
-        super().__init__(ImageInputs.find(splits), TwoQuestions())
+        super().__init__(ImageInputs.find(splits), ParityAndSize())
 
 
 def main(run):
+    """Trains, evaluates and saves; returns validation and test metrics."""
     run, splits, task = hftl.setup_run(run, DigitQuestions)
-    check_task(task, splits, run)  # the contract that hftl's own tasks pass
+    check_task(task, splits, run)  # raises AssertionError if the task violates the protocol of hftl.tasks.task
     accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
-    report = hftl.adapt(model, run.adapt)
+    counts = hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
     metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.get_run_folder(run) / "predictions.parquet")
-    hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(report, history, metrics))
+    hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(counts, history, metrics))
     return metrics
 
 

@@ -1,12 +1,13 @@
-r"""Fine-tune any BERT-family checkpoint to tag words: named entities, parts of speech, chunks.
+r"""Fine-tune any BERT-family model for token classification: named entities, parts of speech, chunks.
 
     accelerate launch --config_file accelerate_config.yaml recipes/token_classification.py \
         --data.source path/to/folder --model.name bert-base-cased --adapt.method lora
 
-Columns: lists of words and of their tags (BIO, IOBES, or plain). Texts of any length are read in windows.
+Columns: lists of words and of their tags (BIO, IOBES or one class per word). Long texts are divided into overlapping
+windows.
 
-Measured (MiniLM-L6, full, seeds 0 / 1 / 2, 2 CPU cores, 2026-11-21; RESULTS.md has commands): wnut17 entity F1
-0.542 / 0.541 / 0.537 on validation, 0.402 / 0.387 / 0.397 on test (other sources than train, on purpose).
+Results (MiniLM-L6, full, seeds 0 / 1 / 2, 2 CPU cores, 2026-11-21; commands in RESULTS.md): wnut17 entity F1
+0.542 / 0.541 / 0.537 on validation, 0.402 / 0.387 / 0.397 on test (its test split has other sources by design).
 """
 
 import hftl
@@ -15,14 +16,14 @@ DEFAULTS = hftl.RunConfig()
 
 
 def main(run: hftl.RunConfig) -> dict[str, float]:
-    """Trains, measures and saves; returns the metrics of validation and test."""
+    """Trains, evaluates and saves; returns validation and test metrics."""
     run, splits, task = hftl.setup_run(run, hftl.TokenClassification)
     accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
-    report = hftl.adapt(model, run.adapt)
+    counts = hftl.adapt(model, run.adapt)
     history = hftl.fit(accelerator, model, task, splits, run)
     metrics = hftl.evaluate(accelerator, model, task, splits, run, hftl.get_run_folder(run) / "predictions.parquet")
-    hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(report, history, metrics))
+    hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(counts, history, metrics))
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""Capabilities by kind of label: each is supported, or rejected before training, serving or writing anything."""
+"""Capabilities by kind of label: supported, or rejected before training, serving and writing; reference: `KINDS`."""
 
 import json
 from dataclasses import asdict, replace
@@ -31,7 +31,7 @@ from hftl.tasks.targets.tagging.target import TaggingTarget
 FULL = set(Capability)
 NUMERIC = {Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}
 KINDS = {
-    # name: task, words for its labels, what is supported
+    # name: task, label kind in messages, supported capabilities
     "image_class": ("image_classification", "one class", FULL),
     "text_class": ("text_classification", "one class", FULL),
     "several_labels": ("text_classification", "several labels", NUMERIC),
@@ -54,8 +54,8 @@ def write_masks(folder):
         for kind in ("images", "masks"):
             (folder / split / kind).mkdir(parents=True)
         for number in range(count):
-            for kind, picture in zip(("images", "masks"), scene(rng, number), strict=True):
-                picture.save(folder / split / kind / f"{number:02d}.png")
+            for kind, image in zip(("images", "masks"), scene(rng, number), strict=True):
+                image.save(folder / split / kind / f"{number:02d}.png")
     (folder / "classes.json").write_text(json.dumps(["ground", "void", "left", "right"]))
     return folder
 
@@ -91,85 +91,86 @@ def data(images, texts, tables, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(data):
+def tasks(data):
     """Task and splits by kind of label."""
-    out = {}
+    tasks = {}
     for kind, (name, _, _) in KINDS.items():
         splits = load_splits(DataConfig(**data[kind]))
-        out[kind] = TASKS[name](splits), splits
-    return out
+        tasks[kind] = TASKS[name](splits), splits
+    return tasks
 
 
-def saved_without_weights(task, folder):
-    """Writes what a saved model says about itself; a command that opens weights fails on it in other words."""
-    described = {"task": task.name, "state": task.state(), "head": asdict(task.head), "sklearn_head": None}
+def write_metadata(task, folder):
+    """Writes the metadata of a saved model without weights; commands that load weights fail with other messages."""
+    metadata = {"task": task.name, "state": task.state(), "head": asdict(task.head), "sklearn_head": None}
     folder.mkdir(parents=True)
-    (folder / "hftl.json").write_text(json.dumps(described))
+    (folder / "hftl.json").write_text(json.dumps(metadata))
     return folder
 
 
-def run_of(kind, data, method="full", **more):
-    """A run whose model opens nowhere: nothing can be trained."""
+def make_run(kind, data, method="full", **settings):
+    """Returns a run whose model does not exist, so that training is impossible."""
     train = TrainConfig(batch_size_per_device=2, trackers=[])
-    task = KINDS[kind][0]
-    return RunConfig(DataConfig(**data[kind]), ModelConfig("no/model"), AdaptConfig(method), train, task=task, **more)
+    config = DataConfig(**data[kind]), ModelConfig("no/model"), AdaptConfig(method), train
+    return RunConfig(*config, task=KINDS[kind][0], **settings)
 
 
-def assert_rejected(text, task, capability):
-    """The text names task, labels and what is supported instead, in the one way there is."""
+def assert_rejected(message, task, capability):
+    """Checks that the message contains the problem with task, label kind and allowed tasks."""
     problem = unsupported(task, capability)
-    assert problem and problem in text, text
+    assert problem and problem in message, message
     assert f"{task.name} ({target_info(task.target).label_kind}); allowed: " in problem
     assert "_classification (one class" in problem.partition("allowed: ")[2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_capabilities_of_label_kind_match_table(kind, made):
-    task, _ = made[kind]
-    name, words, expected = KINDS[kind]
-    assert (task.name, target_info(task.target).label_kind) == (name, words)
+def test_capabilities_of_label_kind_match_table(kind, tasks):
+    task, _ = tasks[kind]
+    name, label_kind, expected = KINDS[kind]
+    assert (task.name, target_info(task.target).label_kind) == (name, label_kind)
     assert set(capabilities_of(task)) == expected
     for capability in Capability:
         assert bool(unsupported(task, capability)) == (capability not in expected)
-    reads = needed_columns(asdict(task.head))
-    assert bool(reads) == (Capability.COMPARE in expected) == (Capability.INTERVALS in expected)
+    columns = needed_columns(asdict(task.head))
+    assert bool(columns) == (Capability.COMPARE in expected) == (Capability.INTERVALS in expected)
 
 
-def test_every_built_in_target_is_in_the_table():
-    there = {kind for _, kind, _ in KINDS.values()} | {"numbers"}
-    assert all(target_info(target).label_kind in there for task in TASKS.values() for target in task.target_types)
+def test_table_covers_every_built_in_target():
+    label_kinds = {label_kind for _, label_kind, _ in KINDS.values()} | {"numbers"}
+    targets = [target for task in TASKS.values() for target in task.target_types]
+    assert all(target_info(target).label_kind in label_kinds for target in targets)
     assert {name for name, _, _ in KINDS.values()} == set(TASKS)
 
 
-def test_compare_command_on_tags_trains_nothing(made, data, tiny_bert, tmp_path, capsys, monkeypatch):
+def test_compare_command_rejects_tags_before_training(tasks, data, tiny_bert, tmp_path, capsys, monkeypatch):
     arguments = ["compare", data["word_tags"]["source"], "--model", tiny_bert, "--methods", "scratch", "full"]
     config = tmp_path / "short.yaml"
     config.write_text("train: {max_steps: 1, trackers: [], batch_size_per_device: 4}")
-    arguments += ["--seeds", "1", "--config", str(config), "--output_dir", str(tmp_path / "runs")]
+    arguments += ["--num_seeds", "1", "--config", str(config), "--output_dir", str(tmp_path / "runs")]
 
-    def in_this_process(work, *values, **_):
-        assert work is not comparison.train, "a training began"
-        return work(*values)
+    def run_in_this_process(function, *values, **_):
+        assert function is not comparison.train, "training started"
+        return function(*values)
 
-    monkeypatch.setattr(comparison, "run_in_child", in_this_process)
-    with pytest.raises(SystemExit) as ended:
+    monkeypatch.setattr(comparison, "run_in_child", run_in_this_process)
+    with pytest.raises(SystemExit) as caught:
         main(arguments)
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and not (tmp_path / "runs").exists() and "accuracy" not in said.out
-    assert_rejected(said.err, made["word_tags"][0], Capability.COMPARE)
+    printed = capsys.readouterr()
+    assert caught.value.code == 2 and not (tmp_path / "runs").exists() and "accuracy" not in printed.out
+    assert_rejected(printed.err, tasks["word_tags"][0], Capability.COMPARE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_commands_reject_exactly_what_is_unsupported(kind, made, data, tmp_path, monkeypatch):
-    task, _ = made[kind]
-    folder = saved_without_weights(task, tmp_path / "model")
+def test_commands_reject_only_unsupported_label_kinds(kind, tasks, data, tmp_path, monkeypatch):
+    task, _ = tasks[kind]
+    folder = write_metadata(task, tmp_path / "model")
     monkeypatch.setattr(demo, "_need_gradio", lambda: None)
     monkeypatch.setattr(demo, "free_port", lambda *_: 0)
     calls = {
         Capability.COMPARE: lambda: make_experiment_plan(
-            run_of(kind, data), ["scratch", "full"], 1, tmp_path / "runs", False
+            make_run(kind, data), ["scratch", "full"], 1, tmp_path / "runs", False
         ),
-        Capability.PROBE: lambda: hftl.setup_run(run_of(kind, data, "probe", output_dir=str(tmp_path / "run"))),
+        Capability.PROBE: lambda: hftl.setup_run(make_run(kind, data, "probe", output_dir=str(tmp_path / "run"))),
         Capability.DEMO: lambda: demo.serve(str(folder)),
         Capability.EXPORT: lambda: export_folder(folder, "torch", tmp_path / "export"),
     }
@@ -181,39 +182,39 @@ def test_commands_reject_exactly_what_is_unsupported(kind, made, data, tmp_path,
             continue
         try:
             call()
-        except HftlError as error:  # there are no weights
+        except HftlError as error:  # the model has no weights
             assert "does not support" not in str(error)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_check_states_which_checks_do_not_apply(kind, made, data, tmp_path, capsys):
-    task, _ = made[kind]
+def test_check_logs_unsupported_checks(kind, tasks, data, tmp_path, capsys):
+    task, _ = tasks[kind]
     config = DataConfig(**data[kind])
     checked = hftl.check(config, output=tmp_path / "check")
     need_classes = [name for name in NEED_CLASSES if name != "label_errors"]  # without a model
     if Capability.CLASS_CHECKS in capabilities_of(task):
-        assert all(checked[name].looked for name in need_classes)
+        assert all(checked[name].checked for name in need_classes)
         return
-    # columns of pairs with scores alone do not tell whether their texts or a number are learned
+    # scored pairs are either an embedding or a regression task, so the message names no task
     problem = "checks that compare classes do not support "
     problem += f"{task.name} ({KINDS[kind][1]}); allowed: " if kind != "scored_pairs" else ""
-    assert all(not checked[name].looked and problem in checked[name].sentence for name in need_classes)
-    assert f"(unlabelled, conflicts, imbalance: Not looked for: {problem}" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--fail_on: conflicts: ") as caught:
-        hftl.check(config, output=tmp_path / "again", fail_on=["leaks", "conflicts"])
+    assert all(not checked[name].checked and problem in checked[name].description for name in need_classes)
+    assert f"(unlabelled, conflicting_labels, class_imbalance: Not checked: {problem}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--fail_on: conflicting_labels: ") as caught:
+        hftl.check(config, output=tmp_path / "again", fail_on=["leaks", "conflicting_labels"])
     assert problem in str(caught.value)
-    assert not hftl.check(config, output=tmp_path / "defaults", fail_on=[]).left_out, "defaults are never rejected"
+    assert not hftl.check(config, output=tmp_path / "defaults", fail_on=[]).left_out, "a default was rejected"
 
 
 class Undeclared(TaggingTarget):
-    """A target of a user's own."""
+    """A custom target without declared capabilities."""
 
     info = None
 
 
-def test_target_without_info_supports_nothing(made):
-    task = made["word_tags"][0]
+def test_target_without_info_has_no_capabilities(tasks):
+    task = tasks["word_tags"][0]
     task = type(task).restored(task.state())
     task.target = Undeclared(task.target.column, task.target.tags, task.target.words)
     assert not capabilities_of(task)
@@ -227,16 +228,16 @@ def test_target_without_info_supports_nothing(made):
         ({Capability.COMPARE}, "cannot read its predictions"),
     ],
 )
-def test_check_task_rejects_false_capabilities(declared, message, made, data, tiny_bert, monkeypatch):
-    task, splits = made["word_tags"]
+def test_check_task_rejects_false_capabilities(declared, message, tasks, data, tiny_bert, monkeypatch):
+    task, splits = tasks["word_tags"]
     monkeypatch.setattr(task.target, "info", TargetInfo("word tags", frozenset(declared)), raising=False)
-    run = replace(run_of("word_tags", data), model=ModelConfig(tiny_bert))
+    run = replace(make_run("word_tags", data), model=ModelConfig(tiny_bert))
     run, splits, _ = hftl.setup_run(replace(run, output_dir="unused"))
     with pytest.raises(AssertionError, match=message):
         check_task(task, splits, run)
 
 
-def test_report_asks_for_intervals(images, tiny_timm, tmp_path):
+def test_report_requires_intervals_capability(images, tiny_timm, tmp_path):
     from hftl.reporting.run_record import RunRecord
 
     run = RunConfig(
@@ -248,8 +249,8 @@ def test_report_asks_for_intervals(images, tiny_timm, tmp_path):
     run_undrawn("image_classification", run)
     assert "accuracy" in RunRecord(tmp_path / "run").intervals("test")
     file = tmp_path / "run" / "model" / "hftl.json"
-    described = json.loads(file.read_text())
-    assert described["capabilities"] == sorted(Capability)
-    for listed, found in ((["compare"], False), (None, True)):  # None: written by 0.1.0
-        file.write_text(json.dumps(described | {"capabilities": listed}))
-        assert bool(RunRecord(tmp_path / "run").intervals("test")) == found
+    metadata = json.loads(file.read_text())
+    assert metadata["capabilities"] == sorted(Capability)
+    for capabilities, has_intervals in ((["compare"], False), (None, True)):  # None: files of version 0.1.0
+        file.write_text(json.dumps(metadata | {"capabilities": capabilities}))
+        assert bool(RunRecord(tmp_path / "run").intervals("test")) == has_intervals

@@ -151,7 +151,7 @@ def test_build_model_rejects_channels_last_backbone(task, image_run):
 
     run = image_run()
     run = replace(run, model=hftl.ModelConfig(name="mambaout_femto", pretrained=False, image_size=64))
-    with pytest.raises(hftl.HftlError, match="channels last"):
+    with pytest.raises(hftl.HftlError, match="channels-last"):
         build_model(run, HeadSpec(task.model_class, 2, ("a", "b"), None))
 
 
@@ -402,7 +402,7 @@ def test_saved_detector_without_hftl_predicts_equal_boxes(detection_run, tmp_pat
 
 def test_setup_rejects_models_without_detector(detection_run, tiny_timm, tiny_bert):
     for name, message in {
-        tiny_bert: "transformers has no object detector of that kind",
+        tiny_bert: "has no object detector in transformers",
         "resnet5000": "timm has no model",
         "./nowhere/at/all": "does not exist",
     }.items():
@@ -410,12 +410,12 @@ def test_setup_rejects_models_without_detector(detection_run, tiny_timm, tiny_be
             hftl.setup_run(detection_run(name=name), hftl.ObjectDetection)
     run = detection_run(name=tiny_timm["test_vit"])
     _, _, task = hftl.setup_run(detection_run(), hftl.ObjectDetection)
-    with pytest.raises(hftl.HftlError, match="feature maps of the strides"):
+    with pytest.raises(hftl.HftlError, match="feature maps of strides"):
         hftl.build_model(run, task.head)
     model = replace(run.model, name=tiny_timm["test_resnet"], detector=hftl.DetectorConfig(num_queries=100))
-    with pytest.raises(hftl.HftlError, match="100 proposals, but an image of 64 x 64 pixels has 20 places"):
+    with pytest.raises(hftl.HftlError, match="100 exceeds the 20 feature positions of an image of 64 x 64"):
         hftl.build_model(replace(run, model=model), task.head)
-    with pytest.raises(hftl.HftlError, match=r"\[48, 64\] is not a multiple of 32.*take \[64, 64\]"):
+    with pytest.raises(hftl.HftlError, match=r"\[48, 64\] is not a multiple of 32.*Set \[64, 64\]"):
         hftl.build_model(replace(run, model=replace(model, image_size=[48, 64])), task.head)
 
 

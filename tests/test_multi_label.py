@@ -154,5 +154,5 @@ def test_setup_with_invalid_multi_label_data_raises(data, change, message, text_
 
 
 def test_setup_rejects_evaluate_metric_for_multi_label(multi_label_run):
-    with pytest.raises(ConfigError, match="one class or one number a row"):
+    with pytest.raises(ConfigError, match="one class or one number per row"):
         hftl.setup_run(multi_label_run(metrics=["mauve"]), hftl.TextClassification)

@@ -1,4 +1,4 @@
-"""The reference: comparison of two results, and the committed runs and rejections of every task."""
+"""`tests.reference`: comparison of results, and runs and rejections of every task; reference: expected.json."""
 
 import copy
 
@@ -24,7 +24,7 @@ KNOWN = {"a.eval_every": (), "a.lr": (), "a.pool": ("auto", "stock")}
 
 
 def make_result() -> dict:
-    """Returns a worker's result of two cells."""
+    """Returns the result of a worker for two cells."""
     run = {
         "settings": {"train.lr": 0.1, "output_dir": "runs/one"},
         "history": [{"step": 1, "train/loss": 0.5}],
@@ -48,7 +48,7 @@ def test_reference_has_a_run_per_task_and_60_rejections():
     assert EXPECTED.stat().st_size < 150_000
 
 
-def test_renames_give_each_tree_its_own_names():
+def test_renames_convert_flags_for_both_trees():
     renames = Renames(TABLE)
     flags = {"a.eval_steps": "3", "a.lr": "1", "a.pool": "default", "a.nonsense": "2"}
     old = {"a.eval_every": "3", "a.lr": "1", "a.pool": "stock", "a.nonsense": "2"}
@@ -59,7 +59,7 @@ def test_renames_give_each_tree_its_own_names():
 
 
 @pytest.mark.parametrize("table", ["a b\n", "a\tb\tc\n", "a\tb\nc\tb\n", "a\tb\nb\tc\n"])
-def test_renames_reject_ambiguous_tables(table):
+def test_renames_reject_ambiguous_table(table):
     with pytest.raises(ValueError, match=r"renames\.tsv"):
         Renames(table)
 
@@ -75,13 +75,13 @@ def test_renames_reject_ambiguous_tables(table):
         ("Something else: happened", "?Something else: happened"),
     ],
 )
-def test_setting_of_message_is_its_new_name(message, setting):
+def test_setting_of_returns_new_name_of_setting(message, setting):
     assert setting_of({"setting": None, "message": message}, Renames(TABLE)) == setting
     assert setting_of({"setting": "a.eval_every", "message": message}, Renames(TABLE)) == "a.eval_steps"
 
 
-def test_differences_name_every_changed_leaf():
-    """Each leaf of a result is changed in turn; one line names its cell. Equal results give none."""
+def test_differences_returns_one_line_per_change():
+    """Each leaf of a result is changed in turn; equal results have no differences."""
     renames = Renames("")
     old = readable(make_result(), renames)
     assert differences(old, copy.deepcopy(old)) == []
@@ -103,23 +103,23 @@ def test_differences_name_every_changed_leaf():
         assert len(lines) == 1 and lines[0].startswith(f"{name}: "), lines
 
 
-def test_committed_hashes_count_on_the_same_machine_only():
+def test_unexpected_compares_hashes_on_same_machine_only():
     result = readable(make_result(), Renames(""))
     expected = summarize(result, {"images": "ab"})
-    other = copy.deepcopy(result)
-    other["cells"]["one"]["weights"] = {"model.safetensors:w": "xy"}
-    other["cells"]["one"]["metrics"]["test/accuracy"] = rounded(0.25 + 5e-5)
-    assert len(unexpected(summarize(other, {"images": "ab"}), expected)) == 1
-    other["machine"] = {"threads": 2}
-    assert unexpected(summarize(other, {"images": "xy"}), expected) == []
-    other["cells"]["one"]["metrics"]["test/accuracy"] = 0.2502
-    assert len(unexpected(summarize(other, {"images": "ab"}), expected)) == 1
+    changed = copy.deepcopy(result)
+    changed["cells"]["one"]["weights"] = {"model.safetensors:w": "xy"}
+    changed["cells"]["one"]["metrics"]["test/accuracy"] = rounded(0.25 + 5e-5)
+    assert len(unexpected(summarize(changed, {"images": "ab"}), expected)) == 1
+    changed["machine"] = {"threads": 2}
+    assert unexpected(summarize(changed, {"images": "xy"}), expected) == []
+    changed["cells"]["one"]["metrics"]["test/accuracy"] = 0.2502
+    assert len(unexpected(summarize(changed, {"images": "ab"}), expected)) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_runs_and_rejections_equal_committed_reference(tmp_path):
+def test_runs_and_rejections_match_committed_reference(tmp_path):
     result = readable(finish(start(ROOT, tmp_path), tmp_path), Renames.read())
-    found = summarize(result, digest_inputs(tmp_path / "material"))
-    lines = unexpected(found, read_expected(Renames.read()))
+    summary = summarize(result, digest_inputs(tmp_path / "material"))
+    lines = unexpected(summary, read_expected(Renames.read()))
     assert lines == [], "\n".join(lines)

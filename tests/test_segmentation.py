@@ -152,7 +152,7 @@ def test_predicted_masks_preserve_size_and_mask_values(trained, scenes, tmp_path
 def test_report_contains_images_with_masks(trained):
     folder, _ = trained
     page = write_report(folder).read_text()
-    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "pictures of test" in page
+    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "images of test" in page
 
 
 def test_evaluate_on_two_processes_matches_one(trained, forks, tmp_path):
@@ -310,21 +310,21 @@ def test_load_splits_logs_incomplete_split(images, masks, misnamed, message, sce
     folder.rename(tmp_path / (misnamed or "images/old"))
     splits = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
     assert set(splits) == {"train"}
-    assert f"data: {message} and is not used" in capsys.readouterr().out
+    assert f"data: {message} and is ignored" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("folder", "name"), [("images", "00.jpg"), ("masks", "00.gif"), ("masks", "00_mask.png")])
 def test_load_splits_rejects_two_files_for_one_image(folder, name, scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks")
     (tmp_path / folder / name).write_bytes((tmp_path / folder / "01.png").read_bytes())
-    with pytest.raises(DataError, match="several files stand for one picture: ") as error:
+    with pytest.raises(DataError, match="has several files for one image: ") as error:
         load_splits(hftl.DataConfig(source=str(tmp_path)))
     assert name in str(error.value) and "00.png" in str(error.value)
 
 
 def test_load_splits_without_matching_names_raises(scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks", "zzz")
-    with pytest.raises(DataError, match=r"no mask in .*masks is named as an image.*00zzz"):
+    with pytest.raises(DataError, match=r"no mask in .*masks has the name of an image.*00zzz"):
         load_splits(hftl.DataConfig(source=str(tmp_path)))
 
 
@@ -448,7 +448,7 @@ def test_decode_indices_rejects_jpeg_mask(options, tmp_path):
     from hftl.data.image_decoding import decode_indices
 
     Image.new("L", (8, 8), 3).save(tmp_path / "mask.jpg", **options)
-    with pytest.raises(DataError, match="not a mask: JPEG changes class numbers.*PNG"):
+    with pytest.raises(DataError, match="not a mask: JPEG changes class indices.*PNG"):
         decode_indices({"path": str(tmp_path / "mask.jpg")}, 10**6)
 
 
@@ -491,7 +491,7 @@ def test_decoded_levels_with_many_levels_returns_four():
 
 
 def test_segmentation_rejects_unsupported_model_settings(scene_run):
-    with pytest.raises(ConfigError, match="img_size.*TimmBackbone cannot hold"):
+    with pytest.raises(ConfigError, match="img_size.*TimmBackbone does not support"):
         hftl.setup_run(scene_run("test_vit"), hftl.SemanticSegmentation)
     run = scene_run()
     with pytest.raises(ConfigError, match="model.dropout"):
@@ -503,7 +503,7 @@ def test_segmentation_rejects_unsupported_model_settings(scene_run):
         run, model=hftl.ModelConfig(name="vit_tiny_patch16_224", pretrained=False, image_size=64, decoder_channels=8)
     )
     run, _, task = hftl.setup_run(scene_run(), hftl.SemanticSegmentation)
-    with pytest.raises(ModelError, match="takes 224 x 224 pixels and nothing else"):
+    with pytest.raises(ModelError, match="fixed input size 224 x 224 pixels"):
         hftl.build_model(fixed, task.head)
 
 

@@ -85,7 +85,7 @@ def test_saved_embedding_model_without_hftl_matches_hftl(pair_run, capsys, run_w
 @pytest.mark.parametrize(
     ("splits", "settings", "message"),
     [
-        ({"train": [{"text": "a cat", "score": 1.0}] * 20}, {}, "no second column"),
+        ({"train": [{"text": "a cat", "score": 1.0}] * 20}, {}, "no second text column"),
         ({"train": [*scored_pairs(20), {"sentence1": "a", "sentence2": "", "score": 1.0}]}, {}, "empty text"),
         (
             {"train": [*scored_pairs(20), {"sentence1": "a", "sentence2": "b", "score": None}]},
@@ -114,14 +114,14 @@ def test_batch_dependent_loss_with_batch_size_one_raises(loss, pair_run):
         hftl.setup_run(run, hftl.TextEmbedding)
 
 
-def test_labelled_rows_without_score_raises(pair_run, tmp_path):
-    from hftl.artifacts.labeled_data import labelled_rows
+def test_labeled_rows_without_score_raises(pair_run, tmp_path):
+    from hftl.artifacts.labeled_data import labeled_rows
 
     run, _, task = hftl.setup_run(pair_run(), hftl.TextEmbedding)
     rows = [*scored_pairs(4), {"sentence1": "a", "sentence2": "b", "score": None}]
     write_lines(tmp_path / "other", test=rows)
     with pytest.raises(hftl.HftlError, match="1 row.*row 4: no score"):
-        labelled_rows(task, run.data, str(tmp_path / "other"), "test", {})
+        labeled_rows(task, run.data, str(tmp_path / "other"), "test", {})
 
 
 def test_invalid_pairs_are_skipped(pair_run):
@@ -135,7 +135,7 @@ def test_invalid_pairs_are_skipped(pair_run):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("frozen", "frozen trains the head alone, and this model has none; say full or lora"),
+        ("frozen", "'frozen' trains only the head, and this model has no head; allowed"),
         ("probe", "'probe' does not support text_embedding"),
     ],
 )
@@ -145,7 +145,7 @@ def test_head_only_method_for_text_embedding_raises(method, message, pair_run):
 
 
 def test_setup_rejects_default_pooling_for_embeddings(pair_run):
-    with pytest.raises(ConfigError, match="pooled by mean or cls"):
+    with pytest.raises(ConfigError, match="'default' is invalid for text embedding"):
         hftl.setup_run(pair_run(pooling="default"), hftl.TextEmbedding)
 
 
@@ -157,5 +157,5 @@ def test_build_model_rejects_sentence_transformers_dense(pair_run, tiny_bert, tm
     (folder / "modules.json").write_text(json.dumps(modules))
     run, _, task = hftl.setup_run(pair_run(), hftl.TextEmbedding)
     run = replace(run, model=replace(run.model, name=str(folder)))
-    with pytest.raises(hftl.HftlError, match="would drop Dense"):
+    with pytest.raises(hftl.HftlError, match="unsupported sentence-transformers modules: Dense"):
         hftl.build_model(run, task.head)

@@ -1,4 +1,7 @@
-"""Runs of tasks that read texts in windows: artifacts without hftl, predictions, commands, two processes."""
+"""Runs of token classification and question answering on windows: saved models, predictions, commands, processes.
+
+References: transformers without hftl for saved models, one process for two.
+"""
 
 import json
 import random
@@ -15,17 +18,17 @@ from hftl.errors import DataError
 from hftl.inference.batch_inference import evaluate_saved, predict_to_file
 from hftl.reporting import write_report
 
-CLEAN = """
+COMPARE_PREDICTIONS = """
 import json, sys, torch, transformers, pyarrow.parquet as pq
-def opened(run, table):
+def read(run, table):
     rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() if row["split"] == "test"]
-    given = [json.loads(line) for line in open(table)]
-    assert len(rows) == len(given)
-    return rows, given
-def tags(run, table):
-    rows, given = opened(run, table)
+    inputs = [json.loads(line) for line in open(table)]
+    assert len(rows) == len(inputs)
+    return rows, inputs
+def compare_tags(run, table):
+    rows, inputs = read(run, table)
     pipe = transformers.pipeline("token-classification", run + "/model", ignore_labels=[])
-    for row, words in zip(rows, (row["tokens"] for row in given)):
+    for row, words in zip(rows, (row["tokens"] for row in inputs)):
         assert row["words"] == words and len(row["tags"]) == len(row["scores"]) == len(words)
         if len(words) > 60:
             continue
@@ -39,23 +42,23 @@ def tags(run, table):
             assert text[entity["start"] : entity["end"]] == entity["text"]
             assert entity["text"].split() == words[entity["first_word"] : entity["end_word"]]
     print("equal", len(rows), sum(len(row["entities"]) for row in rows))
-def answers(run, table):
-    rows, given = opened(run, table)
+def compare_answers(run, table):
+    rows, inputs = read(run, table)
     card = open(run + "/model/README.md").read()
-    code = card.split("## Use")[1].split("```python")[1].split("```")[0].replace("path/to/model", run + "/model")
+    code = card.split("## How to use")[1].split("```python")[1].split("```")[0].replace("path/to/model", run + "/model")
     equal = 0
-    for row, asked in zip(rows, given):
-        assert asked["context"][max(row["start"], 0) : max(row["end"], 0)] == row["answer"]
-        if len(asked["context"].split()) > 50:
+    for row, example in zip(rows, inputs):
+        assert example["context"][max(row["start"], 0) : max(row["end"], 0)] == row["answer"]
+        if len(example["context"].split()) > 50:
             continue
-        found = {}
-        exec(code.replace("print", "").replace('"…", "…"', repr((asked["question"], asked["context"]))), found)
-        start, end = (found["offsets"][found[name], side] for side, name in enumerate(("start", "end")))
-        assert asked["context"][start:end] == row["answer"], (row, asked)
+        names = {}
+        exec(code.replace("print", "").replace('"…", "…"', repr((example["question"], example["context"]))), names)
+        start, end = (names["offsets"][names[name], side] for side, name in enumerate(("start", "end")))
+        assert example["context"][start:end] == row["answer"], (row, example)
         equal += 1
     print("equal", equal, len(rows))
-tags(*sys.argv[1:3])
-answers(*sys.argv[3:])
+compare_tags(*sys.argv[1:3])
+compare_answers(*sys.argv[3:])
 """
 
 
@@ -74,8 +77,8 @@ def window_run(data, text_run, tmp_path):
     return make
 
 
-def test_artifacts_say_the_same_without_hftl(window_run, data, tmp_path, run_without_hftl):
-    """Tags by transformers' pipeline; answers by the code in the model card, word for word."""
+def test_saved_window_models_match_without_hftl(window_run, data, tmp_path, run_without_hftl):
+    """Tags by a transformers pipeline, answers by the code of the model card."""
     tags, answers = window_run("tags", num_epochs=6, lr=3e-3), window_run("answers", num_epochs=8, lr=3e-3)
     metrics = run_undrawn("token_classification", tags)
     assert metrics["test/f1"] > 0.5 and {"test/animal_f1", "test/macro_f1", "test/accuracy"} <= set(metrics)
@@ -85,7 +88,7 @@ def test_artifacts_say_the_same_without_hftl(window_run, data, tmp_path, run_wit
         verified = json.loads((tmp_path / kind / "report.json").read_text())["verified"]
         assert set(verified) == {"model/transformers"}
     tables = [str(data[kind] / "test.jsonl") for kind in ("tags", "answers")]
-    printed = run_without_hftl(CLEAN, tags.output_dir, tables[0], answers.output_dir, tables[1])
+    printed = run_without_hftl(COMPARE_PREDICTIONS, tags.output_dir, tables[0], answers.output_dir, tables[1])
     first, second = (line.split() for line in printed.splitlines() if line.startswith("equal "))
     assert first[:2] == ["equal", "9"] and int(first[2]) > 0 and int(second[1]) >= 8
 
@@ -95,19 +98,20 @@ def test_artifacts_say_the_same_without_hftl(window_run, data, tmp_path, run_wit
     assert [(e["text"], e["start"]) for e in row["entities"] if e["type"] == "animal"] == [("dog", 3)]
     assert [row["tags"] for row in predictor.predict([["my", "dog", "eats", "bread"]])] == [row["tags"]]
     long = tagged_row(random.Random(5), 150)["tokens"]
-    found = predictor.predict([{"tokens": long}, {"tokens": ["cat"]}])
-    assert found[0]["words"] == long and len(found[0]["tags"]) == 150 and found[1]["tags"] == ["B-animal"]
-    found = hftl.load(answers.output_dir).predict([("my a", "the " * 90 + "cat " + "a " * 90)])[0]
-    assert (found["answer"], found["start"]) == ("cat", 360)  # in the middle of six windows
+    predictions = predictor.predict([{"tokens": long}, {"tokens": ["cat"]}])
+    assert predictions[0]["words"] == long and len(predictions[0]["tags"]) == 150
+    assert predictions[1]["tags"] == ["B-animal"]
+    prediction = hftl.load(answers.output_dir).predict([("my a", "the " * 90 + "cat " + "a " * 90)])[0]
+    assert (prediction["answer"], prediction["start"]) == ("cat", 360)  # in the middle of six windows
 
 
-def test_commands_serve_both(window_run, capsys, tmp_path):
+def test_commands_support_window_models(window_run, capsys, tmp_path):
     tags, answers = window_run("tags", "lora"), window_run("answers", "frozen")
     metrics = run_undrawn("token_classification", tags)
-    again = evaluate_saved(tags.output_dir)
+    evaluated = evaluate_saved(tags.output_dir)
     assert write_report(tmp_path / "tags").is_file()
     for name in ("test/f1", "test/accuracy", "test/loss"):
-        assert again[name] == pytest.approx(metrics[name], rel=1e-5)
+        assert evaluated[name] == pytest.approx(metrics[name], rel=1e-5)
     out = tmp_path / "out.jsonl"
     predict_to_file(tags.output_dir, "my dog eats bread", output=str(out))
     assert json.loads(out.read_text())["words"] == ["my", "dog", "eats", "bread"]
@@ -116,15 +120,15 @@ def test_commands_serve_both(window_run, capsys, tmp_path):
     assert "| test/f1 |" in card
 
     load_recipe("question_answering").main(answers)
-    assert "not drawn" not in capsys.readouterr().out and (tmp_path / "answers/report.html").is_file()
+    assert "report: not written" not in capsys.readouterr().out and (tmp_path / "answers/report.html").is_file()
     predict_to_file(answers.output_dir, "my a", "the cat the", output=str(out))
-    found = json.loads(out.read_text())
-    assert found["answer"] == "the cat the"[found["start"] : found["end"]] and found["candidates"]
+    prediction = json.loads(out.read_text())
+    assert prediction["answer"] == "the cat the"[prediction["start"] : prediction["end"]] and prediction["candidates"]
     with pytest.raises(DataError, match="a pair of texts: INPUT and --pair"):
         predict_to_file(answers.output_dir, "my a")
 
 
-def test_check_reads_words_and_questions_with_their_contexts(data, tmp_path, capsys):
+def test_check_finds_leaks_of_words_and_of_questions(data, tmp_path, capsys):
     import shutil
 
     for kind, columns in (("tags", "'tokens'"), ("answers", "'question' and 'context'")):
@@ -133,33 +137,33 @@ def test_check_reads_words_and_questions_with_their_contexts(data, tmp_path, cap
         first = (folder / "train.jsonl").read_text().splitlines()[5]
         with (folder / "test.jsonl").open("a") as file:
             file.write(first + "\n")
-        found = hftl.check(str(folder), output=tmp_path / f"check-{kind}")
-        assert {(entry.split, entry.row) for entry in found["leaks"].entries} >= {("test", 9)}
+        findings = hftl.check(str(folder), output=tmp_path / f"check-{kind}")
+        assert {(entry.split, entry.row) for entry in findings["leaks"].entries} >= {("test", 9)}
         assert f"texts from {columns}" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def launched(tiny_bert, tmp_path_factory, forks):
-    """Both tasks on one process and on two, weights left as they are; 7 and 9 held-out rows make uneven shares."""
+    """Runs of both tasks with 1 and 2 processes and constant weights; 7 and 9 held-out rows divide unevenly."""
     root = tmp_path_factory.mktemp("launched")
     sources = {
         "token_classification": write_tagged(root / "tagged"),
         "question_answering": write_questions(root / "asked", answerable=0.6),
     }
-    still = {"train__lr": 0, "train__head_lr": 0, "train__weight_decay": 0, "train__num_epochs": 1}
+    constant = {"train__lr": 0, "train__head_lr": 0, "train__weight_decay": 0, "train__num_epochs": 1}
     for world in (1, 2):
         jobs = []
         for name, source in sources.items():
             out = root / str(world) / name
-            batch = {"train__batch_size_per_device": 4, "train__seed": 0, **still}
-            jobs.append(("recipe", {"recipe": name, "flags": flags(source, tiny_bert, out / "run", **batch)}, out))
+            settings = {"train__batch_size_per_device": 4, "train__seed": 0, **constant}
+            jobs.append(("recipe", {"recipe": name, "flags": flags(source, tiny_bert, out / "run", **settings)}, out))
         launch(world, jobs, forks=forks, logs=root / f"logs{world}")
     return root
 
 
 @pytest.mark.parametrize("name", ["token_classification", "question_answering"])
-def test_two_processes_evaluate_as_one(name, launched):
-    """Equal metrics, thresholds and, row by row in order, predictions."""
+def test_two_processes_match_evaluation_of_one(name, launched):
+    """Equal metrics and thresholds, and equal predictions in row order."""
     results = []
     for world in (1, 2):
         run = launched / str(world) / name / "run"

@@ -1,1 +1,1 @@
-"""Which parameters of a model learn."""
+"""Adaptation methods: full fine-tuning, frozen backbone, LoRA, and one method per encoder."""

@@ -1,4 +1,4 @@
-"""adapt(model, config): the way of adapting is a value, not another recipe."""
+"""Entry point of adaptation: `adapt(model, config)` applies the method named in the configuration."""
 
 from __future__ import annotations
 
@@ -10,47 +10,46 @@ from hftl.adaptation.parameter_counts import ParameterCounts, count_parameters
 from hftl.adaptation.per_encoder import adapt_per_encoder, encoder_methods
 from hftl.config.schema import AdaptConfig
 from hftl.errors import AdaptError
-from hftl.heads.sklearn_head import KINDS as CLASSIC
+from hftl.heads.sklearn_head import NONLINEAR_CLASSIFIERS
 from hftl.logging import log
 from hftl.models.task_model import TaskModel
 
 
 def adapt(model: TaskModel, config: AdaptConfig) -> ParameterCounts:
-    """Decides which parameters of `model` learn, in place. The head always does.
+    """Sets which parameters of `model` are trainable, in place. The head is always trainable.
 
     Returns:
-        How many parameters learn, by group.
+        Parameter counts by group.
 
     Raises:
-        AdaptError: The method does not fit the model.
+        AdaptError: The method is invalid for the model.
     """
-    targets: tuple[str, ...] = ()
     problem = method_problem(config.method, bool(model.head_modules))
     if problem:
         raise AdaptError(problem)
-    ways = encoder_methods(model, config)
-    if len(set(ways.values())) > 1:
-        report = count_parameters(
-            model, " + ".join(f"{name} {way}" for name, way in ways.items()), adapt_per_encoder(model, config, ways)
-        )
-        log(str(report))
-        return report
-    config = replace(config, method=next(iter(ways.values()), config.method))
+    methods = encoder_methods(model, config)
+    if len(set(methods.values())) > 1:
+        targets = adapt_per_encoder(model, config, methods)
+        counts = count_parameters(model, " + ".join(f"{name} {method}" for name, method in methods.items()), targets)
+        log(str(counts))
+        return counts
+    config = replace(config, method=next(iter(methods.values()), config.method))
+    targets = ()
     if config.method in ("frozen", "probe"):
         freeze_backbone(model)
     elif config.method == "lora":
         targets = add_lora(model, config.lora)
     else:
         unfreeze_all(model, config.batch_norm)
-    report = count_parameters(model, config.method, targets)
-    if config.method == "probe" and config.probe.classifier in CLASSIC:
-        report = replace(report, head=0)  # what takes its place is scikit-learn's, and has no parameters of torch's
-    log(str(report))
-    return report
+    counts = count_parameters(model, config.method, targets)
+    if config.method == "probe" and config.probe.classifier in NONLINEAR_CLASSIFIERS:
+        counts = replace(counts, head=0)  # a scikit-learn classifier replaces the head and has no torch parameters
+    log(str(counts))
+    return counts
 
 
 def method_problem(method: str, has_head: bool) -> str | None:
-    """Returns what is wrong with a way of adapting for a model with or without a head; None if nothing."""
+    """Returns why an adaptation method is invalid for a model with or without a head; None if it is valid."""
     if has_head or method not in ("frozen", "probe"):
         return None
-    return f"adapt.method: {method} trains the head alone, and this model has none; say full or lora."
+    return f"adapt.method: '{method}' trains only the head, and this model has no head; allowed: full, lora."

@@ -1,4 +1,4 @@
-"""full and frozen: which parameters of the stock network require gradients."""
+"""Full fine-tuning and frozen backbone: `requires_grad` of the parameters of the timm or transformers model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from hftl.models.task_model import TaskModel
 
 
 def unfreeze_all(model: TaskModel, batch_norm: BatchNorm = "auto") -> None:
-    """All parameters learn, except batch norms that are kept: fixed scales and shifts (cf. FrozenBatchNorm2d).
+    """Makes all parameters trainable, except batch norms of a pretrained backbone (cf. torchvision FrozenBatchNorm2d).
 
-    Statistics of micro-batches would make a step depend on how its rows are cut, and channels that hardly vary have
-    scales so small (3e-3 in checkpoints converted from quantised ones) that steps of a usual size destroy them.
+    With statistics of micro-batches the result of a step would depend on how its rows are divided into micro-batches.
+    Channels with little variance have small scales (3e-3 in checkpoints converted from quantized models), which steps
+    of the usual size destroy.
+
+    Args:
+        model: Changed in place.
+        batch_norm: `frozen` freezes the batch norms, `train` trains them; `auto` freezes those of pretrained backbones.
     """
     model.requires_grad_(True)
     if batch_norm == "train" or (batch_norm == "auto" and not model.source.pretrained):
@@ -22,10 +27,10 @@ def unfreeze_all(model: TaskModel, batch_norm: BatchNorm = "auto") -> None:
 
 
 def freeze_backbone(model: TaskModel) -> None:
-    """Only the head learns; the backbone's parameters and buffers stay as they came, bit for bit.
+    """Freezes the backbone's parameters and buffers; only the head is trainable.
 
-    `requires_grad` alone would not do: batch norm moves its running statistics in every forward pass of a
-    model in training mode, so the backbone also stays in eval mode (see `TaskModel.train`).
+    `requires_grad` alone is not sufficient: in training mode batch norms update their running statistics in every
+    forward pass. The backbone therefore also stays in eval mode (see `TaskModel.train`).
     """
     model.frozen = "all"
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""A way of adapting for each encoder of a model that has several (`adapt.image_method`, `adapt.text_method`)."""
+"""One adaptation method per encoder of a model with two encoders (`adapt.image_method`, `adapt.text_method`)."""
 
 from __future__ import annotations
 
@@ -10,45 +10,50 @@ from hftl.models.task_model import TaskModel
 
 
 def encoder_methods(model: TaskModel, config: AdaptConfig) -> dict[str, EncoderMethod]:
-    """Returns the way of each encoder by its name; nothing where `config.method` holds for the whole model.
+    """Returns the adaptation method of each encoder by its name; empty if `config.method` applies to the whole model.
 
     Raises:
-        AdaptError: A way is given for an encoder that the model does not have.
+        AdaptError: A method is set for an encoder that the model does not have, or in addition to `probe`.
     """
-    given: dict[str, EncoderMethod | None] = {"image": config.image_method, "text": config.text_method}
-    foreign = [f"adapt.{name}" for name, way in given.items() if way is not None and name not in model.encoders]
-    if foreign:
+    configured: dict[str, EncoderMethod | None] = {"image": config.image_method, "text": config.text_method}
+    missing = [name for name, method in configured.items() if method is not None and name not in model.encoders]
+    if missing:
+        settings = " and ".join(f"adapt.{name}_method" for name in missing)
         raise AdaptError(
-            f"{' and '.join(foreign)}: {model.source.name} has no such encoder beside another one; say adapt.method."
+            f"{settings}: {model.source.name} has no separate {' and '.join(missing)} encoder. Set adapt.method."
         )
-    if not any(given.values()):
+    if not any(configured.values()):
         return {}
     if config.method == "probe":
         raise AdaptError(
-            "adapt.method: probe takes no adapt.image_method and no adapt.text_method: all of the backbone is frozen."
+            "adapt.method: 'probe' conflicts with adapt.image_method and adapt.text_method: it freezes the whole "
+            "backbone. Set only one."
         )
-    return {name: given[name] or config.method for name in model.encoders}
+    return {name: configured[name] or config.method for name in model.encoders}
 
 
-def adapt_per_encoder(model: TaskModel, config: AdaptConfig, ways: dict[str, EncoderMethod]) -> tuple[str, ...]:
-    """Makes each encoder of `model` learn in its own way, in place; the head always learns.
+def adapt_per_encoder(model: TaskModel, config: AdaptConfig, methods: dict[str, EncoderMethod]) -> tuple[str, ...]:
+    """Adapts each encoder of `model` by its own method, in place; the head is always trainable.
 
     Returns:
-        Stock names of the layers that carry adapters.
+        Original names of the layers with adapters.
 
     Raises:
-        AdaptError: As `add_lora`.
+        AdaptError: A LoRA pattern matches no layer of the encoders adapted by `lora`.
     """
     unfreeze_all(model, config.batch_norm)
-    kept = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    of_way = {way: tuple(model.encoders[name] for name in ways if ways[name] == way) for way in ways.values()}
-    full, frozen = of_way.get("full", ()), of_way.get("frozen", ())
+    batch_norms = {model.original_name(name) for name, p in model.named_parameters() if not p.requires_grad}
+    modules = {
+        method: tuple(model.encoders[name] for name in methods if methods[name] == method)
+        for method in methods.values()
+    }
+    full, frozen = modules.get("full", ()), modules.get("frozen", ())
     targets: tuple[str, ...] = ()
-    if "lora" in of_way:
-        model_class = {model.original_name(name) for name in kept}
-        targets = add_lora(model, config.lora, within=of_way["lora"], whole=full)
+    if "lora" in modules:
+        targets = add_lora(model, config.lora, adapted_modules=modules["lora"], trained_modules=full)
         for name, parameter in model.named_parameters():
-            if model.original_name(name) in model_class and "lora_" not in name:
+            # peft makes trained modules trainable, with their batch norms
+            if model.original_name(name) in batch_norms and "lora_" not in name:
                 parameter.requires_grad_(False)
     for name, parameter in model.named_parameters():
         if model.under(name, frozen):

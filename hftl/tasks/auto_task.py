@@ -1,4 +1,4 @@
-"""Which task fits some data, where nobody has named one: by columns and their types, and said why."""
+"""Task detection (`task: auto`) by column names, column types and labels, with the reason in the log."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ AUTO = "auto"
 
 
 def task_of(name: str) -> Callable[[Splits], SupervisedTask]:
-    """Returns what makes the task that `task` in the configuration names.
+    """Returns the constructor of the task with this name; `auto` detects the task from the splits.
 
     Raises:
-        ConfigError: There is no such task.
+        ConfigError: No built-in task has this name.
     """
     if name == AUTO:
         return lambda splits: infer_task(splits)(splits)
@@ -35,83 +35,82 @@ def task_of(name: str) -> Callable[[Splits], SupervisedTask]:
 
 
 def infer_task(splits: Splits) -> Callable[[Splits], SupervisedTask]:
-    """Returns the class of task whose inputs and labels the columns of `splits` hold, and says why.
+    """Returns the task class that matches the columns of `splits`, and logs the reason.
 
     Args:
-        splits: Their features decide, and the columns that `splits.config` names.
+        splits: Detection uses the features of train and the columns named in `splits.config`.
 
     Raises:
-        DataError: There is neither an image column nor a text column.
+        DataError: No rule matches: the data have neither an image column nor a text column.
     """
     features, config = splits["train"].features, splits.config
-    for name, looks_like in _RULES.items():
-        why = looks_like(features, config)
-        if why:
-            log(f"task: {name} ({why})")
+    for name, rule in _RULES.items():
+        reason = rule(features, config)
+        if reason:
+            log(f"task: {name} ({reason})")
             return TASKS[name]
-    problems: list[str] = []
     with suppress_logs():
-        for look in (_image_error, _text_error):
-            problems += look(features, config)
+        problems = [*_image_problems(features, config), *_text_problems(features, config)]
     raise DataError(*problems)
 
 
 def _object_detection(features: Features, config: DataConfig) -> str:
-    if not _images(features):
+    if not _image_columns(features):
         return ""
     try:
         column, _ = find_objects(features, config.label_column)
     except DataError:
         return ""
-    return f"column '{column.name}' holds boxes"
+    return f"column '{column.name}' contains boxes"
 
 
 def _semantic_segmentation(features: Features, config: DataConfig) -> str:
-    images = {name: features[name] for name in _images(features)}
-    mask = config.label_column if config.label_column in images else _named("mask", images, config.label_column)
-    return f"column '{mask}' holds an image for each image" if len(images) == 2 and mask else ""
+    images = {name: features[name] for name in _image_columns(features)}
+    mask = config.label_column if config.label_column in images else _role_column("mask", images, config.label_column)
+    return f"column '{mask}' contains a mask per image" if len(images) == 2 and mask else ""
 
 
 def _question_answering(features: Features, config: DataConfig) -> str:
-    question = _named("question", features, config.text_column)
-    context = _named("context", features, config.text_pair_column)
-    answers = _named("answers", features, config.label_column) or _other_answers(features, config)
+    question = _role_column("question", features, config.text_column)
+    context = _role_column("context", features, config.text_pair_column)
+    answers = _role_column("answers", features, config.label_column) or _answers_column(features, config)
     return f"columns '{question}', '{context}' and '{answers}'" if question and context and answers else ""
 
 
-def _other_answers(features: Features, config: DataConfig) -> str:
-    """Returns a column of answers with an unusual name; or with a usual one and a type that its reader rejects."""
+def _answers_column(features: Features, config: DataConfig) -> str:
+    """Returns the only column with the type of answers, or one with a usual name and a type that the task rejects."""
     if config.label_column:
         return ""
-    typed = [name for name, kind in features.items() if ROLES["answers"].accepts(kind)]
-    named = [name for name in features if is_usual_name("answers", name) and not _labelled(features, config)]
-    return typed[0] if len(typed) == 1 else next(iter(named), "")
+    by_type = [name for name, feature in features.items() if ROLES["answers"].accepts(feature)]
+    by_name = [name for name in features if is_usual_name("answers", name) and not _has_labels(features, config)]
+    return by_type[0] if len(by_type) == 1 else next(iter(by_name), "")
 
 
 def _token_classification(features: Features, config: DataConfig) -> str:
-    words = _named("words", features, config.text_column)
-    lists = {name: kind for name, kind in features.items() if name != words and ROLES["tags"].accepts(kind)}
-    tags = _named("tags", lists, config.label_column)
+    words = _role_column("words", features, config.text_column)
+    lists = {name: feature for name, feature in features.items() if name != words and ROLES["tags"].accepts(feature)}
+    tags = _role_column("tags", lists, config.label_column)
     if not (tags or config.label_column):
         tags = next((name for name in lists if "tag" in name.lower()), "")
-    return f"column '{words}' holds words and '{tags}' a tag for each" if words and tags else ""
+    return f"column '{words}' contains words and '{tags}' one tag per word" if words and tags else ""
 
 
 def _image_text_retrieval(features: Features, config: DataConfig) -> str:
-    captions = _named("captions", features, config.text_column)
-    unlabelled = not _labelled(features, config)
-    return f"images with captions in column '{captions}'" if _images(features) and captions and unlabelled else ""
+    captions = _role_column("captions", features, config.text_column)
+    if not (_image_columns(features) and captions) or _has_labels(features, config):
+        return ""
+    return f"images with captions in column '{captions}'"
 
 
 def _image_text_classification(features: Features, config: DataConfig) -> str:
-    if not (_found("image", features, config.image_column) and _labelled(features, config)):
+    if not (_has_role("image", features, config.image_column) and _has_labels(features, config)):
         return ""
     text = config.text_column or usual_column("text", features)
     return f"images, texts in column '{text}', and labels" if text else ""
 
 
 def _image_classification(features: Features, config: DataConfig) -> str:
-    return "images" if _found("image", features, config.image_column) else ""
+    return "images" if _has_role("image", features, config.image_column) else ""
 
 
 def _text_embedding(features: Features, config: DataConfig) -> str:
@@ -120,7 +119,7 @@ def _text_embedding(features: Features, config: DataConfig) -> str:
             _, pair = find_text_columns(features, config.text_column, config.text_pair_column)
         except DataError:
             return ""
-    return "pairs of texts without labels" if pair and not _labelled(features, config) else ""
+    return "text pairs without labels" if pair and not _has_labels(features, config) else ""
 
 
 def _text_classification(features: Features, config: DataConfig) -> str:
@@ -129,8 +128,8 @@ def _text_classification(features: Features, config: DataConfig) -> str:
             text, pair = find_text_columns(features, config.text_column, config.text_pair_column)
         except DataError:
             return ""
-    # labels and scores train a classifier of pairs, whatever their column is called
-    return f"pairs of texts '{text.name}' and '{pair.name}'" if pair else f"texts in column '{text.name}'"
+    # pairs with labels or scores of any column name: classification or regression, not embedding
+    return f"text pairs '{text.name}' and '{pair.name}'" if pair else f"texts in column '{text.name}'"
 
 
 _RULES: dict[str, Callable[[Features, DataConfig], str]] = {
@@ -144,22 +143,23 @@ _RULES: dict[str, Callable[[Features, DataConfig], str]] = {
     "text_embedding": _text_embedding,
     "text_classification": _text_classification,
 }
-"""The first that gives a reason is the task: those that need more columns stand before those that need fewer."""
+"""Task -> function that returns the reason for the task, or "". The first reason wins; tasks that need more columns
+come first."""
 
 
-def _labelled(features: Features, config: DataConfig) -> bool:
-    return bool(config.label_columns) or _found("label", features, config.label_column)
+def _has_labels(features: Features, config: DataConfig) -> bool:
+    return bool(config.label_columns) or _has_role("label", features, config.label_column)
 
 
-def _found(role: str, features: Features, given: str | None) -> bool:
+def _has_role(role: str, features: Features, configured: str | None) -> bool:
     with suppress_logs():
         try:
-            return bool(find_column(role, features, given))
+            return bool(find_column(role, features, configured))
         except DataError:
             return False
 
 
-def _image_error(features: Features, config: DataConfig) -> list[str]:
+def _image_problems(features: Features, config: DataConfig) -> list[str]:
     try:
         find_column("image", features, config.image_column)
     except DataError as error:
@@ -167,7 +167,7 @@ def _image_error(features: Features, config: DataConfig) -> list[str]:
     return []
 
 
-def _text_error(features: Features, config: DataConfig) -> list[str]:
+def _text_problems(features: Features, config: DataConfig) -> list[str]:
     try:
         find_text_columns(features, config.text_column, config.text_pair_column)
     except DataError as error:
@@ -175,12 +175,12 @@ def _text_error(features: Features, config: DataConfig) -> list[str]:
     return []
 
 
-def _images(features: Features) -> list[str]:
-    return [name for name, kind in features.items() if ROLES["image"].accepts(kind)]
+def _image_columns(features: Features) -> list[str]:
+    return [name for name, feature in features.items() if ROLES["image"].accepts(feature)]
 
 
-def _named(role: str, features: Mapping[str, Any], given: str | None) -> str:
-    """Returns the column of a role that the configuration or its usual name names; empty where there is none."""
-    if given is not None:
-        return given if given in features and ROLES[role].accepts(features[given]) else ""
+def _role_column(role: str, features: Mapping[str, Any], configured: str | None) -> str:
+    """Returns the column of a role by the configuration or by its usual names; "" without such a column."""
+    if configured is not None:
+        return configured if configured in features and ROLES[role].accepts(features[configured]) else ""
     return usual_column(role, features) or ""

@@ -1,4 +1,4 @@
-"""What a target or a task supports beyond training and evaluation: declared by each, asked for by every capability."""
+"""Capabilities of targets and tasks beyond training and evaluation; targets declare them, commands check them."""
 
 from __future__ import annotations
 
@@ -8,50 +8,50 @@ from typing import Any
 
 
 class Capability(str, Enum):
-    """A part of hftl that does not work for every kind of label; saved models list theirs by these names."""
+    """Feature of hftl that only some kinds of labels support; saved models list the supported ones by value."""
 
     COMPARE = "compare"
-    """Comparison of methods: predictions give a score per row (`hftl.tasks.predictions`)."""
+    """Comparison of methods; requires a score per row (`hftl.tasks.predictions`)."""
     INTERVALS = "intervals"
-    """Confidence intervals in reports and model cards: predictions give the metrics again."""
+    """Confidence intervals in reports and model cards; require metrics computed from predictions."""
     DEMO = "demo"
-    """A page that shows the most probable classes of one image, text or pair of texts."""
+    """Page with the most probable classes of one image, text or text pair."""
     PROBE = "probe"
-    """Heads of scikit-learn on features: the labels are one class per row."""
+    """scikit-learn classifiers on backbone features; require single-label classes."""
     CLASS_CHECKS = "class_checks"
-    """The checks of `hftl check` that compare labels as classes: the labels are one class per row."""
+    """Checks of `hftl check` that compare classes; require single-label classes."""
     EXPORT = "export"
-    """ONNX and torch.export: inputs are one image or tokens [B, T], outputs are logits [B, K]."""
+    """ONNX and torch.export; require one image or tokens [B, T] as inputs and logits [B, K] as outputs."""
 
 
-EVERY_INPUT = frozenset(Capability)
-"""Inputs of one image, one text or a pair of texts restrict nothing."""
-OTHER_INPUTS = EVERY_INPUT - {Capability.DEMO, Capability.EXPORT}
-"""What is possible with inputs that declare nothing."""
+ALL_CAPABILITIES = frozenset(Capability)
+"""Capabilities of inputs that are one image, one text or a text pair."""
+DEFAULT_CAPABILITIES = ALL_CAPABILITIES - {Capability.DEMO, Capability.EXPORT}
+"""Capabilities of inputs without a declaration."""
 
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """What a target declares about itself; the defaults fit a target that declares nothing."""
+    """Declarations of a target; the defaults apply to targets without a declaration."""
 
     label_kind: str = ""
-    """The labels in words, such as `word tags`; by default the name of the class."""
+    """Description of the labels in messages, such as `word tags`; by default the name of the class."""
     capabilities: frozenset[Capability] = frozenset()
-    """What works for these labels."""
+    """Capabilities that these labels support."""
 
 
 def target_info(target: Any) -> TargetInfo:
-    """Returns the `info` of a target or of its class, and the defaults for one without it."""
+    """Returns `info` of a target or target class, or the defaults if it has none."""
     info = getattr(target, "info", None) or TargetInfo()
     name = getattr(target, "__name__", type(target).__name__)
     return info if info.label_kind else replace(info, label_kind=name)
 
 
 def supported(target: Any, inputs: Any) -> frozenset[Capability]:
-    """Returns what works for a target on inputs, each given as an object or as its class."""
-    return target_info(target).capabilities & getattr(inputs, "capabilities", OTHER_INPUTS)
+    """Returns the capabilities that both target and inputs support; each is an object or a class."""
+    return target_info(target).capabilities & getattr(inputs, "capabilities", DEFAULT_CAPABILITIES)
 
 
 def capabilities_of(task: Any) -> frozenset[Capability]:
-    """Returns what works for a task; nothing for a task that declares nothing."""
+    """Returns the capabilities of a task; empty for a task without a declaration."""
     return frozenset(getattr(task, "capabilities", ()))

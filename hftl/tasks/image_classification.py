@@ -1,4 +1,4 @@
-"""Labels of images: one class, several labels, or numbers."""
+"""Image classification (single-label or multi-label) and image regression."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hftl.tasks.task import SupervisedTask
 
 
 class ImageClassification(SupervisedTask):
-    """Images with one class each, any number of labels, or numbers, on any timm model."""
+    """Single-label or multi-label classification, or regression, of images with any timm model."""
 
     name = "image_classification"
     model_class = "timm"

@@ -1,4 +1,4 @@
-"""Labels of rows with an image, a text or both, and numbers and categories beside them."""
+"""Classification and regression of rows with images, texts, numbers and categories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hftl.tasks.task import SupervisedTask
 
 
 class ImageTextClassification(SupervisedTask):
-    """Images and texts together, on a timm model and a BERT-family model joined by a fusion that is new."""
+    """Classification or regression with a timm model, a BERT-family model and a new fusion module."""
 
     name = "image_text_classification"
     model_class = "ImageTextForClassification"
@@ -41,7 +41,7 @@ class ImageTextClassification(SupervisedTask):
         return restore_target(state)
 
 
-_ANSWERS = {
+_PREDICTION_CODE = {
     "single_label_classification": "model.config.id2label[logits[0].argmax().item()]",
     "multi_label_classification": "dict(zip(model.config.id2label.values(), logits[0].sigmoid().tolist()))",
     "regression": "dict(zip(model.config.id2label.values(), logits[0].tolist()))",
@@ -49,20 +49,20 @@ _ANSWERS = {
 
 
 def _usage(inputs: ImageTextInputs, problem_type: str | None) -> str:
-    """Returns Python that asks a saved model of one row, with the inputs that this one takes."""
-    given = {"images": '[Image.open("photo.jpg")]'} if inputs.image else {}
-    given |= {"text": '["A dog runs on the grass."]'} if inputs.texts else {}
+    """Returns Python code for a prediction on one row with a saved model, with example values for its inputs."""
+    arguments = {"images": '[Image.open("photo.jpg")]'} if inputs.image else {}
+    arguments |= {"text": '["A dog runs on the grass."]'} if inputs.texts else {}
     numbers = [round(mean, 3) for mean in inputs.numbers["mean"]]
     categories = [next(iter(values), None) for values in inputs.categories.values()]
-    given |= {name: f"[{values}]" for name, values in (("numbers", numbers), ("categories", categories)) if values}
+    arguments |= {name: f"[{values}]" for name, values in (("numbers", numbers), ("categories", categories)) if values}
     lines = [
         "import transformers",
         *(["from PIL import Image"] if inputs.image else []),
         "",
         'processor = transformers.AutoProcessor.from_pretrained("{place}", trust_remote_code=True)',
         'model = transformers.AutoModel.from_pretrained("{place}", trust_remote_code=True).eval()',
-        f"inputs = processor({', '.join(f'{name}={value}' for name, value in given.items())})",
+        f"inputs = processor({', '.join(f'{name}={value}' for name, value in arguments.items())})",
         "logits = model(**inputs).logits",
-        _ANSWERS[problem_type or "regression"],
+        _PREDICTION_CODE[problem_type or "regression"],
     ]
     return "\n".join(lines)

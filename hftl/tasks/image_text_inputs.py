@@ -1,4 +1,4 @@
-"""Images and texts, numbers and categories of the same row -> the inputs of a model that takes them together."""
+"""Inputs of multimodal models: images, texts, numbers and categories of a row."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 
 class ImageTextInputs:
-    """Rows of a mixed table -> `pixel_values`, token ids, `numbers` and `categories`, and which inputs are there.
+    """Rows of a multimodal table -> `pixel_values`, token ids, `numbers`, `categories` and masks of present inputs.
 
     Args:
-        image: The image column, if any.
-        texts: The text columns.
-        template: How they become one text.
-        numbers: `names`, `mean` and `std` of the numeric columns, from train.
+        image: Image column, if any.
+        texts: Text columns.
+        template: Format string that joins the text columns into one text.
+        numbers: `names`, `mean` and `std` of the numeric columns, computed on train.
         categories: Values of each categorical column in train.
-        max_pixels: Largest image that is decoded, width x height.
+        max_pixels: Maximum width x height of decoded images.
     """
 
     modality = "image_text"
@@ -69,19 +69,19 @@ class ImageTextInputs:
 
     @property
     def column_types(self) -> dict[str, str]:
-        """Image, texts, numbers, categories."""
-        named = {self.image: "image"} if self.image else {}
-        kinds = (("text", self.texts), ("number", self.numbers["names"]), ("category", self.categories))
-        return named | {name: kind for kind, names in kinds for name in names}
+        """See `Inputs.column_types`."""
+        image = {self.image: "image"} if self.image else {}
+        columns = (("text", self.texts), ("number", self.numbers["names"]), ("category", self.categories))
+        return image | {name: column_type for column_type, names in columns for name in names}
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Columns that a row may lack: all of them, as far as the model has learnt to do without (see `encode`)."""
+        """Columns that may be missing at inference: all, if the model was trained with missing inputs (`encode`)."""
         return tuple(self.column_types)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the data say about the architecture: see `hftl.models.image_text_model.build`."""
+        """Architecture options that follow from the data, for `hftl.models.image_text_model.build`."""
         return {
             "image": self.image is not None,
             "text": bool(self.texts),
@@ -91,44 +91,44 @@ class ImageTextInputs:
         }
 
     @classmethod
-    def find(cls, splits: Splits, taken: Sequence[str]) -> ImageTextInputs:
-        """Detects the columns, and looks at every row for what is missing; what is wrong goes into `problems`.
+    def find(cls, splits: Splits, label_columns: Sequence[str]) -> ImageTextInputs:
+        """Detects the columns, counts missing images and texts, and collects errors in `problems`.
 
         Args:
             splits: Data to train on.
-            taken: Columns that are spoken for: labels.
+            label_columns: Columns of the target, which are not inputs.
         """
         config, train = splits.config, splits["train"]
         try:
-            columns = find_mixed(train, config, taken)
-            found = cls._from(columns, train, config.max_pixels)
+            columns = find_mixed(train, config, label_columns)
+            inputs = cls._from_columns(columns, train, config.max_pixels)
         except DataError as error:
-            found = cls()
-            found.problems = error.problems
-            return found
-        found.split_of = {rows._fingerprint: split for split, rows in splits.items()}
-        if not splits.lenient and not found.problems:
-            found.problems = check_splits(splits, found._row_problems)
-            lacking = Counter[str]()
+            inputs = cls()
+            inputs.problems = error.problems
+            return inputs
+        inputs.split_of = {rows._fingerprint: split for split, rows in splits.items()}
+        if not splits.lenient and not inputs.problems:
+            inputs.problems = check_splits(splits, inputs._row_problems)
+            missing = Counter[str]()
             for rows in splits.values():
-                lacking += Counter(
-                    {name.removesuffix("_present"): p.count(False) for name, p in found._present(rows).items()}
+                missing += Counter(
+                    {name.removesuffix("_present"): p.count(False) for name, p in inputs._present(rows).items()}
                 )
-            found.incomplete = dict(lacking)
-        return found
+            inputs.incomplete = dict(missing)
+        return inputs
 
     @classmethod
-    def _from(cls, columns: MixedColumns, train: Dataset, max_pixels: int) -> ImageTextInputs:
+    def _from_columns(cls, columns: MixedColumns, train: Dataset, max_pixels: int) -> ImageTextInputs:
         numbers, problems = train_numbers(train, columns.numbers)
         categories = train_categories(train, columns.categories)
-        found = cls(columns.image, columns.texts, columns.template, numbers, categories, max_pixels)
-        found.problems = problems
-        return found
+        inputs = cls(columns.image, columns.texts, columns.template, numbers, categories, max_pixels)
+        inputs.problems = problems
+        return inputs
 
     def _present(self, rows: Dataset) -> dict[str, list[bool]]:
-        """Returns which rows have an image, and which a text, as far as the model takes them."""
-        found = {PRESENT[0]: has_image(rows, self.image)} if self.image else {}
-        return found | ({PRESENT[1]: has_text(rows, self.texts)} if self.texts else {})
+        """Returns masks of the rows with an image and of the rows with a text, for the encoders of the model."""
+        present = {PRESENT[0]: has_image(rows, self.image)} if self.image else {}
+        return present | ({PRESENT[1]: has_text(rows, self.texts)} if self.texts else {})
 
     def _row_problems(self, rows: Dataset, split: str) -> list[str]:
         problems = []
@@ -137,74 +137,77 @@ class ImageTextInputs:
         empty = self._empty(rows)
         if empty:
             problems.append(
-                f"data.source: {split} has {len(empty)} row(s) with {self._nothing}, at row "
-                f"{shorten([str(row) for row in empty], 8)}; leave them out with --data.on_error skip."
+                f"data.source: {split} has {len(empty)} row(s) with {self._no_inputs}, at row "
+                f"{shorten([str(row) for row in empty], 8)}. Set data.on_error skip to exclude them."
             )
         return problems
 
     @property
-    def _nothing(self) -> str:
+    def _no_inputs(self) -> str:
+        """Description of an empty row."""
         return "neither image nor text" if self.image and self.texts else "no " + ("image" if self.image else "text")
 
     def _empty(self, rows: Dataset) -> list[int]:
-        """Returns the rows that have no image and no text."""
-        return [row for row, parts in enumerate(zip(*self._present(rows).values(), strict=True)) if not any(parts)]
+        """Returns the indices of rows with neither image nor text."""
+        return [row for row, present in enumerate(zip(*self._present(rows).values(), strict=True)) if not any(present)]
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows whose image is broken, and those that have neither image nor text."""
-        found: dict[str, dict[int, BadRow]] = {}
-        where = self.image or (self.texts[0] if self.texts else "")
+        """Returns the rows with an unreadable image, and those with neither image nor text."""
+        invalid: dict[str, dict[int, BadRow]] = {}
+        column = self.image or (self.texts[0] if self.texts else "")
         for split, rows in splits.items():
-            found[split] = {row: BadRow(self._nothing, where) for row in self._empty(rows)}
+            invalid[split] = {row: BadRow(self._no_inputs, column) for row in self._empty(rows)}
             if self.image:
-                found[split] |= broken_images(rows, self.image, split, self.max_pixels, optional=True)
-        return found
+                invalid[split] |= broken_images(rows, self.image, split, self.max_pixels, optional=True)
+        return invalid
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
     ) -> ImageTextRows:
-        """Returns rows whose texts are tokenized, and whose images are decoded when fetched.
+        """Returns examples with tokenized texts and images that are decoded on access.
 
         Raises:
-            DataError: An image or text is missing, and the model was trained without `model.modality_dropout`.
+            DataError: A row is empty, or lacks an input and the model was trained without `model.modality_dropout`.
         """
         from transformers import DataCollatorWithPadding
 
         present = self._present(dataset)
-        self._refuse_missing(present, processor)
-        stay = [*self.numbers["names"], *self.categories, *keep]
-        stay = [name for name in dict.fromkeys(stay) if name in dataset.column_names]
+        self._raise_if_missing(present, processor)
+        other_columns = [*self.numbers["names"], *self.categories, *keep]
+        other_columns = [name for name in dict.fromkeys(other_columns) if name in dataset.column_names]
         images = texts = None
         if self.image in dataset.column_names:
             split = self.split_of.get(dataset._fingerprint, "")
-            of_image = dataset.select_columns([self.image])
-            images = OptionalImageRows(of_image, self.image, processor.image, seed, self.max_pixels, split)
-        there = [name for name in self.texts if name in dataset.column_names]
-        if there:
+            image_column = dataset.select_columns([self.image])
+            images = OptionalImageRows(image_column, self.image, processor.image, seed, self.max_pixels, split)
+        text_columns = [name for name in self.texts if name in dataset.column_names]
+        if text_columns:
             self.collator = DataCollatorWithPadding(processor.tokenizer)
-            joined = joined_texts(dataset, there, self.template)
+            joined = joined_texts(dataset, text_columns, self.template)
             limit = token_limit(processor.tokenizer, max_length)
             texts = tokenize(joined, processor.tokenizer, [TEXT], limit, ())
-        table = with_names(dataset.select_columns(stay), list(self.categories)) if stay else None
+        table = None
+        if other_columns:
+            table = with_names(dataset.select_columns(other_columns), list(self.categories))
         return ImageTextRows(table, images, texts, present)
 
-    def _refuse_missing(self, present: dict[str, list[bool]], processor: Any) -> None:
+    def _raise_if_missing(self, present: dict[str, list[bool]], processor: Any) -> None:
         missing = {
-            name.removesuffix("_present"): [str(row) for row, there in enumerate(of) if not there]
-            for name, of in present.items()
+            name.removesuffix("_present"): [str(row) for row, is_present in enumerate(mask) if not is_present]
+            for name, mask in present.items()
         }
-        none = sorted(set.intersection(*map(set, missing.values())), key=int)
-        if none:
-            raise DataError(f"row {shorten(none, 8)} has {self._nothing}; there is nothing to see.")
-        listed = [f"no {name} in row {shorten(rows, 5)}" for name, rows in missing.items() if rows]
-        if listed and not processor.optional:
+        empty = sorted(set.intersection(*map(set, missing.values())), key=int)
+        if empty:
+            raise DataError(f"row {shorten(empty, 8)}: {self._no_inputs}. Remove the row.")
+        facts = [f"no {name} in row {shorten(rows, 5)}" for name, rows in missing.items() if rows]
+        if facts and not processor.optional:
             raise DataError(
-                f"there is {' and '.join(listed)}, and this model was trained without model.modality_dropout: it has "
-                "not learnt to do without. Train with --model.modality_dropout 0.2, or leave these rows out."
+                f"model.modality_dropout: {' and '.join(facts)}, but the model was trained without missing inputs. "
+                "Train with --model.modality_dropout 0.2, or remove these rows."
             )
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Stacks images, pads texts to the longest of the batch, standardises nothing: the model does."""
+        """Stacks images and pads texts to the longest of the batch; the model standardizes numbers."""
         from hftl.models.processing_image_text import category_ids
 
         inputs: dict[str, Tensor] = {
@@ -234,10 +237,10 @@ class ImageTextInputs:
 
 
 def _number(value: Any, column: str) -> float:
-    """Returns a number, NaN where it is missing.
+    """Returns a number; NaN for None.
 
     Raises:
-        DataError: It is no number, or infinite.
+        DataError: The value is not a number, or infinite.
     """
     if value is None:
         return math.nan
@@ -246,5 +249,5 @@ def _number(value: Any, column: str) -> float:
     except (TypeError, ValueError):
         number = math.inf
     if math.isinf(number):
-        raise DataError(f"column '{column}': {value!r} is not a number; leave it empty where it is not known.")
+        raise DataError(f"column '{column}': {value!r} is not a finite number. Leave unknown values empty.")
     return number

@@ -1,4 +1,4 @@
-"""Image-text retrieval: images and captions in one space, learnt from pairs."""
+"""Image-text retrieval: a joint embedding space of images and captions, trained on pairs."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ LOSSES = ("infonce", "siglip")
 class CaptionedImages:
     """An image and its captions -> `pixel_values` [B, C, H, W], `input_ids` and `attention_mask` [B, T].
 
-    Of a list of captions training draws one a row and epoch, and evaluation takes all: [B, W, T]. To a trained model a
-    row may give an image or a text alone.
+    For lists of captions, training samples one caption per row and epoch, and evaluation uses all of them: tokens are
+    [B, W, T] for up to W captions. At inference a row may consist of an image or a text only.
 
     Args:
-        image: The image column.
-        text: The column of captions, texts or lists of texts.
-        match: A column of 1 and 0; rows with 0 are no pairs and not used. None: all are.
-        max_pixels: Largest image that is decoded, width x height.
+        image: Image column.
+        text: Caption column: texts or lists of texts.
+        match: Column of 0 and 1; rows with 0 are excluded. None: all rows are pairs.
+        max_pixels: Maximum width x height of decoded images.
     """
 
     modality = "image_text"
@@ -64,51 +64,51 @@ class CaptionedImages:
 
     @property
     def column_types(self) -> dict[str, str]:
-        """The image column and the text column."""
+        """See `Inputs.column_types`."""
         return {self.image: "image", self.text: "text"}
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Either column may be lacking when the model is used."""
+        """Columns that may be missing at inference."""
         return self.image, self.text
 
     @property
     def key_columns(self) -> tuple[str, ...]:
-        """Columns that tell one row from another in checks: an image may have many captions, a row each."""
+        """Columns that identify an example in data checks; several rows may have the same image."""
         return (self.image,)
 
     @classmethod
     def find(cls, splits: Splits) -> CaptionedImages:
-        """Detects the columns, reads the header of every image and looks for captions that are missing."""
+        """Detects the columns, checks image headers and captions, and collects errors in `problems`."""
         config, train = splits.config, splits["train"]
-        found, problems = cls("image", "text", None, config.max_pixels), []
+        inputs, problems = cls("image", "text", None, config.max_pixels), []
         try:
             image = find_column("image", train.features, config.image_column)
-            found.image = image.name
+            inputs.image = image.name
             log(f"data: images from column '{image.name}' ({image.why})")
         except DataError as error:
             problems += error.problems
         try:
             text = find_captions(train.features, config.text_column)
-            found.text, found.match = text.name, find_match(train, config.label_column)
+            inputs.text, inputs.match = text.name, find_match(train, config.label_column)
             log(f"data: captions from column '{text.name}' ({text.why})")
         except DataError as error:
             problems += error.problems
-        found.problems = problems or found._problems(splits)
-        found.split_of = {matching(rows, found.match)._fingerprint: split for split, rows in splits.items()}
-        return found
+        inputs.problems = problems or inputs._row_problems(splits)
+        inputs.split_of = {matching(rows, inputs.match)._fingerprint: split for split, rows in splits.items()}
+        return inputs
 
-    def _problems(self, splits: Splits) -> list[str]:
-        """Returns what is wrong with the rows, and says how many are pairs."""
+    def _row_problems(self, splits: Splits) -> list[str]:
+        """Logs the number of pairs per split and returns one error message per problem."""
         problems = []
         for split, rows in splits.items():
             pairs = matching(rows, self.match)
             if self.match is not None:
-                log(f"data: {len(pairs)} of {len(rows)} {split} rows are pairs ('{self.match}' 1); others are not used")
+                log(f"data: {len(pairs)} of {len(rows)} {split} rows are pairs ('{self.match}' is 1), others excluded")
             if len(pairs) < 2:
                 problems.append(
-                    f"data.source: {split} has {len(pairs)} pair(s) of image and caption; two are needed at least, "
-                    "since each is compared with the others."
+                    f"data.source: {split} has {len(pairs)} pair(s) of image and caption; contrastive training and "
+                    "evaluation need at least 2. Add pairs."
                 )
             if splits.lenient:
                 continue
@@ -118,14 +118,14 @@ class CaptionedImages:
                 where = shorten([str(row) for row in empty], 8)
                 problems.append(
                     f"data.source: {split} column '{self.text}' has {len(empty)} row(s) with an empty or missing "
-                    f"caption, at pair {where}. Write them, or leave them out with --data.on_error skip."
+                    f"caption, at pair {where}. Set data.on_error skip to exclude them."
                 )
         return problems
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
     ) -> CaptionedRows:
-        """Returns the pairs of a split; rows that `match` calls none are left out."""
+        """Returns the pairs of a split; rows that are not pairs by column `match` are excluded."""
         rows = matching(dataset, self.match)
         split = self.split_of.get(rows._fingerprint, "")
         columns = filled_columns(rows, self.column_types)
@@ -134,7 +134,7 @@ class CaptionedImages:
         return captioned_rows(rows.select_columns(columns), image, text, processor.image, seed, self.max_pixels, split)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Stacks images, and pads texts to the longest of the batch."""
+        """Stacks images and pads texts to the longest of the batch."""
         if VECTORS in examples[0]:
             return {VECTORS: torch.stack([torch.tensor(example[VECTORS]) for example in examples])}
         inputs: dict[str, Tensor] = {}
@@ -146,29 +146,28 @@ class CaptionedImages:
         texts = [text for example in examples for text in example["captions"]]
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.limit, return_tensors="pt")
         for name in ("input_ids", "attention_mask"):
-            several = examples[0]["several"]
-            inputs[name] = _by_row(tokens[name], counts) if several else tokens[name]
+            inputs[name] = _group_by_row(tokens[name], counts) if examples[0]["several"] else tokens[name]
         return inputs
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the pairs without a caption, and those whose image cannot be decoded."""
-        found: dict[str, dict[int, BadRow]] = {}
+        """Returns the rows without a caption, and those with an unreadable image."""
+        invalid: dict[str, dict[int, BadRow]] = {}
         for split, rows in splits.items():
             broken = broken_images(rows, self.image, split, self.max_pixels)
             empty = {row: BadRow("no text", self.text) for row in without_caption(rows, self.text)}
-            found[split] = empty | broken
-        return found
+            invalid[split] = empty | broken
+        return invalid
 
     def state(self) -> dict[str, Any]:
-        """Returns the arguments."""
+        """Returns the constructor's arguments."""
         return {"image": self.image, "text": self.text, "match": self.match, "max_pixels": self.max_pixels}
 
 
 class MatchedPairs:
-    """That image and caption of a row belong together, and others of a batch do not.
+    """Contrastive target: image and caption of a row are a positive pair, all other pairs of a batch are negatives.
 
     Args:
-        columns: The image column and the text column: a pair is known by what is in them.
+        columns: Image column and text column; their contents identify equal images and captions.
         pair_loss: `infonce` or `siglip`.
     """
 
@@ -183,26 +182,32 @@ class MatchedPairs:
 
     @classmethod
     def find(cls, splits: Splits, columns: Sequence[str]) -> MatchedPairs:
-        """Returns the target with the loss that `train.pair_loss` names, infonce by default."""
-        wanted = splits.pair_loss
-        found = cls(columns, "infonce" if wanted == "auto" else wanted)
-        if found.pair_loss not in LOSSES:
-            allowed = ", ".join(LOSSES)
-            found.problems = [f"train.pair_loss: '{wanted}' is for texts with scores; images and texts: {allowed}."]
-        return found
+        """Returns the target with the loss of `train.pair_loss`; `auto` selects infonce."""
+        target = cls(columns, "infonce" if splits.pair_loss == "auto" else splits.pair_loss)
+        if target.pair_loss not in LOSSES:
+            target.problems = [
+                f"train.pair_loss: '{splits.pair_loss}' is invalid for image-text pairs; allowed: {', '.join(LOSSES)}."
+            ]
+        return target
 
     def head(self, model_class: str) -> HeadSpec:
-        """Returns two projections into one space."""
+        """Returns the specification of one projection per encoder."""
         return HeadSpec(model_class, 2, problem_type=None, options={"objective": self.pair_loss})
 
     def labels(self, examples: list[Example]) -> Tensor | None:
-        """Returns what image and (first) caption of each pair are [B, 2] int64, or None where one is missing."""
+        """Returns ids of the contents of image and first caption per pair [B, 2] int64; None if one is missing."""
         if any("image_key" not in example or "captions" not in example for example in examples):
             return None
         return torch.tensor([[content_id(row["image_key"]), content_id(row["captions"][0])] for row in examples])
 
     def loss(self, outputs: Outputs, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Returns the loss of each pair [B]; of several captions the first one counts."""
+        """Returns the loss per pair [B]; with several captions per image, that of the first one.
+
+        Args:
+            outputs: `image_embeds` [B, D], `text_embeds` [B, D] or [B, W, D], `logit_scale`; siglip: `logit_bias`.
+            labels: Content ids of images and captions [B, 2]; pairs with equal contents are not negatives.
+            weight: Weight of each pair [B]; pairs of weight 0 are padding and not used as negatives.
+        """
         images, texts = outputs["image_embeds"], outputs["text_embeds"]
         texts = texts[:, 0] if texts.ndim == 3 else texts
         pairs = Pairs(images, texts, labels[:, 0], labels[:, 1], weight)
@@ -212,30 +217,30 @@ class MatchedPairs:
         return info_nce(pairs, scale)
 
     def metrics(self) -> list[Metric]:
-        """Returns recall both ways."""
+        """Returns recall in both directions."""
         return [ImageTextRecall()]
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
-        """Returns the cosine of image and caption (a list, for a list of captions), or the embedding of one alone."""
-        both = [outputs[name].double() for name in ("image_embeds", "text_embeds") if name in outputs]
-        if len(both) == 1:
-            return [{"embedding": row} for row in both[0].tolist()]
-        images, texts = both
+        """Returns the cosine similarity of image and caption (a list per list of captions), or a single embedding."""
+        embeddings = [outputs[name].double() for name in ("image_embeds", "text_embeds") if name in outputs]
+        if len(embeddings) == 1:
+            return [{"embedding": row} for row in embeddings[0].tolist()]
+        images, texts = embeddings
         if texts.ndim == 2:
             return [{"similarity": cosine} for cosine in (images * texts).sum(-1).tolist()]
         cosines = (images[:, None] * texts).sum(-1).tolist()
         return [{"similarities": row[:count]} for row, count in zip(cosines, batch["texts"].tolist(), strict=True)]
 
     def state(self) -> dict[str, Any]:
-        """Returns the arguments."""
+        """Returns the constructor's arguments."""
         return {"columns": self.columns, "pair_loss": self.pair_loss}
 
 
 class ImageTextRetrieval(SupervisedTask):
-    """Images and their captions, on any timm model beside any BERT-family model: a dual encoder.
+    """Dual encoder of any timm model and any BERT-family model, trained on images with captions.
 
-    Rows hold an image and a caption, an image and a list of captions, or pairs of which a label says whether they
-    belong together: then those with 1 are used.
+    Rows contain an image with a caption, an image with a list of captions, or a pair with a label; of labeled pairs
+    only those with label 1 are used.
     """
 
     name = "image_text_retrieval"
@@ -262,7 +267,7 @@ with torch.no_grad():
     text = model.get_text_features(texts["input_ids"], texts["attention_mask"])
     print((model(**texts).logit_scale * image @ text.T).softmax(-1))"""
     zero_shot = True
-    """Whether images can be compared with texts that training never saw (`hftl.inference.zero_shot`)."""
+    """Whether images can be classified by texts that are not in the training data (`hftl.inference.zero_shot`)."""
     inputs_type = CaptionedImages
     target_types = (MatchedPairs,)
     target: MatchedPairs
@@ -272,13 +277,13 @@ with torch.no_grad():
         super().__init__(inputs, MatchedPairs.find(splits, list(inputs.column_types)))
 
     def collate(self, examples: list[Example]) -> Batch:
-        """See `Task.collate`; `texts` [B] counts the captions of each row, where the data have lists of them."""
+        """See `Task.collate`; adds `texts`, the number of captions per row [B], if rows have lists of captions."""
         batch = super().collate(examples)
-        several = examples[0].get("several", False)
-        return batch | ({"texts": torch.tensor([len(row["captions"]) for row in examples])} if several else {})
+        has_lists = examples[0].get("several", False)
+        return batch | ({"texts": torch.tensor([len(row["captions"]) for row in examples])} if has_lists else {})
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """See `Task.loss`; rows that count nothing are compared with none."""
+        """See `Task.loss`; padding rows (weight 0) are not used as negatives."""
         return self.target.loss(outputs, batch["labels"], batch.get("weight"))
 
     @classmethod
@@ -287,9 +292,9 @@ with torch.no_grad():
         return MatchedPairs(**state)
 
 
-def _by_row(tokens: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns the tokens [texts, T] of all rows as [B, W, T], zeros where a row has fewer than W texts."""
-    out = tokens.new_zeros(len(counts), max(counts), tokens.shape[-1])
-    for row, part in enumerate(tokens.split(list(counts))):
-        out[row, : len(part)] = part
-    return out
+def _group_by_row(tokens: Tensor, counts: Sequence[int]) -> Tensor:
+    """Returns the tokens [texts, T] of all rows as [B, W, T], padded with zeros for rows with fewer than W texts."""
+    grouped = tokens.new_zeros(len(counts), max(counts), tokens.shape[-1])
+    for row, row_tokens in enumerate(tokens.split(list(counts))):
+        grouped[row, : len(row_tokens)] = row_tokens
+    return grouped

@@ -1,4 +1,4 @@
-"""How rows become model inputs, one class per modality."""
+"""Conversion of rows to model inputs, one class per modality."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hftl.loading.loader import Example, Examples
 from hftl.logging import log
 from hftl.preprocessing.image_transforms import ImageRows, broken_images, unreadable_images
 from hftl.preprocessing.tokenization import empty_rows, empty_texts, token_limit, tokenize
-from hftl.tasks.capabilities import EVERY_INPUT
+from hftl.tasks.capabilities import ALL_CAPABILITIES
 from hftl.tasks.task import check_splits
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class ImageInputs:
-    """One image a row -> `pixel_values` [B, C, H, W].
+    """One image per row -> `pixel_values` [B, C, H, W].
 
     Args:
-        column: The image column.
-        max_pixels: Largest image that is decoded, width x height; a saved model keeps the limit it was trained with.
+        column: Image column.
+        max_pixels: Maximum width x height of decoded images; saved with the model.
     """
 
     modality = "image"
-    capabilities = EVERY_INPUT
+    capabilities = ALL_CAPABILITIES
 
     def __init__(self, column: str, max_pixels: int = DataConfig.max_pixels) -> None:
         self.column = column
@@ -44,57 +44,61 @@ class ImageInputs:
 
     @property
     def column_types(self) -> dict[str, str]:
-        """The image column."""
+        """See `Inputs.column_types`."""
         return {self.column: "image"}
 
     @classmethod
     def find(cls, splits: Splits, column: Column | None = None) -> ImageInputs:
-        """Detects the image column and reads the header of every image; what is wrong goes into `problems`.
+        """Detects the image column, checks all image headers and collects errors in `problems`.
 
         Args:
-            splits: Rows.
-            column: The image column, where a task has found it already.
+            splits: Data to check.
+            column: Image column that the task has already detected, if any.
         """
         try:
             column = column or find_column("image", splits["train"].features, splits.config.image_column)
         except DataError as error:
-            return _broken(cls("image"), error)
+            return _with_problems(cls("image"), error)
         log(f"data: images from column '{column.name}' ({column.why})")
-        limit = splits.config.max_pixels
-        found = cls(column.name, limit)
-        found.split_of = {rows._fingerprint: split for split, rows in splits.items()}
+        max_pixels = splits.config.max_pixels
+        inputs = cls(column.name, max_pixels)
+        inputs.split_of = {rows._fingerprint: split for split, rows in splits.items()}
         if not splits.lenient:
-            found.problems = check_splits(
-                splits, lambda rows, split: unreadable_images(rows, column.name, split, limit)
+            inputs.problems = check_splits(
+                splits, lambda rows, split: unreadable_images(rows, column.name, split, max_pixels)
             )
-        return found
+        return inputs
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
     ) -> ImageRows:
-        """Returns rows whose images are decoded and transformed when fetched. `max_length` does not apply."""
+        """Returns examples whose images are decoded and transformed on access; `max_length` is ignored."""
         columns = [self.column, *(name for name in keep if name in dataset.column_names)]
         split = self.split_of.get(dataset._fingerprint, "")
         return ImageRows(dataset.select_columns(columns), self.column, processor, seed, self.max_pixels, split)
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Decodes every image and returns the rows where that fails."""
+        """Decodes all images and returns the rows that fail."""
         return {split: broken_images(rows, self.column, split, self.max_pixels) for split, rows in splits.items()}
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Stacks images of equal size."""
+        """Stacks images of the same size."""
         return {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
 
     def state(self) -> dict[str, Any]:
-        """Returns column and limit."""
+        """Returns the constructor's arguments."""
         return {"column": self.column, "max_pixels": self.max_pixels}
 
 
 class TextInputs:
-    """One text a row, or a pair -> `input_ids` and `attention_mask` [B, T], padded to the longest of the batch."""
+    """One text or text pair per row -> `input_ids`, `attention_mask` [B, T], padded to the longest text of the batch.
+
+    Args:
+        columns: Text column, or both columns of text pairs.
+    """
 
     modality = "text"
-    capabilities = EVERY_INPUT
+    capabilities = ALL_CAPABILITIES
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = list(columns)
@@ -103,54 +107,54 @@ class TextInputs:
 
     @property
     def column_types(self) -> dict[str, str]:
-        """The text columns."""
+        """See `Inputs.column_types`."""
         return dict.fromkeys(self.columns, "text")
 
     @classmethod
     def find(cls, splits: Splits) -> Self:
-        """Detects the text column(s) and looks for empty texts; what is wrong goes into `problems`."""
+        """Detects the text columns, checks for empty texts and collects errors in `problems`."""
         config = splits.config
         try:
             features = splits["train"].features
             text, pair = find_text_columns(features, config.text_column, config.text_pair_column)
         except DataError as error:
-            return _broken(cls(["text"]), error)
+            return _with_problems(cls(["text"]), error)
         log(f"data: texts from column '{text.name}' ({text.why})")
         if pair:
             log(f"data: second text of each pair from column '{pair.name}' ({pair.why})")
-        found = cls([text.name, *([pair.name] if pair else [])])
+        inputs = cls([text.name, *([pair.name] if pair else [])])
         if not splits.lenient:
-            found.problems = check_splits(splits, lambda rows, split: empty_texts(rows, found.columns, split))
-        return found
+            inputs.problems = check_splits(splits, lambda rows, split: empty_texts(rows, inputs.columns, split))
+        return inputs
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
     ) -> Examples:
-        """Returns rows of token ids. Nothing is random here, so `seed` does not apply."""
+        """Returns tokenized rows; tokenization is deterministic, so `seed` is ignored."""
         from transformers import DataCollatorWithPadding
 
         self.collator = DataCollatorWithPadding(processor)
         return tokenize(dataset, processor, self.columns, token_limit(processor, max_length), keep)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Pads to the longest text of the batch."""
+        """Pads all texts to the longest of the batch."""
         names = ("input_ids", "token_type_ids")
         padded = self.collator([{name: example[name] for name in names if name in example} for example in examples])
         return dict(padded)
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows where a text is empty or missing."""
-        found: dict[str, dict[int, BadRow]] = {}
+        """Returns the rows with an empty or missing text."""
+        invalid: dict[str, dict[int, BadRow]] = {}
         for split, rows in splits.items():
             empty = {row: column for column in reversed(self.columns) for row in empty_rows(rows, column)}
-            found[split] = {row: BadRow("no text", column) for row, column in empty.items()}
-        return found
+            invalid[split] = {row: BadRow("no text", column) for row, column in empty.items()}
+        return invalid
 
     def state(self) -> dict[str, Any]:
-        """Returns the columns."""
+        """Returns the constructor's arguments."""
         return {"columns": self.columns}
 
 
-def _broken(inputs: Any, error: DataError) -> Any:
+def _with_problems(inputs: Any, error: DataError) -> Any:
     inputs.problems = error.problems
     return inputs

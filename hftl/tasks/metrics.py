@@ -1,7 +1,7 @@
-"""Metrics as accumulators: `update` with a batch, `merge` with another process's, `compute` once at the end.
+"""Metric accumulators: `update` per batch, `merge` across processes, `compute` once at the end.
 
-Counts are integers and losses are added as fractions, so a result does not depend on batch sizes,
-on their order or on the number of processes.
+Counts are integers and sums of losses are exact fractions, so results are independent of batch sizes, batch order and
+number of processes.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 
 class Metric(Protocol):
-    """One accumulator; it may compute several named numbers."""
+    """Accumulator of one or more named metrics."""
 
     def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Adds a batch. All its rows count: filler rows are gone already."""
+        """Adds a batch without padding rows."""
         ...
 
     def merge(self, other: Any) -> None:
-        """Adds what another accumulator of the same kind has seen."""
+        """Adds the accumulator of another process, of the same class."""
         ...
 
     def compute(self) -> dict[str, float]:
-        """Returns the numbers by name, without split prefix."""
+        """Returns the metrics by name, without split prefix."""
         ...
 
 
 class MeanLoss:
-    """Mean of per-example losses, correctly rounded: the sum is exact, so its order cannot matter."""
+    """Mean of per-example losses, correctly rounded: the sum is exact and therefore independent of order."""
 
     def __init__(self) -> None:
         self.total = Fraction(0)
@@ -45,7 +45,7 @@ class MeanLoss:
         self.nonfinite = 0
 
     def update_losses(self, losses: Tensor) -> None:
-        """Adds losses [B]; ones that are not finite make the mean NaN."""
+        """Adds losses [B]; non-finite losses make the mean NaN."""
         for value in losses.detach().float().cpu().tolist():
             if value - value == 0:  # neither NaN nor infinite
                 self.total += Fraction(value)
@@ -60,25 +60,29 @@ class MeanLoss:
         self.nonfinite += other.nonfinite
 
     def compute(self) -> dict[str, float]:
-        """Returns `loss`; NaN where there were no rows or a loss was not finite."""
+        """Returns `loss`; NaN without rows or with non-finite losses."""
         if self.nonfinite or not self.count:
             return {"loss": float("nan")}
         return {"loss": float(self.total / self.count)}
 
 
-def all_metrics(own: Sequence[Metric], named: Sequence[str]) -> list[Metric]:
-    """Returns a task's own accumulators, and one of `evaluate` for each name that they do not compute themselves.
+def all_metrics(task_metrics: Sequence[Metric], names: Sequence[str]) -> list[Metric]:
+    """Returns the accumulators of a task, and one of the `evaluate` library for each name that they do not compute.
 
     Args:
-        own: Fresh ones.
-        named: As `train.metrics`.
+        task_metrics: New accumulators, without data.
+        names: Metrics of setting `train.metrics`.
     """
-    computed = {name for metric in own for name in metric.compute()}
-    return [*own, *(EvaluateMetric(name) for name in named if name not in computed)]
+    computed = {name for metric in task_metrics for name in metric.compute()}
+    return [*task_metrics, *(EvaluateMetric(name) for name in names if name not in computed)]
 
 
 class EvaluateMetric:
-    """Any metric of the `evaluate` library, by hub id or local script, on classes, or on the numbers of one output."""
+    """Metric of the `evaluate` library, for classes or for regression with one output.
+
+    Args:
+        name: Name of a metric of the library, or path of a local script.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -86,7 +90,7 @@ class EvaluateMetric:
         self.references: list[float] = []
 
     def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Adds the argmax of logits [B, K] and labels [B]; with labels [B, 1] of numbers the outputs [B, 1]."""
+        """Adds predicted classes of logits [B, K] with labels [B], or predictions [B, 1] with labels [B, 1]."""
         labels, logits = batch["labels"], outputs["logits"]
         self.predictions += (logits.argmax(-1) if labels.ndim == 1 else logits.float().squeeze(1)).tolist()
         self.references += labels.reshape(len(labels)).tolist()
@@ -97,49 +101,49 @@ class EvaluateMetric:
         self.references += other.references
 
     def compute(self) -> dict[str, float]:
-        """Returns what the library computes, numbers only."""
+        """Returns the numeric results of the library."""
         result = load_evaluate(self.name).compute(predictions=self.predictions, references=self.references) or {}
         return {key: float(result[key]) for key in result if np.isscalar(result[key])}
 
 
 def load_evaluate(name: str) -> Any:
-    """Returns the `evaluate` module `name`: one of the library's own, or a script on this machine.
+    """Returns the `evaluate` module `name`: one of Hugging Face or a local script.
 
-    A module is a script that is run. Those without an owner are Hugging Face's; `user/name` is anybody's code, at a
-    branch that its owner can change, so it is not fetched.
+    `evaluate` executes the script of a module. Modules without a user name are maintained by Hugging Face; `user/name`
+    is third-party code on a branch that can change at any time, so it is not downloaded.
 
     Raises:
-        ValueError: The name is a script of somebody on the hub.
-        Exception: Whatever the library raises when the name is unknown or the hub cannot be reached.
+        ValueError: The name is a module of a user on the Hub.
+        Exception: The name is unknown or the Hub cannot be reached (exceptions of the library).
     """
     import evaluate
 
     path = Path(name)
     if "/" in name and not path.is_file() and not (path / f"{path.name}.py").is_file():
-        raise ValueError(f"'{name}' is code of somebody on the hub; download it, read it, and name the file here")
+        raise ValueError(
+            f"'{name}' is third-party code on the Hub. Download and review it, and set the path of the file"
+        )
     return evaluate.load(name)
 
 
 def metric_problems(names: Sequence[str], computed: Sequence[str] = BUILT_IN, why_not: str = "") -> list[str]:
-    """Returns a sentence for each metric that neither the task nor `evaluate` has.
+    """Returns one error message for each metric that neither the task nor the `evaluate` library has.
 
     Args:
-        names: As `train.metrics`.
-        computed: What the task computes itself.
-        why_not: Why no metric of `evaluate` fits the task, as the end of a sentence; empty where they fit.
+        names: Metrics of setting `train.metrics`.
+        computed: Metrics that the task computes.
+        why_not: Reason, as the end of a message, why the task supports no metric of `evaluate`; empty if it does.
     """
     problems = []
     for name in names:
         if name in computed:
             continue
+        fact = f"train.metrics: '{name}' is not a metric of the task ({', '.join(computed)})"
         if why_not:
-            problems.append(f"train.metrics: '{name}' is not built in ({', '.join(computed)}), and {why_not}.")
+            problems.append(f"{fact}, and {why_not}.")
             continue
         try:
             load_evaluate(name)
         except Exception as error:
-            reason = first_line(error)
-            problems.append(
-                f"train.metrics: '{name}' is not built in ({', '.join(computed)}) and evaluate.load fails: {reason}"
-            )
+            problems.append(f"{fact}, and evaluate.load failed: {first_line(error)}")
     return problems

@@ -1,4 +1,4 @@
-"""Images with boxes: what is where."""
+"""Object detection: classes and bounding boxes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ObjectDetection(SupervisedTask):
-    """Column and classes are detected from the data."""
+    """Object detection with RT-DETR on any timm backbone, or with a transformers detection model."""
 
     name = "object_detection"
     model_class = "RTDetrForObjectDetection"
@@ -36,9 +36,9 @@ class ObjectDetection(SupervisedTask):
     usage = """
 import transformers
 
-detect = transformers.pipeline("object-detection", "{place}")
-for found in detect("picture.jpg", threshold=0.3):
-    print(found["label"], found["score"], found["box"])  # corners in pixels
+detector = transformers.pipeline("object-detection", "{place}")
+for detection in detector("image.jpg", threshold=0.3):
+    print(detection["label"], detection["score"], detection["box"])  # corners in pixels
 """
     inputs_type = ImageInputs
     target_types = (DetectionTarget,)
@@ -55,7 +55,7 @@ for found in detect("picture.jpg", threshold=0.3):
         return DetectionTarget(**state)
 
     def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> DetectionRows:
-        """Returns rows whose images are decoded when fetched, and whose boxes move with the pixels."""
+        """Returns examples whose images are decoded on access; geometric transforms also apply to the boxes."""
         inputs, target = self.inputs, self.target
         columns = [inputs.column, *(name for name in target.columns if name in dataset.column_names)]
         rows = dataset.select_columns(columns)
@@ -64,41 +64,41 @@ for found in detect("picture.jpg", threshold=0.3):
         return DetectionRows(target, column, rows, inputs.column, processor, seed, inputs.max_pixels, split)
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Also returns `size`, height and width of each image as it came [B, 2]."""
+        """See `Task.collate`; adds `size`, original height and width of each image in pixels [B, 2]."""
         return super().collate(examples) | {"size": torch.tensor([example["size"] for example in examples])}
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows whose image cannot be decoded or whose objects cannot be used."""
-        return validate_rows(splits, [self.inputs, _Boxes(self.target, self.inputs.column)])
+        """Returns the rows with an unreadable image or invalid objects."""
+        return validate_rows(splits, [self.inputs, _BoxValidator(self.target, self.inputs.column)])
 
 
 class DetectionRows(GeometryRows):
-    """Rows with images and the objects in them.
+    """Rows with images and their objects.
 
     Args:
-        target: Knows the classes.
-        column: How objects are read; None where the rows have none.
-        *rows: As `ImageRows` takes them.
+        target: Target with the classes.
+        column: Layout of the object column; None for rows without objects.
+        *rows: Arguments of `ImageRows`: dataset, image column, processor, seed, max_pixels, split.
     """
 
     def __init__(self, target: DetectionTarget, column: ObjectColumn | None, *rows: Any) -> None:
         dataset, image, processor, seed, max_pixels, split = rows
-        super().__init__(dataset, image, processor, seed, self._places, max_pixels, split)
+        super().__init__(dataset, image, processor, seed, self._annotations, max_pixels, split)
         self.target = target
         self.objects = column
 
-    def _places(self, values: dict[str, Any], size: tuple[int, int]) -> Places | None:
+    def _annotations(self, values: dict[str, Any], size: tuple[int, int]) -> Places | None:
         if self.objects is None:
             return None
         return self.target.places(values[self.objects.name], self.objects, size)
 
     def example(self, image: Any, values: dict[str, Any]) -> Example:
-        """As `GeometryRows.example`, with the `column` that says how objects are read."""
+        """See `GeometryRows.example`; adds `column`, the layout of the object column."""
         return super().example(image, values) | {"column": self.objects}
 
 
-class _Boxes:
-    """Judges the objects of rows whose images are fine."""
+class _BoxValidator:
+    """Validator of objects, for rows with readable images."""
 
     def __init__(self, target: DetectionTarget, image: str) -> None:
         self.target = target

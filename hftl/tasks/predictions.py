@@ -1,4 +1,4 @@
-"""Rows of a split with their true label and what the model said, and what follows: metrics, intervals, row scores."""
+"""Predictions with labels of a split, and their metrics, confidence intervals and per-row scores."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Batches = Callable[[tuple[str, ...]], Iterator[Any]]
 
 
 class Predictions(ABC):
-    """Rows of one split whose truth is known, in the order of the split; all arrays begin with N."""
+    """Labeled rows of one split in the order of the split; the first dimension of all arrays is N."""
 
     rows: Any
-    """Row numbers of the split [N]."""
+    """Row indices in the split [N]."""
     labels: Any
-    """The truth, as the task gives it to its loss."""
+    """Labels in the format of the task's loss."""
     metric: ClassVar[str]
-    """The metric that is the mean of `scores`."""
+    """Metric that equals the mean of `scores`."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for splits with equal labels in equal order."""
+        """Hash of the labels; equal for splits with the same labels in the same order."""
         return hashlib.sha256(np.ascontiguousarray(self.labels).tobytes()).hexdigest()
 
     @property
     @abstractmethod
     def scores(self) -> Any:
-        """The score of each row [N] float64, larger is better."""
+        """Score per row [N] float64, larger is better."""
 
     @abstractmethod
     def computed(self) -> dict[str, float]:
@@ -46,16 +46,20 @@ class Predictions(ABC):
 
     @abstractmethod
     def intervals(self) -> Intervals:
-        """Returns 95 % intervals over rows, by metric."""
+        """Returns 95 % confidence intervals over rows, by metric."""
 
     @abstractmethod
-    def words(self, place: int) -> tuple[str, str, float | None]:
-        """Returns label and prediction of a row as a person reads them, and the confidence where there is one."""
+    def words(self, position: int) -> tuple[str, str, float | None]:
+        """Returns label and prediction of a row as text, and its confidence, or None for tasks without confidence.
+
+        Args:
+            position: Position in `labels`, in [0, N).
+        """
 
 
 @dataclass(frozen=True)
 class ClassPredictions(Predictions):
-    """One class a row. Classes are positions in `names`."""
+    """Single-label predictions; `labels` and `predictions` are class indices [N], positions in `names`."""
 
     rows: Any
     labels: Any
@@ -66,12 +70,12 @@ class ClassPredictions(Predictions):
 
     @cached_property
     def confusion(self) -> Any:
-        """How many rows of each true class were predicted as each class [K, K]."""
+        """Confusion matrix [K, K] of row counts; rows are true classes, columns are predicted classes."""
         return confusion_matrix(self.labels, self.predictions, len(self.names))
 
     @property
     def scores(self) -> Any:
-        """1 where a row is right, else 0."""
+        """1 for correct rows, else 0."""
         return (self.labels == self.predictions).astype(np.float64)
 
     def computed(self) -> dict[str, float]:
@@ -83,15 +87,15 @@ class ClassPredictions(Predictions):
         """See `Predictions.intervals`."""
         return confusion_intervals(self.confusion)
 
-    def words(self, place: int) -> tuple[str, str, float | None]:
+    def words(self, position: int) -> tuple[str, str, float | None]:
         """See `Predictions.words`."""
-        label, prediction = (self.names[int(found[place])] for found in (self.labels, self.predictions))
-        return label, prediction, float(self.confidences[place])
+        label, prediction = (self.names[int(classes[position])] for classes in (self.labels, self.predictions))
+        return label, prediction, float(self.confidences[position])
 
 
 @dataclass(frozen=True)
 class MultiLabelPredictions(Predictions):
-    """Any number of labels a row: labels [N, K] bool, probabilities [N, K]."""
+    """Multi-label predictions: labels [N, K] bool, probabilities [N, K]."""
 
     rows: Any
     labels: Any
@@ -102,12 +106,12 @@ class MultiLabelPredictions(Predictions):
 
     @cached_property
     def predictions(self) -> Any:
-        """Labels that reach their threshold, [N, K] bool."""
+        """Labels whose probability reaches their threshold [N, K] bool."""
         return self.probabilities >= np.asarray(self.thresholds)
 
     @property
     def scores(self) -> Any:
-        """1 where all labels of a row are right, else 0."""
+        """1 for rows with all labels correct, else 0."""
         return (self.labels == self.predictions).all(1).astype(np.float64)
 
     def computed(self) -> dict[str, float]:
@@ -118,18 +122,18 @@ class MultiLabelPredictions(Predictions):
         """See `Predictions.intervals`."""
         return multi_label_intervals(self.labels, self.probabilities, self.thresholds)
 
-    def words(self, place: int) -> tuple[str, str, float | None]:
+    def words(self, position: int) -> tuple[str, str, float | None]:
         """See `Predictions.words`."""
-        true, said = (
-            ", ".join(name for name, here in zip(self.names, part[place], strict=True) if here) or "none"
-            for part in (self.labels, self.predictions)
+        labels, predictions = (
+            ", ".join(name for name, is_set in zip(self.names, matrix[position], strict=True) if is_set) or "none"
+            for matrix in (self.labels, self.predictions)
         )
-        return true, said, None
+        return labels, predictions, None
 
 
 @dataclass(frozen=True)
 class RegressionPredictions(Predictions):
-    """Numbers: labels and predictions [N, K]."""
+    """Regression: labels and predictions [N, K] in target units."""
 
     rows: Any
     labels: Any
@@ -139,19 +143,19 @@ class RegressionPredictions(Predictions):
 
     @property
     def errors(self) -> Any:
-        """Distance of each row from the truth, in spreads of the labels here, root mean square over outputs [N]."""
-        return np.sqrt(self._squares.mean(1))
+        """Root mean square over outputs of error / standard deviation of the labels of these rows [N]."""
+        return np.sqrt(self._normalized_squared_errors.mean(1))
 
     @property
     def scores(self) -> Any:
-        """1 - squared error / variance of the labels here, mean over outputs: their mean over rows is R².
+        """1 - squared error / variance of the labels, mean over outputs [N]; the mean over rows is R².
 
-        Unlike an error it has no unit, and larger is better; the variance is that of these rows and no estimate.
+        The score has no unit, and larger is better. The variance is the population variance of these rows.
         """
-        return 1 - self._squares.mean(1)
+        return 1 - self._normalized_squared_errors.mean(1)
 
     @property
-    def _squares(self) -> Any:
+    def _normalized_squared_errors(self) -> Any:
         variance = self.labels.var(0)
         return (self.predictions - self.labels) ** 2 / np.where(variance > 0, variance, 1)
 
@@ -163,101 +167,102 @@ class RegressionPredictions(Predictions):
         """See `Predictions.intervals`."""
         return regression_intervals(self.labels, self.predictions, self.names)
 
-    def words(self, place: int) -> tuple[str, str, float | None]:
+    def words(self, position: int) -> tuple[str, str, float | None]:
         """See `Predictions.words`."""
-        true, said = (", ".join(f"{value:.4g}" for value in part[place]) for part in (self.labels, self.predictions))
-        return true, said, None
+        labels, predictions = (
+            ", ".join(f"{value:.4g}" for value in matrix[position]) for matrix in (self.labels, self.predictions)
+        )
+        return labels, predictions, None
 
 
-def read_predictions(described: dict[str, Any], columns: Sequence[str], batches: Batches) -> Mapping[str, Predictions]:
-    """Returns the answers by split; empty for tasks and predictions of other kinds.
+def read_predictions(metadata: dict[str, Any], columns: Sequence[str], batches: Batches) -> Mapping[str, Predictions]:
+    """Returns the labeled predictions by split; empty for tasks without per-row scores.
 
     Args:
-        described: What a saved model says of itself (hftl.json).
-        columns: Of the predictions.
-        batches: The predictions.
+        metadata: Contents of hftl.json of the saved model.
+        columns: Columns of predictions.parquet.
+        batches: Function that reads columns of predictions.parquet.
     """
-    head = described.get("head", {})
-    read = _READERS.get(head.get("problem_type"))
-    if read is None or not head.get("labels") or not {"split", "row", *needed_columns(head)} <= set(columns):
+    head = metadata.get("head", {})
+    reader = _READERS.get(head.get("problem_type"))
+    if reader is None or not head.get("labels") or not {"split", "row", *needed_columns(head)} <= set(columns):
         return {}
-    thresholds = described.get("state", {}).get("target", {}).get("thresholds") or [0.5] * len(head["labels"])
-    return read[1](list(head["labels"]), thresholds, batches)
+    thresholds = metadata.get("state", {}).get("target", {}).get("thresholds") or [0.5] * len(head["labels"])
+    return reader[1](list(head["labels"]), thresholds, batches)
 
 
-def _classes(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str, Predictions]:
-    parts: dict[str, list[Any]] = {}
+def _read_classes(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str, Predictions]:
+    chunks: dict[str, list[Any]] = {}
     for batch in batches(("split", "row", "label", "prediction", "confidence")):
-        found = [codes(batch.column(name), names) for name in ("label", "prediction")]
-        numbers = [batch.column(name).to_numpy(zero_copy_only=False) for name in ("row", "confidence")]
-        known = (found[0] >= 0) & (found[1] >= 0)
-        for split, here in _by_split(batch, known):
-            parts.setdefault(split, []).append((numbers[0][here], found[0][here], found[1][here], numbers[1][here]))
-    return {split: ClassPredictions(*_joined(found), names=names) for split, found in parts.items()}
+        labels, predictions = (codes(batch.column(name), names) for name in ("label", "prediction"))
+        rows, confidences = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("row", "confidence"))
+        for split, mask in _split_masks(batch, (labels >= 0) & (predictions >= 0)):
+            chunks.setdefault(split, []).append((rows[mask], labels[mask], predictions[mask], confidences[mask]))
+    return {split: ClassPredictions(*_concatenate(arrays), names=names) for split, arrays in chunks.items()}
 
 
-def _labels(names: list[str], thresholds: Sequence[float], batches: Batches) -> Mapping[str, Predictions]:
-    parts: dict[str, list[Any]] = {}
+def _read_multi_label(names: list[str], thresholds: Sequence[float], batches: Batches) -> Mapping[str, Predictions]:
+    chunks: dict[str, list[Any]] = {}
     for batch in batches(("split", "row", "label", "probabilities")):
-        true = np.zeros((batch.num_rows, len(names)), bool)
+        labels = np.zeros((batch.num_rows, len(names)), bool)
         column = batch.column("label")
         counts = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        found = codes(column.flatten(), names)
-        true[np.repeat(np.arange(len(counts)), counts)[found >= 0], found[found >= 0]] = True
-        shares = _table(batch.column("probabilities"), len(names))
-        numbers = batch.column("row").to_numpy(zero_copy_only=False)
-        for split, here in _by_split(batch, column.is_valid().to_numpy(zero_copy_only=False)):
-            parts.setdefault(split, []).append((numbers[here], true[here], shares[here]))
+        indices = codes(column.flatten(), names)
+        labels[np.repeat(np.arange(len(counts)), counts)[indices >= 0], indices[indices >= 0]] = True
+        probabilities = _matrix(batch.column("probabilities"), len(names))
+        rows = batch.column("row").to_numpy(zero_copy_only=False)
+        for split, mask in _split_masks(batch, column.is_valid().to_numpy(zero_copy_only=False)):
+            chunks.setdefault(split, []).append((rows[mask], labels[mask], probabilities[mask]))
     return {
-        split: MultiLabelPredictions(*_joined(each), thresholds=thresholds, names=names)
-        for split, each in parts.items()
+        split: MultiLabelPredictions(*_concatenate(arrays), thresholds=thresholds, names=names)
+        for split, arrays in chunks.items()
     }
 
 
-def _numbers(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str, Predictions]:
-    parts: dict[str, list[Any]] = {}
+def _read_regression(names: list[str], thresholds: Any, batches: Batches) -> Mapping[str, Predictions]:
+    chunks: dict[str, list[Any]] = {}
     for batch in batches(("split", "row", "label", "prediction")):
-        true, said = (_table(batch.column(name), len(names)) for name in ("label", "prediction"))
-        numbers = batch.column("row").to_numpy(zero_copy_only=False)
-        for split, here in _by_split(batch, np.isfinite(true).all(1)):
-            parts.setdefault(split, []).append((numbers[here], true[here], said[here]))
-    return {split: RegressionPredictions(*_joined(found), names=names) for split, found in parts.items()}
+        labels, predictions = (_matrix(batch.column(name), len(names)) for name in ("label", "prediction"))
+        rows = batch.column("row").to_numpy(zero_copy_only=False)
+        for split, mask in _split_masks(batch, np.isfinite(labels).all(1)):
+            chunks.setdefault(split, []).append((rows[mask], labels[mask], predictions[mask]))
+    return {split: RegressionPredictions(*_concatenate(arrays), names=names) for split, arrays in chunks.items()}
 
 
 _READERS: dict[str | None, Any] = {
-    "single_label_classification": (("prediction", "confidence"), _classes),
-    "multi_label_classification": (("probabilities",), _labels),
-    "regression": (("prediction",), _numbers),
+    "single_label_classification": (("prediction", "confidence"), _read_classes),
+    "multi_label_classification": (("probabilities",), _read_multi_label),
+    "regression": (("prediction",), _read_regression),
 }
-"""transformers' name of the problem -> columns that are needed, and who reads them."""
+"""`problem_type` of transformers -> required columns in addition to `label`, and reader."""
 
 
 def needed_columns(head: Mapping[str, Any]) -> frozenset[str]:
-    """Returns the columns that a reader needs, for a head as saved models describe it; empty without a reader."""
-    read = _READERS.get(head.get("problem_type"))
-    return frozenset({"label", *read[0]}) if read else frozenset()
+    """Returns the required columns of predictions.parquet for the head of a saved model; empty without a reader."""
+    reader = _READERS.get(head.get("problem_type"))
+    return frozenset({"label", *reader[0]}) if reader else frozenset()
 
 
 def codes(names: Any, classes: Sequence[str]) -> Any:
-    """Returns the positions of `names` (Arrow strings) in `classes` [N] int64; -1 where there is none."""
+    """Returns the class indices of `names` (Arrow strings) in `classes` [N] int64; -1 for unknown and missing names."""
     encoded = names.dictionary_encode()
-    position = {name: code for code, name in enumerate(classes)}
-    found = np.array([position.get(name, -1) for name in encoded.dictionary.to_pylist()] + [-1])
-    return found[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    indices = {name: index for index, name in enumerate(classes)}
+    by_code = np.array([indices.get(name, -1) for name in encoded.dictionary.to_pylist()] + [-1])
+    return by_code[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
 
 
-def _table(column: Any, width: int) -> Any:
-    """Returns a column of numbers, or of lists of as many, as [N, K] float64."""
+def _matrix(column: Any, width: int) -> Any:
+    """Returns a column of numbers, or of lists of `width` numbers, as [N, K] float64."""
     flat = column.flatten() if hasattr(column, "flatten") and hasattr(column, "value_lengths") else column
     return flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(-1, width)
 
 
-def _by_split(batch: Any, known: Any) -> Iterator[tuple[str, Any]]:
-    """Yields each split of a batch, and which of its rows are of that split and known [n]."""
-    of = np.array(batch.column("split").to_pylist())
-    for split in dict.fromkeys(of[known].tolist()):
-        yield split, known & (of == split)
+def _split_masks(batch: Any, is_valid: Any) -> Iterator[tuple[str, Any]]:
+    """Yields each split of a batch with the mask of its valid rows [n] bool."""
+    splits = np.array(batch.column("split").to_pylist())
+    for split in dict.fromkeys(splits[is_valid].tolist()):
+        yield split, is_valid & (splits == split)
 
 
-def _joined(parts: Sequence[Any]) -> list[Any]:
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+def _concatenate(chunks: Sequence[Any]) -> list[Any]:
+    return [np.concatenate(arrays) for arrays in zip(*chunks, strict=True)]

@@ -1,4 +1,4 @@
-"""Answers to questions that stand in a context: extractive question answering."""
+"""Extractive question answering: answers are spans of a context."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ inputs = tokenizer(question, context, truncation="only_second", return_offsets_m
 offsets = inputs.pop("offset_mapping")[0]
 with torch.no_grad():
     outputs = model(**inputs)
-outside = torch.tensor([part != 1 for part in inputs.sequence_ids(0)])  # the answer is in the context
+outside = torch.tensor([sequence != 1 for sequence in inputs.sequence_ids(0)])  # tokens outside of the context
 first, last = (x[0].masked_fill(outside, -torch.inf) for x in (outputs.start_logits, outputs.end_logits))
-scores = first[:, None] + last[None]  # of every span; shorter than 30 tokens, and not backwards
+scores = first[:, None] + last[None]  # of spans with start <= end and at most 30 tokens
 scores += torch.full_like(scores, -torch.inf).triu(30) + torch.full_like(scores, -torch.inf).tril(-1)
 start, end = divmod(int(scores.argmax()), len(first))
 print(context[offsets[start, 0] : offsets[end, 1]])"""
 
 
 class QuestionAnswering(SupervisedTask):
-    """Questions and contexts, with answers that stand in the context, on any BERT-family model.
+    """Extractive question answering with any BERT-family model.
 
-    A context longer than the model is read in windows that overlap, each with the whole question; the answer is the
-    best span of any. Where training data have questions without an answer, none may be given.
+    Contexts longer than the model's maximum length are divided into overlapping windows, each with the full question;
+    the prediction is the span with the highest score over all windows. The model predicts that a question has no
+    answer only if the training data contain unanswerable questions.
     """
 
     name = "question_answering"
@@ -67,7 +68,7 @@ class QuestionAnswering(SupervisedTask):
         return super().encode(dataset, processor, seed, max_length)
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Adds `contexts`, the `offsets` of tokens in them [B, W, T, 2], the `windows` there are [B, W], `answers`."""
+        """See `Task.collate`; adds `contexts`, token `offsets` [B, W, T, 2], mask of `windows` [B, W] and `answers`."""
         batch = super().collate(examples)
         mask = batch["inputs"]["attention_mask"]
         batch |= {
@@ -80,7 +81,7 @@ class QuestionAnswering(SupervisedTask):
         return batch
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """See `Task.loss`. Only tokens of the context and the first of the window take part: padding has no say."""
+        """See `Task.loss`; the softmax covers context tokens and the first token of each window, without padding."""
         logits = outputs["logits"].float()
         logits = logits.masked_fill(~allowed_tokens(batch["offsets"])[..., None], torch.finfo(logits.dtype).min)
         return self.target.loss({"logits": logits}, batch["labels"])

@@ -1,4 +1,4 @@
-"""Built-in tasks by name (in a saved model, or `task:`), and the question what a task supports."""
+"""Registry of built-in tasks, and error messages for unsupported capabilities."""
 
 from __future__ import annotations
 
@@ -45,55 +45,56 @@ TASKS: dict[str, Any] = {
     "image_text_classification": ImageTextClassification,
     "image_text_retrieval": ImageTextRetrieval,
 }
-"""Name -> class (a `SupervisedTask`), called with the splits."""
-_WORDS: dict[Capability, tuple[str, str]] = {
+"""Name in the setting `task` and in saved models -> class, a `SupervisedTask` constructed from the splits."""
+_MESSAGES: dict[Capability, tuple[str, str]] = {
     Capability.COMPARE: (
         "task: hftl compare does not support",
-        "Train each method with `hftl run` and put the runs side by side with `hftl report RUN RUN`.",
+        "Train each method with `hftl run` and compare the runs with `hftl report RUN RUN`.",
     ),
     Capability.INTERVALS: ("report: confidence intervals do not support", "Repeat the run with other seeds."),
     Capability.DEMO: ("task: hftl demo does not support", "Use `hftl predict`."),
     Capability.PROBE: ("adapt.method: 'probe' does not support", "Set another method."),
-    Capability.CLASS_CHECKS: ("checks that compare classes do not support", "Leave them out."),
-    Capability.EXPORT: ("task: hftl export does not support", "Load the model as the code in its model card does."),
+    Capability.CLASS_CHECKS: ("checks that compare classes do not support", "Remove them from the list of checks."),
+    Capability.EXPORT: ("task: hftl export does not support", "Use the code in the model card to load the model."),
 }
-"""How a problem of each capability begins, and what to do instead."""
+"""Start of the error message of each capability, and the alternative."""
 
 
 def restore(name: str, state: dict[str, Any]) -> Task:
-    """Returns a task of ours from its name and `state()`, without any data.
+    """Returns a built-in task from its name and `state()`, without data.
 
     Raises:
-        ArtifactError: The name is not one of ours: a task of your own is restored by your own code.
+        ArtifactError: The name is not a built-in task; custom tasks are restored by the code that defines them.
     """
     if name not in TASKS:
         raise ArtifactError(
-            f"task '{name}' is not built in ({', '.join(TASKS)}); use the recipe that defined it.{nearest(name, TASKS)}"
+            f"task: '{name}' is not a built-in task; allowed: {', '.join(TASKS)}.{nearest(name, TASKS)} "
+            "Use the recipe that defines a custom task."
         )
     return TASKS[name].restored(state)
 
 
 def unsupported(task: Task, capability: Capability) -> str:
-    """Returns why a task does not support a capability, and which tasks do, as one problem; empty if it does.
+    """Returns the error message if a task does not support a capability, with the tasks that do; else "".
 
-    Every command asks this, and nothing else, before it trains, serves or writes anything.
+    All commands check capabilities by this function before they train, serve or write.
     """
     if capability in capabilities_of(task):
         return ""
-    fact, instead = _WORDS[capability]
-    labels = target_info(getattr(task, "target", task)).label_kind
-    return f"{fact} {task.name} ({labels}); allowed: {_tasks_with(capability)}. {instead}"
+    fact, alternative = _MESSAGES[capability]
+    label_kind = target_info(getattr(task, "target", task)).label_kind
+    return f"{fact} {task.name} ({label_kind}); allowed: {_tasks_with(capability)}. {alternative}"
 
 
 def _tasks_with(capability: Capability) -> str:
-    """Returns the tasks that support a capability, with the kinds of labels they support it for."""
-    tasks: dict[tuple[str, ...], list[str]] = {}
-    for name, made in TASKS.items():
+    """Returns the tasks that support a capability, each with the supported kinds of labels."""
+    names_by_kinds: dict[tuple[str, ...], list[str]] = {}
+    for name, task_class in TASKS.items():
         kinds = [
-            target_info(each).label_kind
-            for each in made.target_types
-            if capability in supported(each, made.inputs_type)
+            target_info(target_class).label_kind
+            for target_class in task_class.target_types
+            if capability in supported(target_class, task_class.inputs_type)
         ]
         if kinds:
-            tasks.setdefault(tuple(kinds), []).append(name)
-    return "; ".join(f"{', '.join(names)} ({', '.join(kinds)})" for kinds, names in tasks.items())
+            names_by_kinds.setdefault(tuple(kinds), []).append(name)
+    return "; ".join(f"{', '.join(names)} ({', '.join(kinds)})" for kinds, names in names_by_kinds.items())

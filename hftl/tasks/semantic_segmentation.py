@@ -1,11 +1,11 @@
-"""A class for each pixel of an image."""
+"""Semantic segmentation: one class per pixel."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image as Picture
+from PIL.Image import Image
 
 from hftl.data.splits import Splits
 from hftl.loading.loader import Example
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SemanticSegmentation(SupervisedTask):
-    """Images with a mask each, on any timm backbone with a UPerNet decoder."""
+    """Semantic segmentation with a UPerNet decoder on any timm backbone."""
 
     name = "semantic_segmentation"
     model_class = "UperNetForSemanticSegmentation"
@@ -35,9 +35,9 @@ class SemanticSegmentation(SupervisedTask):
     usage = """
 import transformers
 
-segment = transformers.pipeline("image-segmentation", "{place}")
-for found in segment("picture.jpg"):  # for each class in the picture a mask of its size
-    print(found["label"], found["mask"].size)
+segmenter = transformers.pipeline("image-segmentation", "{place}")
+for segment in segmenter("image.jpg"):  # one mask of the image's size per predicted class
+    print(segment["label"], segment["mask"].size)
 """
     inputs_type = ImageInputs
     target_types = (SegmentationTarget,)
@@ -49,19 +49,19 @@ for found in segment("picture.jpg"):  # for each class in the picture a mask of 
         super().__init__(ImageInputs.find(splits, image), SegmentationTarget.find(splits, image, mask))
 
     def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> _MaskedRows:
-        """Returns rows whose images and masks are decoded and moved alike when fetched."""
-        from datasets import Image
+        """Returns examples whose images and masks are decoded on access, with the same geometric transforms."""
+        from datasets import Image as ImageFeature
 
         inputs, target = self.inputs, self.target
         rows = dataset.select_columns([name for name in (inputs.column, target.column) if name in dataset.column_names])
         if target.column in rows.column_names:
-            rows = rows.cast_column(target.column, Image(decode=False))
+            rows = rows.cast_column(target.column, ImageFeature(decode=False))
         split = inputs.split_of.get(dataset._fingerprint, "")
-        places = partial(target.places, max_pixels=inputs.max_pixels)
-        return _MaskedRows(rows, inputs.column, processor, seed, places, inputs.max_pixels, split)
+        annotations = partial(target.places, max_pixels=inputs.max_pixels)
+        return _MaskedRows(rows, inputs.column, processor, seed, annotations, inputs.max_pixels, split)
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Returns `inputs`, `labels` (masks) and `size` (height and width of each picture)."""
+        """See `Task.collate`; labels are masks. Adds `size`, height and width of each image in pixels."""
         return super().collate(examples) | {"size": [example["size"] for example in examples]}
 
     @classmethod
@@ -71,9 +71,10 @@ for found in segment("picture.jpg"):  # for each class in the picture a mask of 
 
 
 class _MaskedRows(GeometryRows):
-    """Adds `mask` [H, W]: in training as it was moved, in evaluation as it is, where it is measured."""
+    """Rows with `mask` [H, W]: transformed with the image for training, in its original size for evaluation."""
 
-    def example(self, image: Picture, values: dict[str, Any]) -> Example:
-        found = super().example(image, values)
-        seen = found["places"] if self.seed is None else found["moved"]
-        return {"pixel_values": found["pixel_values"], "size": found["size"], "mask": seen.mask if seen else None}
+    def example(self, image: Image, values: dict[str, Any]) -> Example:
+        example = super().example(image, values)
+        annotations = example["places"] if self.seed is None else example["moved"]
+        mask = annotations.mask if annotations else None
+        return {"pixel_values": example["pixel_values"], "size": example["size"], "mask": mask}

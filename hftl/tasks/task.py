@@ -1,9 +1,10 @@
-"""The protocol of a task: what one problem says about itself. Everything else in hftl is shared.
+"""Protocols of tasks, inputs and targets, and `SupervisedTask`, which combines inputs and a target into a task.
 
-Any object with these members is a task; no registration, no base class. `SupervisedTask` is the quickest way
-to one: it joins how rows become inputs (`ImageInputs`, `TextInputs`) with what is learnt from them (a `Target`).
+Any object with the members of `Task` is a task, without registration or base class. Custom tasks usually derive from
+`SupervisedTask`: inputs (`ImageInputs`, `TextInputs`) convert rows to model inputs, and a target defines labels, head,
+loss, metrics and predictions.
 
-Shapes: B batch, T tokens, C channels, H W height and width, D feature size, K outputs.
+Shapes: B batch size, T tokens, C channels, H and W height and width, D feature dimension, K outputs.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from hftl.data.splits import Splits
 from hftl.data.validation import InvalidRows, validate_rows
-from hftl.errors import DataError
+from hftl.errors import ConfigError, DataError
 from hftl.loading.loader import Example, Examples
 from hftl.models.task_model import HeadSpec
+from hftl.renames import renamed_members
 from hftl.tasks.capabilities import Capability, supported
 from hftl.tasks.metrics import Metric
 
@@ -25,165 +27,181 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Batch = dict[str, Any]
-"""`inputs` (what the model takes, by name), `labels`, whatever else a task puts beside them; from the loader `index`
-[B] and `weight` [B]. Each entry is a tensor with B first or a list of B items: it is cut by rows."""
+"""`inputs` (model inputs by name), `labels` and further entries of the task; the loader adds `index` [B] and
+`weight` [B]. Each entry is a tensor with first dimension B or a list of B items, so that batches can be split."""
 Outputs = Mapping[str, Tensor]
-"""What the model computes, by name; each tensor has B first."""
+"""Model outputs by name; the first dimension of each tensor is B."""
 
 
 class Task(Protocol):
-    """What one problem says about itself."""
+    """Definition of a machine learning problem: inputs, labels, head, loss, metrics and predictions."""
 
     @property
     def name(self) -> str:
-        """What a saved model calls this task."""
+        """Name of the task in configurations and saved models."""
         ...
 
     @property
     def modality(self) -> str:
-        """`image` or `text`: which defaults apply."""
+        """`image`, `text` or `image_text`; selects the default settings."""
         ...
 
     @property
     def head(self) -> HeadSpec:
-        """The stock class and the head that the model needs."""
+        """Model class and head specification."""
         ...
 
     @property
     def best_metric(self) -> str:
-        """Metric on validation that chooses the weights to keep; which way is better, `larger_is_better` says."""
+        """Validation metric that selects the best checkpoint; its direction is that of `larger_is_better`."""
         ...
 
     def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> Examples:
-        """Returns the rows of one split as examples, one for each row. `seed` None: evaluation, nothing random."""
+        """Returns one example per row of a split.
+
+        Args:
+            dataset: Rows of one split.
+            processor: Image processor or tokenizer of the model.
+            seed: Seed of random augmentation in training; None for evaluation, which is deterministic.
+            max_length: Maximum number of tokens; None for the model's limit.
+        """
         ...
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Returns `inputs` and `labels` of one batch; labels are absent for rows that have none."""
+        """Returns a batch with `inputs`, and `labels` if the examples have labels."""
         ...
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """Returns the loss of each example [B], so that weighting and uneven batches come out right."""
+        """Returns the loss per example [B]; hftl weights and averages it over batches and processes."""
         ...
 
     def metrics(self) -> Sequence[Metric]:
-        """Returns fresh accumulators."""
+        """Returns new metric accumulators."""
         ...
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
-        """Returns one row a person can read for each example: JSON values, the same keys in every row."""
+        """Returns one readable prediction per example: JSON values with the same keys for all examples."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Returns what `restore` needs, as JSON values."""
+        """Returns the JSON values from which `hftl.tasks.registry.restore` reconstructs the task."""
         ...
 
 
 @runtime_checkable
 class ThresholdTuning(Protocol):
-    """A task with something that validation chooses after training, such as thresholds; it travels in `state`."""
+    """Task or target with parameters that are tuned on validation after training (decision thresholds)."""
 
     def tune_thresholds(self, metrics: Sequence[Metric]) -> None:
-        """Chooses from what `metrics()` have seen of the whole validation split; the same on all processes."""
+        """Tunes the parameters, which `state` includes; the result is the same on all processes.
+
+        Args:
+            metrics: Accumulators of `metrics()` over the complete validation split.
+        """
         ...
 
 
 class Inputs(Protocol):
-    """How rows become model inputs."""
+    """Conversion of rows to model inputs."""
 
     @property
     def column_types(self) -> Mapping[str, str]:
-        """What each column that is read holds, in reading order: `image`, `text`, `words`, `number` or `category`."""
+        """Input columns in model order -> `image`, `text`, `words`, `number` or `category`."""
         ...
 
     @property
     def modality(self) -> str:
-        """As `Task.modality`."""
+        """See `Task.modality`."""
         ...
 
     @property
     def problems(self) -> Sequence[str]:
-        """What was found wrong with the data, a sentence each."""
+        """Error messages of data validation, one per problem."""
         ...
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
     ) -> Examples:
-        """As `Task.encode`; columns in `keep` stay in the examples."""
+        """See `Task.encode`; examples also contain the columns in `keep`."""
         ...
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Returns the model's inputs by name."""
+        """Returns model inputs by name."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Returns the constructor's arguments, as JSON values."""
+        """Returns the constructor's arguments as JSON values."""
         ...
 
 
 class Target(Protocol):
-    """What is learnt: labels, head, loss and metrics."""
+    """Training target: labels, head, loss, metrics and predictions."""
 
     @property
     def columns(self) -> Sequence[str]:
-        """The columns that `labels` reads."""
+        """Columns that `labels` reads."""
         ...
 
     @property
     def problems(self) -> Sequence[str]:
-        """What was found wrong with the data, a sentence each."""
+        """Error messages of data validation, one per problem."""
         ...
 
     @property
     def best_metric(self) -> str:
-        """As `Task.best_metric`."""
+        """See `Task.best_metric`."""
         ...
 
     def head(self, model_class: str) -> HeadSpec:
-        """Returns the head for a stock class."""
+        """Returns the head specification for a model class."""
         ...
 
     def labels(self, examples: list[Example]) -> Tensor | list[Any] | None:
-        """Returns the labels of a batch, or None where the rows have none."""
+        """Returns the labels of a batch, or None for examples without labels."""
         ...
 
     def loss(self, outputs: Outputs, labels: Any) -> Tensor:
-        """Returns the loss of each example [B]."""
+        """Returns the loss per example [B]."""
         ...
 
     def metrics(self) -> Sequence[Metric]:
-        """Returns fresh accumulators."""
+        """Returns new metric accumulators."""
         ...
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
-        """Returns one row a person can read for each example: JSON values, the same keys in every row."""
+        """See `Task.decode`."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """Returns the constructor's arguments, as JSON values."""
+        """Returns the constructor's arguments as JSON values."""
         ...
 
 
 class SupervisedTask:
-    """Inputs and a target, joined. Built-in tasks and most of yours are this class with a constructor of their own.
+    """Task that combines inputs and a target; base class of built-in tasks and of most custom tasks.
 
-    Inputs and targets that have the method of `hftl.data.validation.RowValidator` are asked which rows cannot be used.
+    Inputs and targets that implement `hftl.data.validation.RowValidator` report invalid rows for `data.on_error skip`.
 
-    What works beyond training and evaluation is what a target declares in its `info` (`TargetInfo` of
-    `hftl.tasks.capabilities`), as far as its inputs have it among their `capabilities`; nothing without an `info`.
+    The capabilities beyond training and evaluation are those that both the target (`info`, a `TargetInfo` of
+    `hftl.tasks.capabilities`) and the inputs (`capabilities`) declare; a target without `info` has none.
 
     Attributes:
-        name: What a saved model calls this task.
-        model_class: The class to build (`HeadSpec.model_class`).
-        pipeline_tag: What the hub calls this task; empty: the name with dashes.
-        shown: Metrics that a line, a card or a comparison names first, in order; the target's own, where it has some.
-        defaults: Settings of `train` by way of adapting (`full`, `frozen`, `lora`, `scratch`), before those of the
-            modality.
-        usage: Python that uses a saved model without hftl, for its card, with `{place}` where the model is; empty: a
-            pipeline of the hub's task.
+        name: Name of the task in configurations and saved models.
+        model_class: Model class to build (`HeadSpec.model_class`).
+        pipeline_tag: Task name on the Hub; empty for `name` with dashes.
+        primary_metrics: Metrics listed first in logs, model cards and comparisons, in order; those of the target
+            have precedence.
+        defaults: Default settings of `train` by adaptation method (`full`, `frozen`, `lora`, `scratch`); they have
+            precedence over the defaults of the modality.
+        usage: Python code for the model card that loads the saved model without hftl, with `{place}` for its path or
+            repo id; empty for a transformers pipeline.
+
+    Args:
+        inputs: Conversion of rows to model inputs.
+        target: Labels, head, loss, metrics and predictions.
 
     Raises:
-        DataError: Everything that inputs and target found wrong with the data.
+        DataError: All problems of inputs and target.
     """
 
     name: str
@@ -193,11 +211,14 @@ class SupervisedTask:
     defaults: ClassVar[Mapping[str, Mapping[str, float]]] = {}
     usage: str = ""
     inputs_type: ClassVar[Any]
-    """Class of the inputs, for tasks that `restore` opens without data."""
+    """Class of the inputs, which `restored` needs."""
     target_types: ClassVar[tuple[type, ...]] = ()
-    """Classes of targets that the task may have."""
+    """Classes of supported targets."""
 
     def __init__(self, inputs: Inputs, target: Target) -> None:
+        renamed = renamed_members((type(self), inputs, target))
+        if renamed:
+            raise ConfigError(*renamed)
         if inputs.problems or target.problems:
             raise DataError(*inputs.problems, *target.problems)
         self.inputs = inputs
@@ -230,7 +251,7 @@ class SupervisedTask:
         return self.target.decode(outputs, batch)
 
     def tune_thresholds(self, metrics: Sequence[Metric]) -> None:
-        """Lets validation choose what the target leaves open, if anything; see `ThresholdTuning`."""
+        """Tunes the target on validation if it implements `ThresholdTuning`."""
         if isinstance(self.target, ThresholdTuning):
             self.target.tune_thresholds(metrics)
 
@@ -241,21 +262,21 @@ class SupervisedTask:
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Columns of `column_types` that a row may lack when a trained model is used."""
+        """Columns of `column_types` that may be missing at inference."""
         return tuple(getattr(self.inputs, "optional", ()))
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """What works for this target on these inputs, beyond training and evaluation."""
+        """Capabilities of target and inputs beyond training and evaluation."""
         return supported(self.target, self.inputs)
 
     @property
     def depends_on_batch(self) -> bool:
-        """Whether the loss of a row depends on the other rows of its micro-batch, on all processes."""
+        """Whether the loss of a row depends on the other rows of its micro-batch on all processes."""
         return bool(getattr(self.target, "depends_on_batch", False))
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows that inputs or target cannot use, for `data.on_error skip`."""
+        """Returns the rows that are invalid for inputs or target, for `data.on_error skip`."""
         return validate_rows(splits, [self.inputs, self.target])
 
     def state(self) -> dict[str, Any]:
@@ -264,48 +285,48 @@ class SupervisedTask:
 
     @classmethod
     def make_target(cls, state: dict[str, Any]) -> Target:
-        """Returns the target whose `state()` this was, without any data."""
-        raise NotImplementedError(f"{cls.__name__} does not say how its target is restored")
+        """Returns the target from its `state()`, without data."""
+        raise NotImplementedError(f"{cls.__name__}: make_target() is not implemented; loading saved models needs it")
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> SupervisedTask:
-        """Returns the task whose `state()` this was, without any data."""
+        """Returns the task from its `state()`, without data."""
         task = cls.__new__(cls)
         SupervisedTask.__init__(task, cls.inputs_type(**state["inputs"]), cls.make_target(state["target"]))
         return task
 
 
 def primary_metrics(task: Task) -> tuple[str, ...]:
-    """Returns the metrics that a line or a card names first."""
+    """Returns the metrics listed first in logs and model cards."""
     return tuple(getattr(task, "primary_metrics", (task.best_metric,)))
 
 
 def is_logged(name: str, task: Task) -> bool:
-    """Whether one of the task's numbers is said while a run goes on; all of them are on file."""
+    """Whether a metric is logged during the run; the files of the run contain all metrics."""
     return name in ("loss", task.best_metric, *primary_metrics(task))
 
 
 def input_column_types(task: Task) -> dict[str, str]:
-    """Returns what each column that a task reads holds, in reading order; see `Inputs.column_types`."""
+    """Returns the types of the input columns of a task; see `Inputs.column_types`."""
     return dict(getattr(task, "column_types", {}))
 
 
 def optional_columns(task: Task) -> tuple[str, ...]:
-    """Returns the columns that a row may lack, as far as the model has learnt to do without them."""
+    """Returns the columns that may be missing at inference, if the model was trained with missing inputs."""
     return tuple(getattr(getattr(task, "inputs", None), "optional", ()))
 
 
 def larger_is_better(task: Task, metric: str) -> bool:
-    """Whether a larger value of one of the task's numbers is better: not of `loss` or of what a metric calls errors."""
-    errors = {name for each in task.metrics() for name in getattr(each, "smaller_is_better", ())}
-    return metric != "loss" and metric not in errors
+    """Whether larger values of a metric are better: not for `loss` and metrics in `smaller_is_better`."""
+    smaller = {name for accumulator in task.metrics() for name in getattr(accumulator, "smaller_is_better", ())}
+    return metric != "loss" and metric not in smaller
 
 
 def is_row_fraction(task: Task, metric: str) -> bool:
-    """Whether one of the task's numbers is a share of the rows, so that their number gives its standard error."""
-    return any(metric in getattr(each, "row_fractions", ()) for each in task.metrics())
+    """Whether a metric is a fraction of rows, whose standard error follows from the number of rows."""
+    return any(metric in getattr(accumulator, "row_fractions", ()) for accumulator in task.metrics())
 
 
 def check_splits(splits: Splits, check: Any) -> list[str]:
-    """Returns the sentences of `check(dataset, split)` over all splits."""
+    """Returns the error messages of `check(dataset, split)` for all splits."""
     return [problem for split, dataset in splits.items() for problem in check(dataset, split)]

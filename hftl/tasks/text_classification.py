@@ -1,4 +1,4 @@
-"""Labels of texts or pairs of texts: one class, several labels, or numbers."""
+"""Text classification (single-label or multi-label) and text regression, for texts and text pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hftl.tasks.task import SupervisedTask
 
 
 class TextClassification(SupervisedTask):
-    """Texts, or pairs of texts, with one class each, any number of labels, or numbers, on any BERT-family model."""
+    """Single-label or multi-label classification, or regression, of texts or text pairs with any BERT-family model."""
 
     name = "text_classification"
     model_class = "AutoModelForSequenceClassification"

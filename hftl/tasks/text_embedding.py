@@ -1,4 +1,4 @@
-"""Text embeddings: learnt from pairs of texts, with a score of how alike they are or without one."""
+"""Text embeddings trained on text pairs, with similarity scores or as positive pairs."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ if TYPE_CHECKING:
 
 
 class TextPairs(TextInputs):
-    """Two texts a row, each by itself -> `input_ids`, `attention_mask` [B, T], and `pair_…` of second texts.
+    """Two texts per row, encoded separately -> `input_ids`, `attention_mask` [B, T], and `pair_…` for second texts.
 
-    To a trained model a row may give its first text alone.
+    At inference a row may consist of the first text only.
     """
 
     tokenizer: Any = None
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """The second text, which a row may lack when the model is used."""
+        """Columns that may be missing at inference: the second text."""
         return tuple(self.columns[1:])
 
     @classmethod
     def find(cls, splits: Splits) -> Self:
-        """Detects both text columns and looks for empty texts; what is wrong goes into `problems`."""
-        found = super().find(splits)
-        if len(found.columns) < 2 and not found.problems:
+        """Detects both text columns, checks for empty texts and collects errors in `problems`."""
+        inputs = super().find(splits)
+        if len(inputs.columns) < 2 and not inputs.problems:
             columns = ", ".join(splits["train"].features)
-            found.problems = [
-                f"data.text_pair_column: embeddings are learnt from pairs of texts, and beside '{found.columns[0]}' no "
-                f"second column was found. Columns: {columns}. Say --data.text_pair_column NAME."
+            inputs.problems = [
+                f"data.text_pair_column: text embedding needs text pairs, but no second text column was detected next "
+                f"to '{inputs.columns[0]}'; columns: {columns}. Set data.text_pair_column."
             ]
-        return found
+        return inputs
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
     ) -> TextPairRows:
-        """Returns rows of token ids. Nothing is random here, so `seed` does not apply."""
+        """Returns tokenized rows; tokenization is deterministic, so `seed` is ignored."""
         self.tokenizer = processor
         limit = token_limit(processor, max_length)
         first, second = self.columns
         rows = tokenize(dataset, processor, [first], limit, keep)
-        alone = second not in filled_columns(dataset, self.columns)
-        return TextPairRows(rows, None if alone else tokenize(dataset, processor, [second], limit, ()))
+        has_pairs = second in filled_columns(dataset, self.columns)
+        return TextPairRows(rows, tokenize(dataset, processor, [second], limit, ()) if has_pairs else None)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Pads each side to its longest text."""
+        """Pads first and second texts separately, each to the longest of the batch."""
         inputs: dict[str, Tensor] = {}
         for prefix in ("", PAIR) if PAIR + "input_ids" in examples[0] else ("",):
             ids = {"input_ids": [example[prefix + "input_ids"] for example in examples]}
@@ -68,9 +68,9 @@ class TextPairs(TextInputs):
 
 
 class TextEmbedding(SupervisedTask):
-    """Pairs of texts, on any BERT-family model: texts that belong together come to lie near each other.
+    """Text embedding with any BERT-family model; similar texts have similar embeddings.
 
-    What is learnt follows from the data: scores (how alike a pair is), or pairs that belong together.
+    The data determine the target: similarity scores of pairs, or positive pairs.
     """
 
     name = "text_embedding"
@@ -96,7 +96,7 @@ print(model.similarity(embeddings, embeddings))"""
         super().__init__(inputs, find_pair_target(splits, inputs.columns))
 
     def loss(self, outputs: Outputs, batch: Batch) -> Tensor:
-        """See `Task.loss`; rows that count nothing are compared with none."""
+        """See `Task.loss`; padding rows (weight 0) are not used as negatives."""
         return self.target.loss(outputs, batch["labels"], batch.get("weight"))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""One tag for each word: named entities, parts of speech, chunks."""
+"""Token classification: one tag per word (named entities, parts of speech, chunks)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hftl.tasks.windowed_inputs import WordInputs
 
 
 class TokenClassification(SupervisedTask):
-    """Lists of words with a tag each, on any BERT-family model.
+    """Token classification with any BERT-family model.
 
-    A word is judged by its first token, in training as in use. A text longer than the model is read in windows that
-    overlap, and each word counts in the one window where it has most context.
+    The first token of a word predicts its tag, in training and inference. Texts longer than the model's maximum length
+    are divided into overlapping windows; each word is predicted in the window where it has the most context.
     """
 
     name = "token_classification"
@@ -40,18 +40,22 @@ class TokenClassification(SupervisedTask):
         return TaggingTarget(**state)
 
     def encode(self, dataset: Any, processor: Any, seed: int | None, max_length: int | None) -> Examples:
-        """See `Task.encode`. Tags are turned into the model's numbers, whatever the data have."""
+        """See `Task.encode`; converts tags to the class indices of the model."""
         return super().encode(self.target.numbered(dataset), processor, seed, max_length)
 
     def collate(self, examples: list[Example]) -> Batch:
-        """Adds `texts`, the `spans` of their words, the `positions` [B, N] of these among the tokens, and `tags`."""
+        """See `Task.collate`; adds `texts`, word `spans`, token `positions` of N words [B, N] and `tags`.
+
+        Positions are indices of first tokens in the flattened windows [W * T], -1 for padding and for words without
+        a token.
+        """
         batch = super().collate(examples)
-        tokens = batch["inputs"]["input_ids"].shape[2]
+        window_size = batch["inputs"]["input_ids"].shape[2]
         positions = torch.full((len(examples), max(len(example[HOME]) for example in examples)), -1)
         for row, example in enumerate(examples):
-            for word, (window, place) in enumerate(example[HOME]):
+            for word, (window, token) in enumerate(example[HOME]):
                 if window >= 0:
-                    positions[row, word] = window * tokens + place
+                    positions[row, word] = window * window_size + token
         texts, spans = zip(*(words_in(example[self.inputs.column]) for example in examples), strict=True)
         batch |= {"positions": positions, "texts": list(texts), "spans": list(spans)}
         return batch | {"tags": [example[self.target.column] for example in examples]} if "labels" in batch else batch

@@ -1,4 +1,4 @@
-"""Texts of any length as model inputs: each row the windows of one text, [B, W, T]."""
+"""Inputs of long texts: each row is divided into W overlapping windows of T tokens, [B, W, T]."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class WordInputs:
     """Words of a text -> `input_ids` and `attention_mask` [B, W, T].
 
     Args:
-        column: Lists of words, or texts whose words blanks part.
-        stride: As `data.stride`.
+        column: Column of word lists, or of texts with whitespace-separated words.
+        stride: Overlap of windows in tokens (setting `data.stride`); None for a quarter of the window.
     """
 
     modality = "text"
@@ -39,65 +39,69 @@ class WordInputs:
 
     @property
     def column_types(self) -> dict[str, str]:
-        """The column of words."""
+        """See `Inputs.column_types`."""
         return {self.column: "words"}
 
     @classmethod
     def find(cls, splits: Splits) -> WordInputs:
-        """Detects the column and looks for rows without words; what is wrong goes into `problems`."""
+        """Detects the column, checks for rows without words and collects errors in `problems`."""
         config = splits.config
         try:
             column = find_column("words", splits["train"].features, config.text_column)
         except DataError as error:
-            found = cls("words")
-            found.problems = error.problems
-            return found
+            inputs = cls("words")
+            inputs.problems = error.problems
+            return inputs
         log(f"data: words from column '{column.name}' ({column.why})")
-        found = cls(column.name, config.stride)
+        inputs = cls(column.name, config.stride)
         if not splits.lenient:
-            found.problems = check_splits(splits, found._wordless_rows)
-        return found
+            inputs.problems = check_splits(splits, inputs._row_problems)
+        return inputs
 
-    def _wordless_rows(self, rows: Dataset, split: str) -> list[str]:
-        bad = self._wordless(rows)
-        where = shorten([str(row) for row in bad], 8)
-        said = f"data.source: {split} column '{self.column}' has {len(bad)} row(s) without words, at row {where}."
-        return [said] if bad else []
+    def _row_problems(self, rows: Dataset, split: str) -> list[str]:
+        empty = [str(row) for row in self._empty_rows(rows)]
+        if not empty:
+            return []
+        return [
+            f"data.source: {split} column '{self.column}' has {len(empty)} row(s) without words, at row "
+            f"{shorten(empty, 8)}. Set data.on_error skip to exclude them."
+        ]
 
-    def _wordless(self, rows: Dataset) -> list[int]:
+    def _empty_rows(self, rows: Dataset) -> list[int]:
+        """Returns the indices of rows without words or with missing words."""
         values = arrow_column(rows, self.column).to_pylist()
-        lacking = [not words_in(value)[1] or isinstance(value, list) and None in value for value in values]
-        return [row for row, bad in enumerate(lacking) if bad]
+        is_empty = [not words_in(value)[1] or isinstance(value, list) and None in value for value in values]
+        return [row for row, empty in enumerate(is_empty) if empty]
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
     ) -> TextRows:
-        """Returns rows of windows. Nothing is random here, so `seed` does not apply."""
+        """Returns tokenized windows; tokenization is deterministic, so `seed` is ignored."""
         self.tokenizer = processor
         return window_words(dataset, processor, self.column, token_limit(processor, max_length), self.stride, keep)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Pads to the most windows and the longest window of the batch."""
+        """Pads to the largest number of windows and the longest window of the batch."""
         return model_inputs(examples, self.tokenizer)
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
         """Returns the rows without words."""
         return {
-            split: {row: BadRow("no words", self.column) for row in self._wordless(rows)}
+            split: {row: BadRow("no words", self.column) for row in self._empty_rows(rows)}
             for split, rows in splits.items()
         }
 
     def state(self) -> dict[str, Any]:
-        """Returns column and stride."""
+        """Returns the constructor's arguments."""
         return {"column": self.column, "stride": self.stride}
 
 
 class PairInputs:
-    """A question and a context -> `input_ids` and `attention_mask` [B, W, T], the question in each window.
+    """A question and a context -> `input_ids` and `attention_mask` [B, W, T] with the question in each window.
 
     Args:
-        columns: Question and context.
-        stride: As `data.stride`.
+        columns: Question column and context column.
+        stride: Overlap of windows in tokens (setting `data.stride`); None for a quarter of the window.
     """
 
     modality = "text"
@@ -110,40 +114,40 @@ class PairInputs:
 
     @property
     def column_types(self) -> dict[str, str]:
-        """Question and context."""
+        """See `Inputs.column_types`."""
         return dict.fromkeys(self.columns, "text")
 
     @classmethod
     def find(cls, splits: Splits) -> PairInputs:
-        """Detects the columns and looks for empty texts; what is wrong goes into `problems`."""
+        """Detects the columns, checks for empty texts and collects errors in `problems`."""
         config, features = splits.config, splits["train"].features
         names, problems = [], []
-        for role, given in (("question", config.text_column), ("context", config.text_pair_column)):
+        for role, configured in (("question", config.text_column), ("context", config.text_pair_column)):
             try:
-                column = find_column(role, features, given)
+                column = find_column(role, features, configured)
                 names.append(column.name)
                 log(f"data: {role} from column '{column.name}' ({column.why})")
             except DataError as error:
                 problems += error.problems
-        found = cls(names, config.stride)
+        inputs = cls(names, config.stride)
         if not problems and not splits.lenient:
             problems = check_splits(splits, lambda rows, split: empty_texts(rows, names, split))
-        found.problems = problems
-        return found
+        inputs.problems = problems
+        return inputs
 
     def encode(
         self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None, keep: Sequence[str]
     ) -> TextRows:
-        """Returns rows of windows. Nothing is random here, so `seed` does not apply."""
+        """Returns tokenized windows; tokenization is deterministic, so `seed` is ignored."""
         self.tokenizer = processor
         return window_pairs(dataset, processor, self.columns, token_limit(processor, max_length), self.stride, keep)
 
     def collate(self, examples: list[Example]) -> dict[str, Tensor]:
-        """Pads to the most windows and the longest window of the batch."""
+        """Pads to the largest number of windows and the longest window of the batch."""
         return model_inputs(examples, self.tokenizer)
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows where question or context is empty or missing."""
+        """Returns the rows with an empty or missing question or context."""
         return {
             split: {
                 row: BadRow("no text", column) for column in reversed(self.columns) for row in empty_rows(rows, column)
@@ -152,5 +156,5 @@ class PairInputs:
         }
 
     def state(self) -> dict[str, Any]:
-        """Returns columns and stride."""
+        """Returns the constructor's arguments."""
         return {"columns": self.columns, "stride": self.stride}

@@ -1,4 +1,4 @@
-"""The task is found from columns and labels, with the reason; a name in the configuration wins."""
+"""Task detection (`task: auto`) by columns and labels; the reference is the table of usual column names (`ROLES`)."""
 
 from dataclasses import replace
 
@@ -25,16 +25,16 @@ def splits(columns, **config):
 
 
 @pytest.mark.parametrize(
-    ("task", "why", "columns", "config"),
+    ("task", "reason", "columns", "config"),
     [
         ("image_classification", "images", {"image": Image(), "label": ClassLabel(names=["a", "b"])}, {}),
         ("image_classification", "images", {"image": Image(), "label": NUMBER, "photographer": TEXT}, {}),
-        ("semantic_segmentation", "'mask' holds an image", {"image": Image(), "mask": Image()}, {}),
-        ("semantic_segmentation", "'where'", {"image": Image(), "where": Image()}, {"label_column": "where"}),
-        ("object_detection", "'objects' holds boxes", {"image": Image(), "objects": BOXES}, {}),
-        ("object_detection", "'annotations' holds boxes", {"image": Image(), "annotations": BOXES}, {}),
-        ("object_detection", "'found' holds boxes", {"image": Image(), "found": BOXES}, {"label_column": "found"}),
-        ("semantic_segmentation", "'seg_map' holds", {"image": Image(), "seg_map": Image()}, {}),
+        ("semantic_segmentation", "'mask' contains a mask", {"image": Image(), "mask": Image()}, {}),
+        ("semantic_segmentation", "'areas'", {"image": Image(), "areas": Image()}, {"label_column": "areas"}),
+        ("object_detection", "'objects' contains boxes", {"image": Image(), "objects": BOXES}, {}),
+        ("object_detection", "'annotations' contains boxes", {"image": Image(), "annotations": BOXES}, {}),
+        ("object_detection", "'cars' contains boxes", {"image": Image(), "cars": BOXES}, {"label_column": "cars"}),
+        ("semantic_segmentation", "'seg_map' contains", {"image": Image(), "seg_map": Image()}, {}),
         (
             "image_classification",
             "images",
@@ -42,9 +42,9 @@ def splits(columns, **config):
             {"label_column": "kind"},
         ),
         ("text_classification", "texts in column 'review'", {"review": TEXT, "label": Value("int64")}, {}),
-        ("text_classification", "pairs of texts", {"premise": TEXT, "hypothesis": TEXT, "label": NUMBER}, {}),
+        ("text_classification", "text pairs", {"premise": TEXT, "hypothesis": TEXT, "label": NUMBER}, {}),
         ("text_embedding", "without labels", {"query": TEXT, "passage": TEXT}, {}),
-        ("token_classification", "a tag for each", {"tokens": List(TEXT), "ner_tags": List(Value("int64"))}, {}),
+        ("token_classification", "one tag per word", {"tokens": List(TEXT), "ner_tags": List(Value("int64"))}, {}),
         ("token_classification", "'labels'", {"id": TEXT, "tokens": List(TEXT), "labels": List(TEXT)}, {}),
         ("question_answering", "'answers'", {"question": TEXT, "context": TEXT, "answers": ANSWERS}, {}),
         ("image_text_classification", "column 'text'", {"image": Image(), "text": TEXT, "label": TEXT}, {}),
@@ -65,18 +65,19 @@ def splits(columns, **config):
         ("question_answering", "'spans'", {"question": TEXT, "context": TEXT, "spans": ANSWERS}, {}),
     ],
 )
-def test_columns_say_the_task(task, why, columns, config, capsys):
+def test_infer_task_returns_task_and_logs_reason(task, reason, columns, config, capsys):
     assert infer_task(splits(columns, **config)) is TASKS[task]
-    said = capsys.readouterr().out
-    assert f"task: {task} (" in said and why in said
+    printed = capsys.readouterr().out
+    assert f"task: {task} (" in printed and reason in printed
 
 
-@pytest.mark.parametrize("kind", [NUMBER, Value("int64"), TEXT])
+@pytest.mark.parametrize("feature", [NUMBER, Value("int64"), TEXT])
 @pytest.mark.parametrize("name", dict.fromkeys(ROLES["label"].usual_names + ROLES["score"].usual_names))
-def test_pairs_with_usual_label_name_are_text_classification(name, kind):
-    pairs = {"sentence1": TEXT, "sentence2": TEXT, name: kind}
+def test_pairs_with_usual_label_name_are_text_classification(name, feature):
+    pairs = {"sentence1": TEXT, "sentence2": TEXT, name: feature}
     assert infer_task(splits(pairs)) is hftl.TextClassification
-    assert infer_task(splits({"first": TEXT, "second": TEXT, name: kind}, **PAIR_COLUMNS)) is hftl.TextClassification
+    pairs = {"first": TEXT, "second": TEXT, name: feature}
+    assert infer_task(splits(pairs, **PAIR_COLUMNS)) is hftl.TextClassification
 
 
 def test_pairs_ignore_case_of_names():
@@ -84,8 +85,8 @@ def test_pairs_ignore_case_of_names():
     assert infer_task(splits({"Sentence1": TEXT, "Sentence2": TEXT, "Score": NUMBER})) is hftl.TextClassification
 
 
-def test_scores_of_captioned_images_stay_retrieval():
-    # image-text tables come with the similarity that some model gave each pair
+def test_captioned_images_with_scores_are_retrieval():
+    # public image-text tables contain similarity scores computed by a model
     columns = {"image": Image(), "caption": TEXT, "similarity": NUMBER}
     assert infer_task(splits(columns)) is TASKS["image_text_retrieval"]
 
@@ -96,7 +97,7 @@ def test_answers_without_starts_are_question_answering():
     assert infer_task(splits(columns | {"label": TEXT})) is hftl.TextClassification
 
 
-USUAL_ROLES = {
+TASK_ROLES = {
     "image_classification": ("image", "label"),
     "semantic_segmentation": ("image", "mask"),
     "object_detection": ("image", "objects"),
@@ -108,48 +109,48 @@ USUAL_ROLES = {
 }
 
 
-def usual_cells():
-    """Yields task and columns by role, so that each role of each task has each of its usual names once at least."""
-    for task, roles in USUAL_ROLES.items():
+def usual_names():
+    """Yields tasks with column names by role; every usual name of every role of a task occurs at least once."""
+    for task, roles in TASK_ROLES.items():
         usual = {role: ROLES[role].usual_names for role in roles}
-        for number in range(max(map(len, usual.values()))):
-            yield task, {role: names[number % len(names)] for role, names in usual.items()}
+        for index in range(max(map(len, usual.values()))):
+            yield task, {role: names[index % len(names)] for role, names in usual.items()}
     for pair in TEXT_PAIRS:
         yield "text_embedding", dict(zip(("question", "context"), pair, strict=True))
 
 
 def test_auto_task_accepts_every_usual_name(image_run, tiny_bert):
-    run = replace(image_run(batch_size_per_device=2), task="auto")
-    both = replace(run, model=replace(run.model, text_name=tiny_bert))
-    texts = replace(run, model=replace(run.model, name=tiny_bert))
-    wrong = []
-    for task, names in usual_cells():
+    image = replace(image_run(batch_size_per_device=2), task="auto")
+    image_text = replace(image, model=replace(image.model, text_name=tiny_bert))
+    text = replace(image, model=replace(image.model, name=tiny_bert))
+    failures = []
+    for task, names in usual_names():
         expected = {task}
-        if names.get("match") == "label":  # a usual name of labels too
+        if names.get("match") == "label":  # also a usual name of the label role
             expected = {"image_text_classification", "image_classification"}
-        model = both if task.startswith("image_text") else run if "image" in names else texts
+        run = image_text if task.startswith("image_text") else image if "image" in names else text
         try:
-            found = hftl.setup_run(model, rows=tiny_rows(names))[2].name
+            result = hftl.setup_run(run, rows=tiny_rows(names))[2].name
         except HftlError as error:
-            found = error.problems[0]
-        if found not in expected:
-            wrong.append((task, names, found))
-    assert not wrong, "\n".join(map(str, wrong))
+            result = error.problems[0]
+        if result not in expected:
+            failures.append((task, names, result))
+    assert not failures, "\n".join(map(str, failures))
 
 
-def test_every_task_can_be_found():
-    parameters = test_columns_say_the_task.pytestmark[0].args[1]
-    assert {task for task, *_ in parameters} == set(TASKS)
+def test_infer_task_cases_cover_every_task():
+    cases = test_infer_task_returns_task_and_logs_reason.pytestmark[0].args[1]
+    assert {task for task, *_ in cases} == set(TASKS)
 
 
-def test_neither_images_nor_texts_is_an_error_that_says_both():
-    with pytest.raises(DataError) as refused:
+def test_infer_task_without_image_and_text_raises_both():
+    with pytest.raises(DataError) as caught:
         infer_task(splits({"height": NUMBER, "label": TEXT}))
-    assert any("data.image_column" in problem for problem in refused.value.problems)
-    assert any("data.text_column" in problem for problem in refused.value.problems)
+    assert any("data.image_column" in problem for problem in caught.value.problems)
+    assert any("data.text_column" in problem for problem in caught.value.problems)
 
 
-def test_the_name_in_the_configuration_wins_and_is_checked(image_run):
+def test_configured_task_overrides_detection_and_is_validated(image_run):
     run, _, task = hftl.setup_run(image_run("test_vit"))
     assert task.name == run.task == "image_classification"
     with pytest.raises(ConfigError, match="Did you mean 'image_classification'"):
@@ -161,7 +162,7 @@ def test_the_name_in_the_configuration_wins_and_is_checked(image_run):
     assert RunConfig().task == "auto"
 
 
-def test_the_recipe_for_any_task_trains(text_run, tmp_path):
+def test_auto_recipe_trains_detected_task(text_run, tmp_path):
     run = text_run("full", num_epochs=1)
     metrics = load_recipe("auto").main(replace(run, output_dir=str(tmp_path / "run")))
     assert "test/accuracy" in metrics
