@@ -122,7 +122,7 @@ def test_unmatched_lora_patterns_raise_with_suggestion(image_run, text_run, caps
 
     first, second = setup_problems(with_patterns(image_run("test_vit"), "qkw", "fc1", "nonsense.*["))
     assert "adapt.lora.target_modules: 'qkw' matches no" in first and "Did you mean 'qkv'?" in first
-    assert "found: fc1, fc2, proj, qkv" in first
+    assert "allowed: fc1, fc2, proj, qkv" in first
     assert "'nonsense.*['" in second and "Did you mean" not in second
     assert "head" not in first, "the head takes no adapters"
     assert "Did you mean 'query'?" in only(text_setup_problems(with_patterns(text_run(), "key", "querry")))
@@ -228,8 +228,8 @@ def test_class_missing_from_train_raises_with_name(table, image_run, image_copy)
     shutil.rmtree(image_copy / "train" / "red")
     problems = setup_problems(with_data(image_run(), source=str(image_copy)))
     assert [problem.partition(",")[0] for problem in problems] == [
-        "data.source: validation has 3 row(s) of class red",
-        "data.source: test has 4 row(s) of class red",
+        "data.source: validation has 3 row(s) of class 'red'",
+        "data.source: test has 4 row(s) of class 'red'",
     ]
 
 
@@ -430,8 +430,8 @@ def test_setup_run_raises_data_model_and_setting_problems(image_run, image_copy,
     for words in (
         "train.lr: -1.0",
         "unreadable image",
-        "validation has 3 row(s) of class blue",
-        "test has 3 row(s) of class blue",
+        "validation has 3 row(s) of class 'blue'",
+        "test has 3 row(s) of class 'blue'",
         "effective batch size of 25",
         "'qkw' matches no",
         "is a file",
