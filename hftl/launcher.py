@@ -34,8 +34,9 @@ def launch_problem() -> str | None:
     in the same run folder. `accelerate launch` starts one CPU process for any `--num_processes`. No device is used.
     """
     world = max(map(_positive, ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")))
-    launcher = _launcher() if world == 1 and "MASTER_PORT" in os.environ else None
-    # the launcher sets MASTER_PORT only for several processes
+    # `accelerate launch` sets MASTER_PORT for several processes only; torchrun sets it for one process too
+    suspicious = world == 1 and "MASTER_PORT" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    launcher = _launcher() if suspicious else None
     several_requested = launcher is not None and "MASTER_PORT" not in launcher[0]
     if world == 1 and not several_requested:
         return None

@@ -122,12 +122,12 @@ def test_unmatched_lora_patterns_raise_with_suggestion(image_run, text_run, caps
 
     first, second = setup_problems(with_patterns(image_run("test_vit"), "qkw", "fc1", "nonsense.*["))
     assert "adapt.lora.target_modules: 'qkw' matches no" in first and "Did you mean 'qkv'?" in first
-    assert "found: fc1, fc2, proj, qkv" in first
+    assert "allowed: fc1, fc2, proj, qkv" in first
     assert "'nonsense.*['" in second and "Did you mean" not in second
     assert "head" not in first, "the head takes no adapters"
     assert "Did you mean 'query'?" in only(text_setup_problems(with_patterns(text_run(), "key", "querry")))
     hftl.setup_run(with_patterns(image_run("test_vit"), "qkv", r"blocks\.\d+\.mlp\.fc1"), hftl.ImageClassification)
-    assert "random weights" not in capsys.readouterr().out, "the check's own model is unprivileged_user's business"
+    assert "random weights" not in capsys.readouterr().out, "the model of the check is not logged"
 
 
 # Data
@@ -354,7 +354,7 @@ def test_run_folder_at_or_below_file_raises(image_run, tmp_path):
 
 @contextmanager
 def unprivileged_user():
-    """Runs as user nobody if the tests run as root, which ignores permissions."""
+    """Runs as an unprivileged user if the tests run as root, which ignores permissions."""
     if os.geteuid() == 0:
         os.setresuid(65534, 65534, 0)
         try:

@@ -322,7 +322,7 @@ def test_column_types_match_data_and_settings(pairs, pairs_run):
         ({"text_template": "{title"}, "data.text_template"),
         ({"text_template": "{title!r}"}, "with nothing else in braces"),
         ({"numeric_columns": ["prize"]}, "there is no column 'prize'"),
-        ({"numeric_columns": ["title"]}, "'title' does not hold numbers"),
+        ({"numeric_columns": ["title"]}, "'title' is not numeric"),
         ({"numeric_columns": ["price"], "categorical_columns": ["price"]}, "is also in data.categorical_columns"),
         ({"ignore_columns": ["picture", "title", "body"], "categorical_columns": []}, "no image and no text column"),
     ],

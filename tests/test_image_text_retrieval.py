@@ -166,12 +166,12 @@ def _check_commands(run_folder, image_folder, files, labeled, capsys):
         (lambda rows: [*rows, rows[0] | {"captions": ["a cat", " "]}], "empty or missing caption"),
         (lambda rows: [*rows, rows[0] | {"captions": None}], "empty or missing caption"),
         (lambda rows: [{"image": row["image"], "number": 1} for row in rows], "no caption column found"),
-        (lambda rows: [row | {"label": number % 3} for number, row in enumerate(rows)], "must hold 1"),
+        (lambda rows: [row | {"label": number % 3} for number, row in enumerate(rows)], "invalid values; allowed: 1"),
     ],
 )
 def test_setup_rejects_invalid_pairs(change, message, pair_run, tmp_path):
     rows = captioned(tmp_path / "data" / "images", 30, lists=True)
-    label = {"label_column": "label"} if "must" in message else {}
+    label = {"label_column": "label"} if "invalid values" in message else {}
     run = pair_run(splits={"train": change(rows)}, **label)
     with pytest.raises(ConfigError, match=message):
         hftl.setup_run(run, hftl.ImageTextRetrieval)

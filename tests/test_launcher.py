@@ -83,6 +83,9 @@ def test_launch_problem_names_processes_never_started(monkeypatch):
     assert run_launched(code, user_env, launcher_env).startswith("--num_processes:")
     # MASTER_PORT is set by the user
     assert run_launched(code, {**user_env, "MASTER_PORT": "29500"}, launcher_env) == "None"
+    # one process of torchrun is complete
+    torchrun_env = {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500", "WORLD_SIZE": "1"}
+    assert run_launched(code, user_env, torchrun_env) == "None"
 
 
 # Threads

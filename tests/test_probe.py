@@ -273,7 +273,8 @@ def test_saved_head_matches_run_predictions(modality, head, image_run, text_run,
     model = hftl.load(folder)
     predictions = model.predict(read_test_inputs(modality, images, texts))
     for prediction, row in zip(predictions, read_predictions(folder), strict=True):
-        np.testing.assert_allclose(prediction["probabilities"], row["probabilities"], atol=1e-5)
+        # the classifier amplifies the rounding of features, which differs between batch shapes and processors
+        np.testing.assert_allclose(prediction["probabilities"], row["probabilities"], atol=2e-4)
     assert metrics["test/accuracy"] > 0.4 and np.isfinite(metrics["test/loss"])
     assert (model.model.sklearn_head is None) == (head in LINEAR)
     report = json.loads(open(f"{folder}/report.json").read())

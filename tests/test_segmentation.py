@@ -324,7 +324,7 @@ def test_load_splits_rejects_two_files_for_one_image(folder, name, scenes, tmp_p
 
 def test_load_splits_without_matching_names_raises(scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks", "zzz")
-    with pytest.raises(DataError, match=r"no mask in .*masks has the name of an image.*00zzz"):
+    with pytest.raises(DataError, match=r"no mask in .*masks' has the name of an image.*00zzz"):
         load_splits(hftl.DataConfig(source=str(tmp_path)))
 
 

@@ -130,7 +130,7 @@ def test_evaluate_rejects_source_of_python_rows(launched, texts):
     with pytest.raises(DataError, match="'python:rows' are rows passed from Python and cannot be reopened by name"):
         evaluate_saved(str(launched / "1"))
     page = write_report(launched / "1", launched / "again.html").read_text()
-    assert "given from Python" in page
+    assert "passed from Python" in page
     assert hftl.load(launched / "1").predict(["the cat"])[0]["prediction"] in "xyz"
 
 
