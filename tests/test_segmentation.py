@@ -402,7 +402,7 @@ def replace_masks(folder, masks):
 
 INVALID_MASKS = [
     (Image.new("L", (43, 30)), "mask size differs from image size: 43 x 30 and 44 x 30"),
-    (Image.new("RGB", (44, 30)), "its pixels are RGB"),
+    (Image.new("RGB", (44, 30)), "its mode is RGB"),
     (Image.new("L", (44, 30), 77), "mask value without a class: 77"),
     (None, "no mask"),
 ]
