@@ -429,4 +429,4 @@ def test_evaluate_matches_detection_run_on_two_processes(detection_run, forks, t
     launch(2, [("recipe", {"recipe": "object_detection", "flags": options}, tmp_path)], forks=forks, logs=tmp_path)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     evaluated = evaluate_saved(run.output_dir, batch_size=2)
-    assert evaluated and evaluated == pytest.approx({name: metrics[name] for name in evaluated}, abs=1e-6)
+    assert evaluated and evaluated == pytest.approx({name: metrics[name] for name in evaluated}, rel=1e-6, abs=1e-6)
