@@ -133,7 +133,7 @@ def test_run_reload_matches_embeddings_and_labels(method, pair_run, tmp_path, ca
     (single,) = model.predict([(files[0], "any text")], labels=labels, template="a {} saw")
     assert single["prediction"] == labeled[0]["prediction"]
     assert single["probabilities"] == pytest.approx(labeled[0]["probabilities"], abs=1e-6)  # other batch size
-    with pytest.raises(DataError, match="give images, not texts"):
+    with pytest.raises(DataError, match="Pass images, not texts"):
         model.predict(["a text"], labels=labels)
     assert [row["prediction"] for row in labeled] == [labels[int(row.argmax())] for row in probabilities]
     if method == "frozen":

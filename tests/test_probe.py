@@ -380,7 +380,7 @@ def test_probe_resume_restarts_or_raises_run_complete(text_run, monkeypatch):
         raise KeyboardInterrupt("SIGTERM")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hftl.training.probe.fit_head", interrupt)
+        patch.setattr("hftl.training.probe.fit_classifier", interrupt)
         with pytest.raises(KeyboardInterrupt):
             main(run)
     metrics = main(run)

@@ -27,8 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments[:1] == ["run"] and arguments[1:] not in ([], ["--help"], ["-h"]):
             run_with_launcher(arguments[1:])
             return
-        renamed = [f"{old} was renamed to {new}." for old, new in FLAGS.items() if old in arguments]
-        if renamed:
+        if renamed := [f"{old} was renamed to {new}." for old, new in FLAGS.items() if old in arguments]:
             raise ConfigError(*renamed)
         options = parser.parse_args(arguments or ["--help"])
         options.act(options)
@@ -44,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hftl",
-        description="Fine-tune pretrained vision and text models: full, frozen, LoRA or probe.",
+        prog="hftl", description="Fine-tune pretrained vision and text models: full, frozen, LoRA or probe."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
