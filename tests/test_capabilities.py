@@ -164,7 +164,7 @@ def test_compare_command_rejects_tags_before_training(tasks, data, tiny_bert, tm
 def test_commands_reject_only_unsupported_label_kinds(kind, tasks, data, tmp_path, monkeypatch):
     task, _ = tasks[kind]
     folder = write_metadata(task, tmp_path / "model")
-    monkeypatch.setattr(demo, "_need_gradio", lambda: None)
+    monkeypatch.setattr(demo, "_require_gradio", lambda: None)
     monkeypatch.setattr(demo, "free_port", lambda *_: 0)
     calls = {
         Capability.COMPARE: lambda: make_experiment_plan(
