@@ -64,7 +64,7 @@ def _train(run: Any, task_class: Any) -> tuple[Any, Any]:
     captured: list[Any] = []
 
     class CapturingCheckpointer(fit_module.Checkpointer):
-        def check_room(self, training: Any) -> None:
+        def check_disk_space(self, training: Any) -> None:
             captured.extend((self, training))
 
     with suppress_logs():

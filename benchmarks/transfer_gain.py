@@ -55,7 +55,7 @@ def photographs(folder: Path, seeds: int) -> Comparison:
         hftl.ModelConfig(name=f"local-dir:{shared / 'weights' / 'mobilenetv2_100'}", image_size=128),
         train=hftl.TrainConfig(num_epochs=3, trackers=[]),
     )
-    return hftl.compare(methods=("scratch", "frozen"), seeds=seeds, run=run, output_dir=folder, overwrite=True)
+    return hftl.compare(methods=("scratch", "frozen"), num_seeds=seeds, run=run, output_dir=folder, overwrite=True)
 
 
 def shuffled_digits(folder: Path, seeds: int) -> Comparison:
@@ -68,7 +68,7 @@ def shuffled_digits(folder: Path, seeds: int) -> Comparison:
         train=hftl.TrainConfig(num_epochs=8, lr=2e-3, head_lr=2e-3, trackers=[]),
     )
     methods = ("scratch", "frozen", "full")
-    return hftl.compare(methods=methods, seeds=seeds, run=run, output_dir=folder, overwrite=True)
+    return hftl.compare(methods=methods, num_seeds=seeds, run=run, output_dir=folder, overwrite=True)
 
 
 def write_shuffled_digits(folder: Path, train: int = TRAINING_DIGITS, seed: int = 0) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hftl.renames import PYTHON_NAMES
 from hftl.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -148,6 +149,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in PYTHON_NAMES:
+        raise AttributeError(f"hftl.{name} was renamed to hftl.{PYTHON_NAMES[name]}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'hftl' has no attribute '{name}'")
     return getattr(import_module(_MODULE_OF[name]), name)

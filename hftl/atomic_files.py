@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, flushed to the disk, renamed."""
+"""Atomic file writes: write to a temporary file, fsync, rename."""
 
 from __future__ import annotations
 
@@ -10,51 +10,53 @@ from pathlib import Path
 from hftl.errors import ConfigError
 
 PARTIAL = ".partial"
-"""Ending of what is being written; nothing that ends so is ever read."""
+"""Suffix of temporary files, which are never read."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; it takes the place of `path` when the block ends without an error.
+    """Yields a temporary path in the same folder, which replaces `path` if the block ends without an error.
 
-    After a crash at any moment `path` is what it was before or what it was to become. (POSIX: `rename` is atomic
-    within a file system; the file is fsynced before it and the folder after it.)
+    After a crash at any moment, `path` has either its old or its new content. (POSIX: `rename` is atomic within a
+    file system; the file is fsynced before it and the folder after it.)
 
     Raises:
-        OSError: The disk is full, read-only or gone. `path` is as before and nothing is left beside it.
+        OSError: The disk is full, read-only or missing. `path` is unchanged and the temporary file is removed.
     """
-    aside = path.with_name(path.name + PARTIAL)
+    temporary = path.with_name(path.name + PARTIAL)
     try:
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 def output_folder(folder: str | Path) -> Path:
-    """Returns the folder that `--output` names, made where it is missing.
+    """Returns the folder of `--output`, created if it is missing.
 
     Raises:
-        ConfigError: It cannot be made.
+        ConfigError: The folder cannot be created.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output: '{folder}' cannot be a folder: {error.strerror or error}.") from error
+        raise ConfigError(
+            f"--output: folder '{folder}' cannot be created: {error.strerror or error}. Pass another one."
+        ) from error
     return Path(folder)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text as a whole file."""
-    with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Writes UTF-8 text atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""The processes of one run: one that works while the others wait, and what is said when one is lost.
+"""Synchronization of the processes of a run, and errors for processes that fail.
 
-A collective gives up after `train.timeout_minutes`. Between steps that is right: who is late is dead or hangs.
-Where processes work for an unknown time (tokenizing, saving, pushing) they use `heartbeat_barrier`: each one says
-again and again, in the group's store, that it is alive, and the others wait as long as it does.
+A collective times out after `train.timeout_minutes`, which suits training steps: a later process is dead or hangs.
+Work of unknown duration (tokenizing, saving, pushing) uses `heartbeat_barrier`: each process writes heartbeats to the
+store of the process group, and the others wait as long as they arrive.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from accelerate.utils import InitProcessGroupKwargs
 
 BEAT_S = 2.0
-"""Seconds between two signs of life, at most."""
+"""Maximum seconds between two heartbeats."""
 LIMIT_H = 12
-"""Hours after which one stops to wait for a process, alive or not."""
+"""Maximum hours of waiting for a process, with or without heartbeats."""
 _BUSY, _DONE, _FAILED = b"busy", b"done", b"failed"
 _timeout = timedelta(minutes=10)
-_rounds = count()
+_barriers = count()
 
 
 def group_options(timeout_minutes: float) -> InitProcessGroupKwargs:
-    """Returns how Accelerate is to build the process group; the timeout holds for `heartbeat_barrier` too."""
+    """Returns the options of the process group; the timeout applies to `heartbeat_barrier` too."""
     from accelerate.utils import InitProcessGroupKwargs
 
     global _timeout
@@ -42,7 +42,7 @@ def group_options(timeout_minutes: float) -> InitProcessGroupKwargs:
 
 
 def number_of_processes() -> int:
-    """Returns how many processes have formed a group; 1 before they have."""
+    """Returns the size of the process group, or 1 before it is initialized."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 1
@@ -50,14 +50,14 @@ def number_of_processes() -> int:
 
 
 @contextmanager
-def heartbeat_barrier(what: str) -> Iterator[None]:
-    """Every process enters, works as long as it needs, or not at all, and leaves when all have.
+def heartbeat_barrier(description: str) -> Iterator[None]:
+    """Runs the block on every process, and leaves it when all processes have finished.
 
     Args:
-        what: The work, for the message; the same on all processes.
+        description: The work, for the error message; the same on all processes.
 
     Raises:
-        PeerError: Another process failed inside, died, or came or said nothing for the timeout of the group.
+        PeerError: Another process failed in the block, died, or sent no heartbeat within the timeout of the group.
     """
     if number_of_processes() == 1:
         yield
@@ -66,229 +66,235 @@ def heartbeat_barrier(what: str) -> Iterator[None]:
 
     store, rank = _store(), torch.distributed.get_rank()
     peers = [peer for peer in range(torch.distributed.get_world_size()) if peer != rank]
-    keys = f"hftl/{next(_rounds)}/{what}"
-    with _alive(store, f"{keys}/{rank}"):
+    keys = f"hftl/{next(_barriers)}/{description}"
+    with _heartbeats(store, f"{keys}/{rank}"):
         yield
     try:
         for peer in peers:
-            _wait_for(store, f"{keys}/{peer}", peer, what)
-        if rank == 0:  # it may be the one that serves the store, so it stays until the others have read
+            _wait_for(store, f"{keys}/{peer}", peer, description)
+        if rank == 0:  # rank 0 may host the store: leave last
             for peer in peers:
-                _read(store, f"{keys}/{peer}/left", peer, what)
+                _read(store, f"{keys}/{peer}/left", peer, description)
             return
     except KeyboardInterrupt:
         with suppress(RuntimeError):
-            store.set(f"{keys}/{rank}/left", _FAILED)  # or the main process would wait for one that has gone
+            store.set(f"{keys}/{rank}/left", _FAILED)  # or the main process would wait for this one
         raise
     store.set(f"{keys}/{rank}/left", _DONE)
 
 
 @contextmanager
-def main_process_first(what: str) -> Iterator[None]:
-    """The main process works first, then the first one of each machine, then the others, which find it done.
+def main_process_first(description: str) -> Iterator[None]:
+    """Runs the block on the main process, then on the first one of each machine, then on the others.
+
+    The later processes reuse the files that the earlier ones have written.
 
     Raises:
         PeerError: As in `heartbeat_barrier`.
     """
-    local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "0")), number_of_processes()  # 0: the launcher does not say
+    local, world = int(os.environ.get("LOCAL_WORLD_SIZE", "0")), number_of_processes()  # 0: unknown
     rank = int(os.environ.get("RANK", "0"))
-    turn = 0 if rank == 0 else 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
+    own_turn = 0 if rank == 0 else 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
     if world == 1:
         yield
         return
-    for number in range(3):
-        if (number == 1 and local == world) or (number == 2 and local == 1):
-            continue  # nobody's turn
-        with heartbeat_barrier(f"{what}, turn {number + 1}"):
-            if number == turn:
+    for turn in range(3):
+        if (turn == 1 and local == world) or (turn == 2 and local == 1):
+            continue  # no process has this turn
+        with heartbeat_barrier(f"{description}, turn {turn + 1}"):
+            if turn == own_turn:
                 yield
 
 
-def shared_row_error(mine: Sequence[RowError]) -> RowError | None:
-    """Returns one error for the rows that any process cannot use, the same on all; None if there is no such row.
+def shared_row_error(local_errors: Sequence[RowError]) -> RowError | None:
+    """Returns one error for the invalid rows of all processes, the same on all; None if there are none.
+
+    All processes must call it.
 
     Args:
-        mine: The errors of this process; all processes call it together.
+        local_errors: The errors of this process.
     """
-    found = list(mine)
+    errors = list(local_errors)
     if number_of_processes() > 1:
         from accelerate.utils import gather_object
 
-        found = gather_object(found)
-    if not found:
+        errors = gather_object(errors)
+    if not errors:
         return None
-    error = RowError(*(problem for each in found for problem in each.problems))
+    error = RowError(*(problem for each in errors for problem in each.problems))
     error.agreed = True
     return error
 
 
 def readable(error: Exception) -> HftlError | None:
-    """Returns the error of ours that `error` is, or stands for; None where it is neither."""
+    """Returns `error` as an `HftlError` if it is one or can be converted to a `PeerError`, else None."""
     return error if isinstance(error, HftlError) else as_peer_error(error)
 
 
 def as_peer_error(error: Exception) -> PeerError | None:
-    """Returns the `PeerError` that an error of torch's communication stands for; None when it is something else.
+    """Returns the `PeerError` for an error of torch.distributed, or None for other errors.
 
-    Gloo raises `RuntimeError` with the place in its source; the store, and the start of a group, raise `DistError`
-    (seen on torch 2.15). NCCL raises `DistBackendError`, which is one too, unless its watchdog ends the process first.
+    Gloo raises `RuntimeError` with a location in its source; the store and the initialization of a group raise
+    `DistError` (observed with torch 2.15). NCCL raises its subclass `DistBackendError`, unless its watchdog ends the
+    process first.
     """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return None
-    said = str(error)
-    gloo = "gloo/" in said or "Gloo " in said
+    text = str(error)
+    gloo = "gloo/" in text or "Gloo " in text
     if not gloo and not isinstance(error, torch.distributed.DistError):
         return None
-    if number_of_processes() == 1 or "connectFullMesh" in said or "clients joined" in said:
+    if number_of_processes() == 1 or "connectFullMesh" in text or "clients joined" in text:
         host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
         return PeerError(
-            f"Process {_me()} did not find the other processes of the run within {_limit()}: they meet at {host}, port "
-            f"{port}. Look whether all were started, whether one ended before (its own message says why), and whether "
-            f"machines reach each other on all ports (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network "
-            f"device where a machine's own name does not lead to its address). {first_line(error)}"
+            f"Process {_rank_and_host()} did not find the other processes within {_timeout_text()}; rendezvous at "
+            f"{host}, port {port}. Check that all processes were started, that none ended earlier (its own log has the "
+            "reason), and that machines reach each other on all ports. Set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to "
+            f"the network interface if the host name does not resolve to its address. {first_line(error)}"
         )
-    where = f" ({_address(said)})" if _address(said) else ""
-    if "imed out" in said or "imeout" in said:
+    address = f" ({_peer_address(text)})" if _peer_address(text) else ""
+    if "imed out" in text or "imeout" in text:
         return PeerError(
-            _sentence(
-                f"waited {_limit()} for another one{where}, which did not answer: it hangs, its machine is gone, or "
-                "the network between them is cut"
+            _with_advice(
+                f"waited {_timeout_text()} for another process{address}, which did not respond: it hangs, its machine "
+                "is down, or the network is interrupted"
             )
         )
-    return PeerError(_sentence(f"lost its connection to another one{where}, which has ended or was killed"))
+    return PeerError(_with_advice(f"lost the connection to another process{address}, which has ended or was killed"))
 
 
-def _sentence(happened: str) -> str:
+def _with_advice(event: str) -> str:
     return (
-        f"Process {_me()} {happened}. The message of the process that failed first, if it left one, stands in its own "
-        "log. Start the run again with --resume auto: it goes on from its last checkpoint."
+        f"Process {_rank_and_host()} {event}. The log of the process that failed first has the cause, if it left a "
+        "message. Run the same command with --resume auto to resume from the last checkpoint."
     )
 
 
-def _limit() -> str:
+def _timeout_text() -> str:
     return f"{_timeout.total_seconds() / 60:.3g} min (train.timeout_minutes)"
 
 
-def _me() -> str:
+def _rank_and_host() -> str:
     return f"{os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')} (host {socket.gethostname()})"
 
 
-def _address(said: str) -> str:
-    """Returns the address of the other process, where gloo names it: "… [10.0.0.2]:4711: …"."""
+def _peer_address(text: str) -> str:
+    """Returns the address of the other process in a message of gloo ("… [10.0.0.2]:4711: …"), or an empty string."""
     import re
 
-    found = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", said)
-    return found[1] if found else ""
+    match = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", text)
+    return match[1] if match else ""
 
 
 def _store() -> Any:
-    """Returns the key-value store through which the group was formed (torch has no public name for it)."""
+    """Returns the key-value store of the process group (private in torch)."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
 
 
 @contextmanager
-def _alive(store: Any, key: str) -> Iterator[None]:
-    """Writes `key/0`, `key/1`, … while the block runs, and how it ended."""
-    over, number = Event(), count()
-    pause = min(BEAT_S, _timeout.total_seconds() / 4)
+def _heartbeats(store: Any, key: str) -> Iterator[None]:
+    """Writes heartbeats to `key/0`, `key/1`, … while the block runs, then how it ended."""
+    ended, number = Event(), count()
+    interval = min(BEAT_S, _timeout.total_seconds() / 4)
 
-    def say(state: bytes) -> None:
+    def write(state: bytes) -> None:
         store.set(f"{key}/{next(number)}", state)
 
     def beat() -> None:
-        with suppress(RuntimeError):  # a store that is gone is noticed where it is needed
-            while not over.wait(pause):
-                say(_BUSY)
+        with suppress(RuntimeError):  # the next read reports a lost store
+            while not ended.wait(interval):
+                write(_BUSY)
 
     thread = Thread(target=beat, daemon=True)
-    say(_BUSY)  # it has come
+    write(_BUSY)  # this process has entered
     thread.start()
     try:
         yield
     except BaseException:
-        over.set()
+        ended.set()
         thread.join()
         with suppress(RuntimeError):
-            say(_FAILED)
+            write(_FAILED)
         raise
-    over.set()
+    ended.set()
     thread.join()
-    say(_DONE)
+    write(_DONE)
 
 
-def _wait_for(store: Any, key: str, peer: int, what: str) -> None:
+def _wait_for(store: Any, key: str, peer: int, description: str) -> None:
     for number in range(int(LIMIT_H * 3600 / BEAT_S)):
-        state = _read(store, f"{key}/{number}", peer, what)
+        state = _read(store, f"{key}/{number}", peer, description)
         if state == _DONE:
             return
         if state == _FAILED:
-            raise PeerError(_sentence(f"stops because process {peer} failed ({what})"))
-    raise PeerError(_sentence(f"has waited {LIMIT_H} h for process {peer} ({what})"))
+            raise PeerError(_with_advice(f"stops because process {peer} failed ({description})"))
+    raise PeerError(_with_advice(f"waited {LIMIT_H} h for process {peer} ({description})"))
 
 
-def _read(store: Any, key: str, peer: int, what: str) -> bytes:
+def _read(store: Any, key: str, peer: int, description: str) -> bytes:
     """Waits for a key and returns its value.
 
-    In a thread, because on a cut line torch's store notices the timeout and then waits, without one, for the server to
-    confirm that it has (torch 2.15, TCPStore).
+    It reads in a thread: with an interrupted network, torch's store times out and then waits without a timeout for
+    the server to confirm the cancellation (torch 2.15, TCPStore).
     """
     import torch
 
-    found: list[bytes | RuntimeError] = []
+    results: list[bytes | RuntimeError] = []
 
-    def ask() -> None:
+    def read() -> None:
         try:
             store.wait([key], _timeout)
-            found.append(store.get(key))
+            results.append(store.get(key))
         except RuntimeError as error:
-            found.append(error)
+            results.append(error)
 
-    asking = Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(_timeout.total_seconds() + BEAT_S)
-    answer = found[0] if found else None
-    if isinstance(answer, bytes):
-        return answer
-    if isinstance(answer, torch.distributed.DistNetworkError):
-        raise PeerError(_sentence(f"lost its connection to the main process while it waited ({what})")) from answer
-    raise PeerError(_sentence(f"has not heard of process {peer} for {_limit()} ({what})")) from answer
+    thread = Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(_timeout.total_seconds() + BEAT_S)
+    result = results[0] if results else None
+    if isinstance(result, bytes):
+        return result
+    if isinstance(result, torch.distributed.DistNetworkError):
+        raise PeerError(_with_advice(f"lost the connection to the main process ({description})")) from result
+    no_heartbeat = f"received no heartbeat from process {peer} for {_timeout_text()} ({description})"
+    raise PeerError(_with_advice(no_heartbeat)) from result
 
 
 T = TypeVar("T")
 
 
 def run_on_main(accelerator: Accelerator, action: Callable[[], T], folder: object = "the run folder") -> T:
-    """Returns, on all processes, what `action` returns on the main one.
+    """Runs `action` on the main process and returns its result on all processes.
 
-    Without this a disk that fails there would leave the others waiting.
+    Its errors are raised on all processes too; otherwise a disk failure would leave the others waiting.
 
     Args:
-        accelerator: From `start`.
-        action: Reads or writes files; what it returns is sent to all.
-        folder: Where it writes, for an error that does not say it.
+        accelerator: From `create_accelerator`.
+        action: Reads or writes files; its result must be picklable.
+        folder: The folder it writes to, for errors without a file name.
 
     Raises:
-        HftlError: The one that `action` raised, or for the disk's failure; on all processes.
+        HftlError: The error of `action`, or a `DiskError`; on all processes.
     """
     from accelerate.utils import broadcast_object_list
 
-    done: list[Any] = [None, None]
+    result_and_error: list[Any] = [None, None]
     with heartbeat_barrier("work of the main process"):
         if accelerator.is_main_process:
             try:
-                done[0] = action()
+                result_and_error[0] = action()
             except HftlError as error:
-                done[1] = error
+                result_and_error[1] = error
             except Exception as error:
-                done[1] = disk_error(error, folder)
-                if done[1] is None:
+                result_and_error[1] = disk_error(error, folder)
+                if result_and_error[1] is None:
                     raise
     if accelerator.num_processes > 1:
-        done = broadcast_object_list(done)
-    if done[1] is not None:
-        done[1].agreed = True
-        raise done[1]
-    return done[0]
+        result_and_error = broadcast_object_list(result_and_error)
+    if result_and_error[1] is not None:
+        result_and_error[1].agreed = True
+        raise result_and_error[1]
+    return result_and_error[0]

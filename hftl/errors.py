@@ -1,4 +1,4 @@
-"""The errors hftl raises on purpose. Each carries every problem found, not only the first."""
+"""Exceptions of hftl. Each carries all problems of a check, not only the first."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from contextlib import contextmanager
 from hftl.redaction import sanitize
 
 EXIT_PEER_LOST = 76
-"""Exit status when another process of the run was lost: nothing is wrong with this one, starting again goes on."""
+"""Exit status after the failure of another process; the same command with `--resume auto` resumes."""
 
-ROW_ADVICE = "Repair it, or leave such rows out with --data.on_error skip; 'hftl check' lists all of them before a run."
-"""What to do about a row of `data.source` that cannot be used."""
+ROW_ADVICE = "Fix it, or skip invalid rows with --data.on_error skip; 'hftl check' lists all of them."
+"""Instruction for an invalid row of `data.source`."""
 RESUME_ADVICE = "Then run the same command with --resume auto."
-"""How a run continues whose folder holds what it needs."""
+"""Instruction for a run folder with a checkpoint."""
 
 
 class HftlError(Exception):
     """Base of all errors raised by hftl.
 
     Args:
-        problems: One sentence per problem: what is wrong, where, which value, what is allowed, what to do.
+        problems: One message per problem: setting or file, fact with value, allowed values, instruction.
 
     Attributes:
-        exit_code: Status that a recipe or command ends with.
-        agreed: Whether all processes raise the same one, so that it needs to be said once only.
+        exit_code: Exit status of the recipe or command.
+        agreed: Whether all processes raise the same error, so that only the main process prints it.
     """
 
     exit_code = 2
@@ -44,96 +44,96 @@ class HftlError(Exception):
 
 
 class ConfigError(HftlError):
-    """A configuration value that cannot work."""
+    """Invalid configuration value."""
 
     agreed = True
 
 
 class DataError(HftlError):
-    """Data that cannot be read or does not fit the task."""
+    """Unreadable data, or data that does not fit the task."""
 
 
 class RowError(DataError):
-    """A row that cannot be read or used, found when it is fetched."""
+    """Invalid row, detected when it is fetched."""
 
-    def with_advice(self, *sentences: str) -> RowError:
-        """Returns the same problems, the last one followed by those of `sentences` that it does not contain yet."""
-        *others, last = self.problems
-        new = [sentence for sentence in sentences if sentence not in last]
-        advised = RowError(*others, " ".join([last, *new]))
+    def with_advice(self, *instructions: str) -> RowError:
+        """Returns the same problems with `instructions` appended to the last one, without repetition."""
+        *first, last = self.problems
+        missing = [instruction for instruction in instructions if instruction not in last]
+        advised = RowError(*first, " ".join([last, *missing]))
         advised.agreed = self.agreed
         return advised
 
 
 @contextmanager
-def row_advice(*sentences: str) -> Iterator[None]:
-    """Adds to a `RowError` that leaves the block, or the decorated function, how to continue."""
+def row_advice(*instructions: str) -> Iterator[None]:
+    """Appends instructions to a `RowError` raised in the block or the decorated function."""
     try:
         yield
     except RowError as error:
-        raise error.with_advice(*sentences) from error
+        raise error.with_advice(*instructions) from error
 
 
 class ModelError(HftlError):
-    """A model that cannot be found, built or loaded."""
+    """Model that cannot be found, built or loaded."""
 
 
 class AdaptError(HftlError):
-    """A way of adapting that does not fit the model."""
+    """Adaptation method that does not fit the model."""
 
 
 class ArtifactError(HftlError):
-    """A saved model that cannot be opened, or does not compute what the trained one did."""
+    """Saved model that cannot be loaded, or whose logits differ from those of the trained model."""
 
 
 class PeerError(HftlError):
-    """Another process of the run was lost, or did not answer in time."""
+    """Failure of another process of the run, or no response before the timeout."""
 
     exit_code = EXIT_PEER_LOST
 
 
 class PushError(HftlError):
-    """A model that did not reach the hub, or came back from there as another one."""
+    """Failed upload to the Hub, or an uploaded model that differs from the saved one."""
 
     agreed = True
 
 
 class CheckpointError(HftlError):
-    """A state of training that cannot be written, or that does not belong to this run."""
+    """Checkpoint that cannot be written, or that belongs to another run."""
 
     agreed = True
 
 
 class DiskError(HftlError):
-    """A file of the run that cannot be written: the disk is full, read-only, over quota or broken."""
+    """Failed write to a file of the run: the disk is full, read-only, over quota or defective."""
 
     agreed = True
 
 
 class FeatureError(HftlError):
-    """Features that cannot be computed, kept or used."""
+    """Features that cannot be computed, cached or used."""
 
 
 class NonfiniteError(HftlError):
-    """A loss or gradient that is NaN or infinite."""
+    """Loss or gradient that is NaN or infinite."""
 
     agreed = True
 
 
 class Stopped(HftlError):
-    """A training that was asked to stop, and has saved its state."""
+    """Run that ended after a stop signal, with a saved checkpoint."""
 
     exit_code = 75
-    """EX_TEMPFAIL of sysexits.h: the same command goes on from here."""
+    """EX_TEMPFAIL of sysexits.h: the same command with `--resume auto` resumes."""
     agreed = True
 
 
 class RunComplete(Exception):
-    """Nothing is left to do: the run folder holds a finished run.
+    """Finished run in the run folder; nothing is left to do.
 
     Args:
         folder: The run folder.
-        metrics: What `main` returned then.
+        metrics: The metrics that the run returned.
     """
 
     def __init__(self, folder: str, metrics: dict[str, float | None]) -> None:
@@ -143,34 +143,34 @@ class RunComplete(Exception):
 
 
 def nearest(value: str, allowed: Iterable[str], count: int = 1) -> str:
-    """Returns " Did you mean 'x'?" for the allowed names closest to `value`, or an empty string."""
+    """Returns " Did you mean 'x'?" with the `count` allowed names closest to `value`, or an empty string."""
     close = difflib.get_close_matches(value, list(allowed), n=count, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def shorten(names: Sequence[str], limit: int = 12) -> str:
-    """Returns `names` joined by commas, cut after `limit` entries."""
-    more = f", … ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    """Returns `names` joined by commas, truncated after `limit` entries."""
+    rest = f", … ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
 
 
 def disk_error(error: BaseException, folder: object) -> DiskError | None:
-    """Returns a disk's failure while `folder` was written, in our words; None where `error` is about something else.
+    """Returns the `DiskError` for a disk failure while writing to `folder`, or None if `error` has another cause.
 
-    Libraries written in other languages pass on what the system said, but not its number.
+    The message is searched because libraries in other languages pass on the system's message without its errno.
     """
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
-    reason = next((os.strerror(each) for each in numbers if os.strerror(each) in str(error)), None)
+    reason = next((os.strerror(number) for number in numbers if os.strerror(number) in str(error)), None)
     if reason is None:
         return None
     file = getattr(error, "filename", None) or folder
     return DiskError(
-        f"'{file}' cannot be written: {reason}. States of training that were saved are intact. Mend the disk and run "
-        "the same command with --resume auto."
+        f"'{file}' cannot be written: {reason}. Saved checkpoints are intact. Fix the disk and run the same command "
+        "with --resume auto."
     )
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of what an error says, or its type where it says nothing."""
+    """Returns the first line of the error message, or the name of its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Lines for a person, printed once however many processes run."""
+"""Log lines, printed by the main process only."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from contextlib import contextmanager
 
 from hftl.redaction import sanitize
 
-_muted = 0
+_suppressed = 0
 
 
 def is_main_process() -> bool:
-    """Whether this process prints: the launcher's rank 0, or the only one.
+    """Whether this process has rank 0, or is the only one.
 
-    Read from the environment, because lines are printed before any process group exists.
+    The rank is read from the environment because lines are logged before the process group is initialized.
     """
     return os.environ.get("RANK", "0") == "0"
 
 
 def log(message: str = "") -> None:
-    """Prints `message` on the main process, at once (log files must not lag behind)."""
-    if is_main_process() and not _muted:
+    """Prints `message` on the main process and flushes the stream."""
+    if is_main_process() and not _suppressed:
         print(sanitize(message), flush=True)
 
 
 @contextmanager
 def suppress_logs() -> Iterator[None]:
-    """Drops the lines said inside: for many small runs in one process, which report as a table."""
-    global _muted
-    _muted += 1
+    """Suppresses log lines inside the block, such as those of many small runs in one process."""
+    global _suppressed
+    _suppressed += 1
     try:
         yield
     finally:
-        _muted -= 1
+        _suppressed -= 1
 
 
 def leave_process_group() -> None:
-    """Ends what a launcher's processes share, where one was begun; torch complains at exit otherwise."""
+    """Destroys the process group if it is initialized; torch warns at exit otherwise."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

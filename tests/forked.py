@@ -1,7 +1,7 @@
-"""Recipes and commands in real processes of their own that cost no imports: a server imports everything once and forks.
+"""Fork server: starts recipes and commands in separate processes that share imported modules.
 
-`python tests/forked.py FOLDER` is the server; `Forks` starts it and sends requests. Each request has a connection and a
-process of its own that answers it: no answer can be taken for another one, however late it is.
+`python tests/forked.py FOLDER` is the server; `Forks` starts it and sends requests. Each request has its own connection
+and its own server process, so a late response cannot be mistaken for another one.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ LIBRARIES = (
     "pyarrow.parquet", "accelerate.tracking", "torch.distributed.tensor", "torch.utils.data", "jinja2",
     "datasets.packaged_modules.csv.csv", "jsonargparse", "safetensors.torch", "timm", "peft", "accelerate",
 )  # fmt: skip
-OURS = (
+HFTL_MODULES = (
     "hftl.run.setup", "hftl.config.parse", "hftl.reporting", "hftl.cli.main", "hftl.inference.batch_inference",
     "hftl.artifacts.push",
 )  # fmt: skip
-"""What a recipe or command imports on its way; without it a process begins slower, nothing else."""
+"""Modules that recipes and commands import lazily; preloading them only saves time."""
 
 
 START_S = 280.0
-"""Seconds that the server may take to import everything: 10 on an idle machine; below the time limit of a test."""
+"""Maximum seconds for the imports of the server: 10 on an idle machine; below the timeout of a test."""
 ANSWER_S = 120.0
-"""Seconds that it may take to fork, or to notice that a killed process has ended."""
+"""Maximum seconds for a fork, and for detecting the end of a killed process."""
 FULL, BARE = "full", "bare"
-"""Sockets of the server and of its twin that has never imported hftl."""
-QUIET = [("no_pictures", [])]
-"""Most runs of the fault tests draw no report."""
+"""Sockets of the server and of its second process, which has never imported hftl."""
+NO_REPORT = [("skip_report", [])]
+"""Fault of most fault tests: skips report.html."""
 
 
 class Forks:
-    """Starts recipes as forked processes. One at a time."""
+    """Client of the fork server; runs one request at a time."""
 
     def __init__(self, preload: bool = True) -> None:
         self.preload = preload
@@ -71,62 +71,62 @@ class Forks:
         )
 
     def _wait_until_ready(self) -> None:
-        """Waits for the message of a server that has just been started; one that fails is replaced next time."""
+        """Waits until a new server is ready; the next request replaces a server that fails."""
         if self.ready:
             return
-        arrived = select.select([self.server.stdout], [], [], START_S)[0]
-        if not arrived or self.server.stdout.readline() != "ready\n":
+        readable = select.select([self.server.stdout], [], [], START_S)[0]
+        if not readable or self.server.stdout.readline() != "ready\n":
             self.close()
             raise RuntimeError(f"the fork server did not start within {START_S:.0f} s: status {self.server.returncode}")
         self.ready = True
 
-    def _request(self, wanted: dict[str, Any]) -> tuple[Connection, list[int]]:
-        """Sends a request, once more if the server was lost; returns its connection and the process ids."""
-        for last in (False, True):
+    def _request(self, request: dict[str, Any]) -> tuple[Connection, list[int]]:
+        """Sends a request, and again if the server was lost; returns its connection and the process ids."""
+        for is_last in (False, True):
             if self.server.poll() is not None:
                 self.close()
                 self._start_server()
             self._wait_until_ready()
             try:
-                return self._ask(wanted)
+                return self._send(request)
             except (EOFError, ConnectionError):
-                if last:
+                if is_last:
                     raise
-                self.server.kill()  # its twin is lost, or it is ending
+                self.server.kill()  # its second process is lost, or it is ending
                 self.server.wait()
         raise AssertionError("unreachable")
 
-    def _ask(self, wanted: dict[str, Any]) -> tuple[Connection, list[int]]:
+    def _send(self, request: dict[str, Any]) -> tuple[Connection, list[int]]:
         client = socket.socket(socket.AF_UNIX)
         try:
-            client.connect(str(Path(self.folder.name, BARE if wanted.get("without_hftl") else FULL)))
+            client.connect(str(Path(self.folder.name, BARE if request.get("without_hftl") else FULL)))
             connection = Connection(client.detach())
         finally:
             client.close()
         try:
-            connection.send(wanted)
+            connection.send(request)
             return connection, receive(connection, ANSWER_S)
         except BaseException:
             connection.close()
             raise
 
     def start(self, flags, logs, processes=1, faults=(), recipe="text_classification", environment=None) -> Attempt:
-        """Begins `recipe` with command-line flags on some processes, which share a gloo group.
+        """Starts `recipe` on one or more processes, which form a gloo group.
 
         Args:
-            flags: The command line.
-            logs: Folder that gets what each process prints.
-            processes: How many.
-            faults: Pairs of a name in breaks.py and its arguments, in force on rank 0.
-            recipe: File name without ending.
-            environment: Variables for all of them.
+            flags: Command-line flags.
+            logs: Folder for the output of each process.
+            processes: Number of processes.
+            faults: Pairs of a function name in fault_injection.py and its arguments, injected on rank 0.
+            recipe: File name without extension.
+            environment: Environment variables of all processes.
         """
-        return self._begin({"recipe": recipe, "flags": flags, "faults": list(faults)}, logs, processes, environment)
+        return self._start({"recipe": recipe, "flags": flags, "faults": list(faults)}, logs, processes, environment)
 
-    def _begin(self, wanted, logs, processes, environment) -> Attempt:
+    def _start(self, request, logs, processes, environment) -> Attempt:
         from launch import free_port
 
-        if self.running is not None:  # a test that failed has left it
+        if self.running is not None:  # left by a failed test
             self.running.end()
         self.number += 1
         shared = {**(environment or {})}
@@ -141,35 +141,35 @@ class Forks:
         ranks = [
             {**shared, **({"RANK": str(r), "LOCAL_RANK": str(r)} if processes > 1 else {})} for r in range(processes)
         ]
-        wanted |= {"ranks": ranks, "logs": [*map(str, files)]}
-        connection, pids = self._request(wanted)
+        request |= {"ranks": ranks, "logs": [*map(str, files)]}
+        connection, pids = self._request(request)
         self.running = Attempt(self, connection, pids, files)
         return self.running
 
     def run(self, flags, logs, timeout=120, **options) -> tuple[list[int], str]:
-        """Returns the exit statuses (-9 for a kill) and what rank 0 printed."""
+        """Returns the exit statuses (-9 for SIGKILL) and the output of rank 0."""
         attempt = self.start(flags, logs, **options)
         statuses = attempt.wait(timeout)
-        return statuses, attempt.said()
+        return statuses, attempt.output()
 
     def command(
         self, words, logs, timeout=120, processes=1, cwd=TESTS.parent, without_hftl=False, **environment
     ) -> tuple[list[int], str]:
-        """Runs `python …` or an installed program with this process's environment; returns what `run` does.
+        """Runs `python …` or an installed program with the environment of this process; returns the same as `run`.
 
-        `without_hftl`: in a process that has never imported hftl and cannot.
+        With `without_hftl`, hftl has never been imported in the process and cannot be.
         """
         attempt = self.start_command(words, logs, processes, cwd, without_hftl, **environment)
         statuses = attempt.wait(timeout)
-        return statuses, attempt.said()
+        return statuses, attempt.output()
 
     def start_command(self, words, logs, processes=1, cwd=TESTS.parent, without_hftl=False, **environment) -> Attempt:
-        """Begins what `command` runs."""
-        wanted = {"command": [*map(str, words)], "cwd": str(cwd), "without_hftl": without_hftl}
-        return self._begin(wanted, logs, processes, {**os.environ, **environment})
+        """Starts a command without waiting for its end."""
+        request = {"command": [*map(str, words)], "cwd": str(cwd), "without_hftl": without_hftl}
+        return self._start(request, logs, processes, {**os.environ, **environment})
 
     def close(self) -> None:
-        """Ends the server and its twin, which see that their standard input is closed."""
+        """Ends both server processes by closing their standard input."""
         self.server.stdin.close()
         try:
             self.server.wait(30)
@@ -181,70 +181,71 @@ class Forks:
 
 
 def receive(connection: Connection, timeout: float) -> Any:
-    """Returns the next answer to a request."""
+    """Returns the next response to a request."""
     if not connection.poll(timeout):
-        raise TimeoutError(f"no answer from the fork server for {timeout:.0f} s")
+        raise TimeoutError(f"no response from the fork server for {timeout:.0f} s")
     return connection.recv()
 
 
 class Attempt:
-    """Processes that were started together."""
+    """Processes of one request."""
 
     def __init__(self, forks: Forks, connection: Connection, pids: list[int], files: list[Path]) -> None:
         self.forks, self.connection, self.pids, self.files = forks, connection, pids, files
         self.started = time.monotonic()
 
     def send(self, number: int, rank: int | None = None, group: bool = False) -> None:
-        """Sends a signal to one process or to all; `group`: to what they have started too, as Ctrl-C does."""
+        """Sends a signal to one process or to all; with `group`, also to their children, as Ctrl-C does."""
         for pid in self.pids if rank is None else [self.pids[rank]]:
             with contextlib.suppress(ProcessLookupError):
                 (os.killpg if group else os.kill)(pid, number)
 
     def until(self, *words: str, timeout: float = 60) -> None:
-        """Waits until rank 0 has printed one of several words."""
+        """Waits until the output of rank 0 contains one of `words`."""
         end = time.monotonic() + timeout
-        while not any(word in self.said() for word in words):
-            assert time.monotonic() < end, (words, self.said())
+        while not any(word in self.output() for word in words):
+            assert time.monotonic() < end, (words, self.output())
             time.sleep(0.005)
 
     def until_exists(self, file: Path, timeout: float = 60) -> None:
-        """Waits until a file is there."""
+        """Waits until a file exists."""
         end = time.monotonic() + timeout
         while not file.exists():
-            assert time.monotonic() < end, (file, self.said())
+            assert time.monotonic() < end, (file, self.output())
             time.sleep(0.005)
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Returns the exit statuses when all have ended."""
+        """Waits for all processes and returns their exit statuses."""
         try:
             statuses = receive(self.connection, timeout)
         except TimeoutError:
             self.end()
-            said = "\n".join(map(self.said, range(len(self.pids))))
-            raise AssertionError(f"still running after {timeout} s:\n{said}") from None
+            output = "\n".join(map(self.output, range(len(self.pids))))
+            raise AssertionError(f"still running after {timeout} s:\n{output}") from None
         except BaseException:
             self.end()
             raise
-        self._leave()
+        self._close()
         return statuses
 
     def end(self) -> None:
-        """Kills what is left of it."""
+        """Kills the remaining processes."""
         self.send(signal.SIGKILL)
         with contextlib.suppress(TimeoutError, EOFError, OSError):
             receive(self.connection, ANSWER_S)
-        self._leave()
+        self._close()
 
-    def _leave(self) -> None:
+    def _close(self) -> None:
         self.connection.close()
         self.forks.running = None
 
-    def said(self, rank: int = 0) -> str:
+    def output(self, rank: int = 0) -> str:
+        """Returns the output of a process so far."""
         return self.files[rank].read_text(errors="replace")
 
 
 def serve(folder: str, preload: bool) -> None:
-    """Imports everything, says so, and answers requests: for processes without hftl in a twin that has not seen it."""
+    """Preloads modules and serves requests; a second process serves those without hftl."""
     listeners = {}
     for name in (FULL, BARE):
         listeners[name] = socket.socket(socket.AF_UNIX)
@@ -269,24 +270,24 @@ def serve(folder: str, preload: bool) -> None:
 
         for name in hftl.__all__:
             getattr(hftl, name)
-        for name in OURS:
+        for name in HFTL_MODULES:
             importlib.import_module(name)
     print("ready", flush=True)
     answer_requests(listeners[FULL])
 
 
 def answer_requests(listener: socket.socket) -> None:
-    """Forks a process for each request until the tests have ended; returns in the processes that were asked for."""
+    """Forks a process per request until the tests end; returns in the requested processes only."""
     gc.collect()
-    gc.freeze()  # or each process would walk through all that was imported
+    gc.freeze()  # or every fork would traverse all imported objects
     while True:
-        arrived, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in arrived:
-            os._exit(0)  # the libraries' complaints at exit say nothing of the tests
+        readable, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in readable:
+            os._exit(0)  # skips warnings of libraries at exit
         client, _ = listener.accept()
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
-                pass  # those that have answered
+                pass  # reap finished request processes
         if os.fork() == 0:
             listener.close()
             return answer(Connection(client.detach()))
@@ -294,53 +295,53 @@ def answer_requests(listener: socket.socket) -> None:
 
 
 def answer(connection: Connection) -> None:
-    """Forks what a request asks for, and sends the process ids and then their exit statuses."""
-    wish = connection.recv()
+    """Forks the requested processes, and sends their process ids and then their exit statuses."""
+    request = connection.recv()
     pids = []
-    for rank, (environment, log) in enumerate(zip(wish["ranks"], wish["logs"], strict=True)):
+    for rank, (environment, log) in enumerate(zip(request["ranks"], request["logs"], strict=True)):
         pid = os.fork()
         if pid == 0:
             connection.close()
-            return play(wish, rank, environment, log)
+            return run_request(request, rank, environment, log)
         pids.append(pid)
-    with contextlib.suppress(OSError):  # who asked may have left
+    with contextlib.suppress(OSError):  # the client may have closed the connection
         connection.send(pids)
         connection.send([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
     os._exit(0)
 
 
-def play(wish, rank: int, environment: dict[str, str], log: str) -> None:
-    """Is the forked process: as if the recipe or command had been started from a shell."""
-    os.setsid()  # a process group of its own, as a shell gives it
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.dup2(nothing, 0)
-    if "command" in wish:
+def run_request(request, rank: int, environment: dict[str, str], log: str) -> None:
+    """Runs the recipe or command in the forked process, as if started from a shell."""
+    os.setsid()  # a new process group, as in a shell
+    output_file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    empty_input = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(output_file, 1)
+    os.dup2(output_file, 2)
+    os.dup2(empty_input, 0)
+    if "command" in request:
         os.environ.clear()
     os.environ.update(environment)
-    if "command" in wish:
-        os.chdir(wish["cwd"])
-        return execute(wish["command"])
-    sys.argv = [wish["recipe"] + ".py", *wish["flags"]]
-    import breaks
+    if "command" in request:
+        os.chdir(request["cwd"])
+        return execute(request["command"])
+    sys.argv = [request["recipe"] + ".py", *request["flags"]]
+    import fault_injection
     from conftest import load_recipe
 
     import hftl
 
-    os.environ.update(environment)  # conftest.py has given this process a cache of its own
-    recipe = load_recipe(wish["recipe"])
-    for name, arguments in wish["faults"] if rank == 0 else ():
-        getattr(breaks, name)(*arguments)
+    os.environ.update(environment)  # conftest.py has set another cache
+    recipe = load_recipe(request["recipe"])
+    for name, arguments in request["faults"] if rank == 0 else ():
+        getattr(fault_injection, name)(*arguments)
     hftl.run_recipe(recipe.main, recipe.DEFAULTS, recipe.__doc__)
 
 
 def execute(words: list[str]) -> None:
-    """Does what a shell would with a program that is written in Python."""
+    """Runs a Python program with its arguments, as a shell does."""
     from huggingface_hub import constants
 
-    importlib.reload(constants)  # it reads the environment when it is imported
+    importlib.reload(constants)  # it reads the environment at import
     program, *arguments = words
     if program == "python" and arguments[0] == "-c":
         sys.argv, sys.path[0] = ["-c", *arguments[2:]], ""

@@ -1,6 +1,6 @@
 """Jobs for the launcher: `torchrun --nproc_per_node N tests/job.py '[[NAME, SPEC, OUT], …]'`.
 
-Each job leaves JSON or tensors in OUT. One launch does several, since starting costs more than most jobs.
+Each job writes JSON or tensors to OUT. One launch runs several jobs, since startup takes longer than most jobs.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def gradient(spec: dict, out: Path) -> None:
-    """Saves the gradient of the first two optimizer steps, by stock name, as the optimizer sees it."""
+    """Saves the gradients that the optimizer uses in the first two steps, by parameter name."""
     import torch
     from safetensors.torch import save_file
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     import hftl
 
-    run, splits, task, kind = _open(spec)
+    run, splits, task, _ = _open(spec)
     accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
     hftl.adapt(model, run.adapt)
     steps: list[dict[str, torch.Tensor]] = []
 
-    def keep(optimizer, *_):
+    def record(optimizer, *_):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         grads = {
             names[id(p)]: p.grad.clone(memory_format=torch.contiguous_format)
@@ -35,7 +35,7 @@ def gradient(spec: dict, out: Path) -> None:
         }
         steps.append(grads)
 
-    hook = register_optimizer_step_pre_hook(keep)
+    hook = register_optimizer_step_pre_hook(record)
     history = hftl.fit(accelerator, model, task, splits, run)
     hook.remove()
     if accelerator.is_main_process:
@@ -47,26 +47,26 @@ def gradient(spec: dict, out: Path) -> None:
 
 
 def recipe(spec: dict, out: Path) -> None:
-    """Runs a recipe's main; with `stop_after`, one process is sent a SIGTERM when it has done that many steps."""
-    from breaks import no_pictures
+    """Runs the main function of a recipe; with `stop_after`, one process receives a SIGTERM in that step."""
     from conftest import load_recipe
+    from fault_injection import skip_report
     from launch import stopping_after
 
     from hftl.errors import Stopped
 
-    no_pictures()
-    run, _, _, _ = _open(spec, prepared=False)
-    wanted = spec.get("stop_after")
-    with stopping_after(wanted):
+    skip_report()
+    run, _, _, _ = _open(spec, setup=False)
+    stop_after = spec.get("stop_after")
+    with stopping_after(stop_after):
         try:
             load_recipe(spec["recipe"]).main(run)
-            assert not wanted, "it did not stop"
+            assert not stop_after, "it did not stop"
         except Stopped:
-            assert wanted
+            assert stop_after
 
 
 def faulty(spec: dict, out: Path) -> None:
-    """Trains while losses of rows become NaN or memory is short; leaves what happened and the weights."""
+    """Trains with injected NaN losses or OOM errors; saves the result and the weights."""
     import torch
     from safetensors.torch import save_file
 
@@ -79,39 +79,39 @@ def faulty(spec: dict, out: Path) -> None:
     hftl.adapt(model, run.adapt)
     loss, forward, calls = task.loss, model.forward, []
 
-    def poisoned(outputs, batch):
-        bad = torch.isin(batch["index"], torch.tensor(spec.get("poison", []))) & model.training
+    def nan_loss(outputs, batch):
+        bad = torch.isin(batch["index"], torch.tensor(spec.get("nan_rows", []))) & model.training
         return torch.where(bad, torch.nan, loss(outputs, batch))
 
-    def cramped(inputs):
+    def oom_forward(inputs):
         rows = len(next(iter(inputs.values())))
-        most = spec.get("fits_training" if model.training else "fits_evaluation", rows)
-        if rows > most and (spec.get("on_rank") in (None, accelerator.process_index)):
+        limit = spec.get("train_limit" if model.training else "eval_limit", rows)
+        if rows > limit and (spec.get("on_rank") in (None, accelerator.process_index)):
             raise torch.OutOfMemoryError("out of memory (injected)")
         calls.append((model.training, rows))
         return forward(inputs)
 
-    task.loss, model.forward = poisoned, cramped
-    found = {"error": None}
+    task.loss, model.forward = nan_loss, oom_forward
+    result = {"error": None}
     try:
         history = hftl.fit(accelerator, model, task, splits, run)
-        found |= {"steps": history.steps, "skipped": history.skipped}
+        result |= {"steps": history.steps, "skipped": history.skipped}
     except hftl.HftlError as error:
-        found["error"] = f"{type(error).__name__}: {error}"
-    found["rows"] = sorted({rows for training, rows in calls if training})
-    (out / f"found{accelerator.process_index}.json").write_text(json.dumps(found))
+        result["error"] = f"{type(error).__name__}: {error}"
+    result["rows"] = sorted({rows for training, rows in calls if training})
+    (out / f"result{accelerator.process_index}.json").write_text(json.dumps(result))
     weights = {name: tensor.detach().clone().contiguous() for name, tensor in trainable_state(model).items()}
     save_file(weights, out / f"weights{accelerator.process_index}.safetensors")
 
 
-def _open(spec: dict, prepared: bool = True):
+def _open(spec: dict, setup: bool = True):
     import hftl
     from hftl.config.parse import parse_config
     from hftl.tasks.registry import TASKS
 
     run = parse_config(hftl.RunConfig(), spec["flags"])
     kind = TASKS[spec["recipe"]]
-    return (*hftl.setup_run(run, kind), kind) if prepared else (run, None, None, kind)
+    return (*hftl.setup_run(run, kind), kind) if setup else (run, None, None, kind)
 
 
 if __name__ == "__main__":

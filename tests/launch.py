@@ -1,4 +1,4 @@
-"""Recipes and jobs in processes of their own, under the real launcher."""
+"""Launch of recipes and jobs in separate processes."""
 
 import json
 import os
@@ -20,22 +20,26 @@ def free_port() -> str:
 
 
 def launch(processes: int, jobs: list[tuple[str, dict, Path]], timeout: float = 280, forks=None, logs=None) -> str:
-    """Runs jobs of tests/job.py, one after the other, on gloo; returns what they printed.
+    """Runs jobs of tests/job.py in sequence with gloo, and returns their output.
 
-    With `forks` the processes are forked from a server (tests/forked.py) instead of started by torchrun, and `logs` is
-    the folder that gets what they print.
+    Args:
+        processes: Number of processes.
+        jobs: Name, specification and output folder of each job.
+        timeout: Seconds.
+        forks: Fork server (tests/forked.py) that starts the processes instead of torchrun.
+        logs: Folder for the output of the processes; needed with `forks`.
     """
-    listed = json.dumps([[job, spec, str(out)] for job, spec, out in jobs])
-    # what `accelerate launch` would set: it must not overrule the run's own accumulation
+    arguments = json.dumps([[job, spec, str(out)] for job, spec, out in jobs])
+    # `accelerate launch` sets it; it must not override the accumulation of the run
     environment = {**ENV, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"}
     if forks is not None:
-        words = ["python", ROOT / "tests" / "job.py", listed]
-        statuses, said = forks.command(words, logs, timeout, processes, **environment)
-        assert statuses == [0] * processes, said[-6000:]
-        return said
+        words = ["python", ROOT / "tests" / "job.py", arguments]
+        statuses, output = forks.command(words, logs, timeout, processes, **environment)
+        assert statuses == [0] * processes, output[-6000:]
+        return output
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     done = subprocess.run(
-        [*command, "--master_port", free_port(), str(ROOT / "tests" / "job.py"), listed],
+        [*command, "--master_port", free_port(), str(ROOT / "tests" / "job.py"), arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -46,33 +50,33 @@ def launch(processes: int, jobs: list[tuple[str, dict, Path]], timeout: float = 
     return done.stdout
 
 
-def flags(source, model, output, method="full", **more) -> list[str]:
-    """Returns the flags of a recipe; `train__lr=0` is `--train.lr=0`."""
-    settings = {
+def flags(source, model, output, method="full", **settings) -> list[str]:
+    """Returns the command-line flags of a recipe; `train__lr=0` becomes `--train.lr=0`."""
+    values = {
         "data.source": source,
         "model.name": model,
         "output_dir": output,
         "adapt.method": method,
         "train.trackers": "[tensorboard]",
-        **{name.replace("__", "."): value for name, value in more.items()},
+        **{name.replace("__", "."): value for name, value in settings.items()},
     }
-    return [f"--{name}={value}" for name, value in settings.items()]
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 @contextmanager
 def stopping_after(step: int | None):
-    """The last process sends itself a SIGTERM in the middle of a step, so that this one is the last."""
+    """Makes the last process send itself a SIGTERM during `step`, which becomes the last one."""
     from hftl.training import fit
 
     set_rates = fit.set_rates
 
-    def stopping(optimizer, config, done, total):
+    def set_rates_and_stop(optimizer, config, done, total):
         last = int(os.environ.get("WORLD_SIZE", "1")) - 1
         if int(os.environ.get("RANK", "0")) == last and step is not None and done == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return set_rates(optimizer, config, done, total)
 
-    fit.set_rates = stopping
+    fit.set_rates = set_rates_and_stop
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What a run saves opens in timm, transformers and peft with equal logits, where hftl cannot be imported."""
+"""Saved artifacts: loaded by timm, transformers and peft in a process without hftl, against predictions.parquet."""
 
 import json
 from dataclasses import replace
@@ -83,7 +83,7 @@ for run in json.loads(sys.argv[1]):
 """
 
 
-def test_image_artifacts_open_without_hftl(image_run, images, tmp_path, run_without_hftl):
+def test_image_artifacts_load_without_hftl(image_run, images, tmp_path, run_without_hftl):
     cases = [
         ("test_resnet", "full"),
         ("test_resnet", "lora"),
@@ -102,7 +102,7 @@ def test_image_artifacts_open_without_hftl(image_run, images, tmp_path, run_with
     assert printed.count("equal 10") == len(cases)
 
 
-def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path, run_without_hftl):
+def test_text_artifacts_load_without_hftl(text_run, texts, tmp_path, run_without_hftl):
     cases = [("full", "default"), ("lora", "default"), ("lora", "mean"), ("frozen", "cls")]
     runs = []
     for method, pooling in cases:
@@ -114,7 +114,7 @@ def test_text_artifacts_open_without_hftl(text_run, texts, tmp_path, run_without
     assert printed.count("equal 13") == len(cases)
 
 
-def test_a_run_folder_is_complete_and_its_lines_are_short(text_run, tmp_path, capsys):
+def test_run_writes_all_files_and_logs_primary_metrics(text_run, tmp_path, capsys):
     run = text_run("lora", "mean")
     metrics = load_recipe("text_classification").main(run)
     folder = tmp_path / "run"
@@ -138,26 +138,26 @@ def test_a_run_folder_is_complete_and_its_lines_are_short(text_run, tmp_path, ca
 
     assert load_config(folder / "config.yaml").train.lr == 1e-3
     records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert "validation/weighted_f1" in {name for record in records for name in record}
-    assert "validation/accuracy" in said and "validation/macro_f1" in said and "weighted_f1" not in said
+    assert "validation/accuracy" in output and "validation/macro_f1" in output and "weighted_f1" not in output
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt")) and not list(folder.rglob("*.pkl"))
 
 
-def test_a_saved_model_that_computes_something_else_is_refused(image_run, tmp_path, monkeypatch):
-    """Decision 4: a reader that disagrees is an error, and the weights stay."""
+def test_save_rejects_model_with_different_logits(image_run, tmp_path, monkeypatch):
+    """The saved weights and metrics stay on disk."""
     from hftl.errors import ArtifactError
     from hftl.models.timm_model import TimmModel
 
-    def disturbed(self, folder, save=TimmModel.save):
+    def save_changed_weights(self, folder, save=TimmModel.save):
         import torch
 
         with torch.no_grad():
             next(self.net.get_classifier().parameters()).add_(1.0)
         save(self, folder)
 
-    monkeypatch.setattr(TimmModel, "save", disturbed)
-    with pytest.raises(ArtifactError, match="not what was trained"):
+    monkeypatch.setattr(TimmModel, "save", save_changed_weights)
+    with pytest.raises(ArtifactError, match="differs from the trained model"):
         load_recipe("image_classification").main(image_run())
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "metrics.json").is_file()

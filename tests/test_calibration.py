@@ -1,4 +1,4 @@
-"""Calibration: against scikit-learn, plain loops, and models whose calibration is known by construction."""
+"""`hftl.evaluation.calibration` against scikit-learn, direct loops, and models of known calibration."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from hftl.evaluation.calibration import Calibration, fit_temperature, soften
 
 
 def softmax(logits):
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    return shares / shares.sum(1, keepdims=True)
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
 
 
-def drawn(rows: int, num_classes: int = 4, sharpness: float = 1.0, seed: int = 0):
-    """Labels drawn from softmax(logits), and the probabilities of a model `sharpness` times as sure as is right."""
+def sample(rows: int, num_classes: int = 4, sharpness: float = 1.0, seed: int = 0):
+    """Returns probabilities softmax(sharpness * logits) [N, K] and labels [N] sampled from softmax(logits)."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (rows, num_classes))
     truth = softmax(logits)
@@ -22,65 +22,65 @@ def drawn(rows: int, num_classes: int = 4, sharpness: float = 1.0, seed: int = 0
 
 
 def measure(probabilities, labels, **options):
-    found = Calibration(**options)
-    found.update(probabilities, labels)
-    return found.compute()
+    calibration = Calibration(**options)
+    calibration.update(probabilities, labels)
+    return calibration.compute()
 
 
-def test_scores_are_those_of_scikit_learn_and_of_the_definition():
-    shares, labels = drawn(500, sharpness=2.0)
-    found = measure(shares, labels)
-    assert found["nll"] == pytest.approx(log_loss(labels, shares))
-    two, binary = drawn(300, num_classes=2)
-    assert measure(two, binary)["brier"] == pytest.approx(2 * brier_score_loss(binary, two[:, 1]))
+def test_scores_match_scikit_learn_and_definition():
+    probabilities, labels = sample(500, sharpness=2.0)
+    scores = measure(probabilities, labels)
+    assert scores["nll"] == pytest.approx(log_loss(labels, probabilities))
+    binary, binary_labels = sample(300, num_classes=2)
+    assert measure(binary, binary_labels)["brier"] == pytest.approx(2 * brier_score_loss(binary_labels, binary[:, 1]))
     onehot = np.eye(4)[labels]
-    assert found["brier"] == pytest.approx(((shares - onehot) ** 2).sum(1).mean())
-    ece, confidence, right = 0.0, shares.max(1), shares.argmax(1) == labels
+    assert scores["brier"] == pytest.approx(((probabilities - onehot) ** 2).sum(1).mean())
+    ece, confidence, correct = 0.0, probabilities.max(1), probabilities.argmax(1) == labels
     for low, high in zip(np.arange(15) / 15, np.arange(1, 16) / 15, strict=True):
         inside = (confidence > low) & (confidence <= high)
         if inside.any():
-            ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
-    assert found["ece"] == pytest.approx(ece)
+            ece += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    assert scores["ece"] == pytest.approx(ece)
 
 
-def test_batches_give_what_the_whole_gives():
-    shares, labels = drawn(257)
-    parts = Calibration(temperature=1.7)
+def test_update_by_batches_matches_single_update():
+    probabilities, labels = sample(257)
+    batched = Calibration(temperature=1.7)
     for start in range(0, 257, 50):
-        parts.update(shares[start : start + 50], labels[start : start + 50])
-    assert parts.rows == 257
-    assert parts.compute() == pytest.approx(measure(shares, labels, temperature=1.7))
+        batched.update(probabilities[start : start + 50], labels[start : start + 50])
+    assert batched.rows == 257
+    assert batched.compute() == pytest.approx(measure(probabilities, labels, temperature=1.7))
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 1.0, 3.0])
-def test_the_temperature_undoes_overconfidence(sharpness):
-    """A model that is s times as sure as is right needs temperature s, which other rows confirm."""
-    temperature = fit_temperature(*drawn(20_000, sharpness=sharpness))
+def test_fit_temperature_corrects_overconfidence(sharpness):
+    """Logits scaled by s need temperature s; ECE decreases on other rows."""
+    temperature = fit_temperature(*sample(20_000, sharpness=sharpness))
     assert temperature == pytest.approx(sharpness, rel=0.06)
-    shares, labels = drawn(20_000, sharpness=sharpness, seed=1)
-    before, after = measure(shares, labels), measure(shares, labels, temperature=temperature)
+    probabilities, labels = sample(20_000, sharpness=sharpness, seed=1)
+    before, after = measure(probabilities, labels), measure(probabilities, labels, temperature=temperature)
     assert after["ece"] < 0.015
     if sharpness != 1.0:
         assert all(after[name] < before[name] for name in before)
 
 
-def test_the_temperature_is_the_best_of_a_grid():
-    shares, labels = drawn(400, sharpness=2.5)
-    grid = {t: measure(shares, labels, temperature=t)["nll"] for t in np.geomspace(0.2, 10, 400)}
-    assert fit_temperature(shares, labels) == pytest.approx(min(grid, key=grid.get), rel=0.02)
+def test_fit_temperature_matches_grid_search():
+    probabilities, labels = sample(400, sharpness=2.5)
+    grid = {t: measure(probabilities, labels, temperature=t)["nll"] for t in np.geomspace(0.2, 10, 400)}
+    assert fit_temperature(probabilities, labels) == pytest.approx(min(grid, key=grid.get), rel=0.02)
 
 
-def test_softening_is_dividing_logits_and_survives_underflow():
+def test_soften_matches_scaled_logits_despite_underflow():
     logits = np.array([[3.0, 1.0, -2.0], [0.0, 0.5, 0.25]])
     np.testing.assert_allclose(soften(softmax(logits), 2.5), softmax(logits / 2.5), rtol=1e-12)
     certain = np.array([[1.0, 0.0], [1.0, 0.0]])
     assert np.isfinite(soften(certain, 3.0)).all()
     assert np.isfinite(list(measure(certain, [0, 1]).values())).all()
-    assert fit_temperature(certain, [0, 1]) > 10  # half of what it is sure of is wrong
+    assert fit_temperature(certain, [0, 1]) > 10  # half of the certain predictions are wrong
 
 
-def test_no_temperature_without_an_error_and_no_score_without_rows():
-    shares, _ = drawn(30)
-    assert fit_temperature(shares, shares.argmax(1)) is None
-    assert fit_temperature(shares[:0], []) is None
+def test_fit_temperature_without_errors_returns_none():
+    probabilities, _ = sample(30)
+    assert fit_temperature(probabilities, probabilities.argmax(1)) is None
+    assert fit_temperature(probabilities[:0], []) is None
     assert all(np.isnan(value) for value in Calibration().compute().values())

@@ -5,12 +5,12 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from boxes import make_coco
 from conftest import WORDS, run_undrawn
+from detection_data import make_coco
+from multimodal_data import write_pairs
 from pair_data import captioned, positive_pairs, scored_pairs, write_lines
-from pairs import write_pairs
-from tagged import write_questions, write_tagged
 from test_segmentation import scene
+from window_data import write_questions, write_tagged
 
 import hftl
 from hftl.artifacts.export import export_folder
@@ -26,7 +26,7 @@ from hftl.selection.experiment_plan import make_experiment_plan
 from hftl.tasks.capabilities import Capability, TargetInfo, capabilities_of, target_info
 from hftl.tasks.predictions import needed_columns
 from hftl.tasks.registry import TASKS, unsupported
-from hftl.tasks.targets.tagging.target import WordTags
+from hftl.tasks.targets.tagging.target import TaggingTarget
 
 FULL = set(Capability)
 NUMERIC = {Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}
@@ -194,20 +194,20 @@ def test_check_logs_unsupported_checks(kind, tasks, data, tmp_path, capsys):
     checked = hftl.check(config, output=tmp_path / "check")
     need_classes = [name for name in NEED_CLASSES if name != "label_errors"]  # without a model
     if Capability.CLASS_CHECKS in capabilities_of(task):
-        assert all(checked[name].looked for name in need_classes)
+        assert all(checked[name].checked for name in need_classes)
         return
     # scored pairs are either an embedding or a regression task, so the message names no task
     problem = "checks that compare classes do not support "
     problem += f"{task.name} ({KINDS[kind][1]}); allowed: " if kind != "scored_pairs" else ""
-    assert all(not checked[name].looked and problem in checked[name].sentence for name in need_classes)
-    assert f"(unlabelled, conflicting_labels, class_imbalance: Not looked for: {problem}" in capsys.readouterr().out
+    assert all(not checked[name].checked and problem in checked[name].description for name in need_classes)
+    assert f"(unlabelled, conflicting_labels, class_imbalance: Not checked: {problem}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--fail_on: conflicting_labels: ") as caught:
         hftl.check(config, output=tmp_path / "again", fail_on=["leaks", "conflicting_labels"])
     assert problem in str(caught.value)
     assert not hftl.check(config, output=tmp_path / "defaults", fail_on=[]).left_out, "a default was rejected"
 
 
-class Undeclared(WordTags):
+class Undeclared(TaggingTarget):
     """A custom target without declared capabilities."""
 
     info = None

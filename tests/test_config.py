@@ -1,4 +1,4 @@
-"""Defaults < YAML < flags, one name everywhere, every problem in one message, and quick to answer."""
+"""Run configuration: precedence of flags, YAML and defaults, error messages, defaults, and import time."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from hftl.config.schema import (
 )
 from hftl.errors import ConfigError
 
-# A new flag is a promise: it is added here on purpose, never by accident.
+# public settings: add new ones here
 FLAGS = [
     "adapt.batch_norm",
     "adapt.frozen.cache",
@@ -140,8 +140,8 @@ def yaml_file(tmp_path):
     return write
 
 
-def refused(*argv: str) -> list[str]:
-    """Returns the problems that the arguments are refused with."""
+def problems_of(*argv: str) -> list[str]:
+    """Returns the problems of invalid arguments."""
     with pytest.raises(ConfigError) as caught:
         parse_config(RunConfig(), list(argv))
     for problem in caught.value.problems:
@@ -153,17 +153,17 @@ def valid(**changes) -> RunConfig:
     return replace(RunConfig(DataConfig(source="images"), ModelConfig(name="resnet18")), **changes)
 
 
-def test_the_flags_are_the_ones_we_promise():
+def test_settings_match_public_list():
     assert sorted(leaves(RunConfig())) == sorted(FLAGS)
 
 
-def test_flags_win_over_yaml_and_yaml_over_defaults(yaml_file):
+def test_parse_config_flags_override_yaml_and_defaults(yaml_file):
     defaults = replace(RunConfig(), train=TrainConfig(lr=1.0, seed=1, logging_steps=1))
     run = parse_config(defaults, [yaml_file("train: {lr: 2.0, seed: 2}"), "--train.seed", "3"])
     assert (run.train.logging_steps, run.train.lr, run.train.seed) == (1, 2.0, 3)
 
 
-def test_flags_win_over_yaml_wherever_they_stand(yaml_file):
+def test_parse_config_flags_override_yaml_in_any_order(yaml_file):
     file = yaml_file("train: {lr: 2.0, seed: 2}")
     before = parse_config(RunConfig(), ["--train.seed", "3", file])
     assert before == parse_config(RunConfig(), [file, "--train.seed", "3"])
@@ -171,7 +171,7 @@ def test_flags_win_over_yaml_wherever_they_stand(yaml_file):
     assert before.train.seed == 3
 
 
-def test_a_later_file_wins_over_an_earlier_one_key_by_key(yaml_file):
+def test_parse_config_later_file_overrides_per_key(yaml_file):
     run = parse_config(
         RunConfig(), [yaml_file("train: {lr: 1, seed: 1}", "a.yaml"), yaml_file("train: {lr: 2}", "b.yaml")]
     )
@@ -179,30 +179,30 @@ def test_a_later_file_wins_over_an_earlier_one_key_by_key(yaml_file):
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003", "3E-04"])
-def test_a_learning_rate_in_yaml_is_the_number_a_reader_sees(text, yaml_file):
+def test_parse_config_reads_scientific_notation_as_float(text, yaml_file):
     lr = parse_config(RunConfig(), [yaml_file(f"train:\n  lr: {text}\n")]).train.lr
     assert isinstance(lr, float) and lr == 3e-4
     assert parse_config(RunConfig(), ["--train.lr", text]).train.lr == 3e-4
 
 
-def test_a_path_is_spelled_the_same_in_python_nested_yaml_and_flags(yaml_file):
-    wanted = RunConfig(adapt=AdaptConfig(method="lora", lora=LoraConfig(r=3, target_modules=["qkv", "fc.*"])))
+def test_parse_config_names_match_in_yaml_and_flags(yaml_file):
+    expected = RunConfig(adapt=AdaptConfig(method="lora", lora=LoraConfig(r=3, target_modules=["qkv", "fc.*"])))
     nested = "adapt:\n  method: lora\n  lora:\n    r: 3\n    target_modules: [qkv, 'fc.*']\n"
     flags = ["--adapt.method=lora", "--adapt.lora.r", "3", "--adapt.lora.target_modules", "[qkv,fc.*]"]
-    assert parse_config(RunConfig(), [yaml_file(nested)]) == parse_config(RunConfig(), flags) == wanted
+    assert parse_config(RunConfig(), [yaml_file(nested)]) == parse_config(RunConfig(), flags) == expected
 
 
 @pytest.mark.parametrize("text", ["", "# train:\n", "train:\n  # lr: 1\ndata:\n  augment:\n"])
-def test_yaml_with_everything_commented_out_changes_nothing(text, yaml_file):
+def test_parse_config_empty_yaml_preserves_defaults(text, yaml_file):
     assert parse_config(RunConfig(), [yaml_file(text)]) == RunConfig()
 
 
-@pytest.mark.parametrize(("given", "text"), [("2024", "2024"), ("1e3", "1e3"), ("1234567", "1234567"), ("en", "en")])
-def test_text_settings_take_what_looks_like_a_number(given, text, yaml_file):
-    """Commit hashes may be all digits, subsets are often years."""
-    run = parse_config(RunConfig(), [yaml_file(f"data: {{subset: {given}}}\nmodel: {{revision: {given}}}")])
-    assert run.data.subset == run.model.revision == text
-    assert parse_config(RunConfig(), [f"--data.subset={given}", "--model.revision", given]) == run
+@pytest.mark.parametrize("value", ["2024", "1e3", "1234567", "en"])
+def test_parse_config_string_settings_accept_numbers(value, yaml_file):
+    """Commit hashes may consist of digits; subsets are often years."""
+    run = parse_config(RunConfig(), [yaml_file(f"data: {{subset: {value}}}\nmodel: {{revision: {value}}}")])
+    assert run.data.subset == run.model.revision == value
+    assert parse_config(RunConfig(), [f"--data.subset={value}", "--model.revision", value]) == run
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,8 @@ def test_text_settings_take_what_looks_like_a_number(given, text, yaml_file):
         ("ouput_dir", "output_dir"),
     ],
 )
-def test_an_unknown_key_names_its_nearest_match_in_yaml_and_on_the_command_line(key, nearest, yaml_file, tmp_path):
-    [from_flag] = refused(f"--{key}", "1")
+def test_parse_config_unknown_key_raises_with_suggestion(key, nearest, yaml_file, tmp_path):
+    [from_flag] = problems_of(f"--{key}", "1")
     assert from_flag == f"command line: there is no setting '{key}'. Did you mean '{nearest}'? --help lists all."
     nested = {}
     *groups, last = key.split(".")
@@ -231,12 +231,12 @@ def test_an_unknown_key_names_its_nearest_match_in_yaml_and_on_the_command_line(
     for group in groups:
         inner = inner.setdefault(group, {})
     inner[last] = 1
-    [from_yaml] = refused(yaml_file(yaml.safe_dump(nested)))
+    [from_yaml] = problems_of(yaml_file(yaml.safe_dump(nested)))
     assert from_yaml == from_flag.replace("command line", str(tmp_path / "run.yaml"))
 
 
-def test_an_unknown_key_like_nothing_gets_no_guess():
-    [problem] = refused("--xyzzy", "1")
+def test_parse_config_dissimilar_key_raises_without_suggestion():
+    [problem] = problems_of("--xyzzy", "1")
     assert "Did you mean" not in problem and "'xyzzy'" in problem
 
 
@@ -246,41 +246,41 @@ def test_an_unknown_key_like_nothing_gets_no_guess():
         ("train.lr", "fast", "a number or null"),
         ("train.lr", "nan", "a number or null"),
         ("train.lr", "None", "a number or null"),
-        ("train.seed", "1.5", "a whole number"),
-        ("train.max_steps", "ten", "a whole number or null"),
+        ("train.seed", "1.5", "an integer"),
+        ("train.max_steps", "ten", "an integer or null"),
         ("adapt.method", "loar", "one of full, frozen, lora, probe"),
         ("model.pretrained", "maybe", "true or false"),
-        ("train.metrics", "f1", "a list like [a,b]"),
+        ("train.metrics", "f1", "a list such as [a,b]"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_named_with_what_is_allowed(key, value, expected, yaml_file, tmp_path):
-    message = f"{key}: {value!r} is not allowed; expected {expected}."
-    assert refused(f"--{key}", value) == [f"command line: {message}"]
+def test_parse_config_wrong_type_raises_with_allowed_values(key, value, expected, yaml_file, tmp_path):
+    message = f"{key}: {value!r} is invalid; allowed: {expected}."
+    assert problems_of(f"--{key}", value) == [f"command line: {message}"]
     group, _, last = key.rpartition(".")
-    assert refused(yaml_file(f"{group}: {{{last}: {value}}}")) == [f"{tmp_path / 'run.yaml'}: {message}"]
+    assert problems_of(yaml_file(f"{group}: {{{last}: {value}}}")) == [f"{tmp_path / 'run.yaml'}: {message}"]
 
 
 @pytest.mark.parametrize("argv", [["--model", "resnet50"], ["--data", "no/such/folder"], ["--train=5"]])
-def test_a_value_for_a_whole_group_names_the_settings_in_it(argv, yaml_file):
+def test_parse_config_value_for_group_raises_with_settings(argv, yaml_file):
     group, value = argv[0].lstrip("-").partition("=")[0], argv[-1].rpartition("=")[2]
-    for problems in (refused(*argv), refused(yaml_file(f"{group}: {value}"))):
+    for problems in (problems_of(*argv), problems_of(yaml_file(f"{group}: {value}"))):
         assert len(problems) == 1 and f"'{group}' is a group" in problems[0] and value in problems[0]
         assert all(flag in problems[0] for flag in FLAGS if flag.startswith(group + "."))
 
 
-def test_every_problem_is_in_one_message_and_what_was_fine_is_not(yaml_file):
+def test_parse_config_raises_all_problems_at_once(yaml_file):
     file = yaml_file(
         "train: {lr: fast, batchsize: 8, logging_steps: 5}\ndata: {augment: {hflp: 1, hflip: 0}}\nfoo: 3\n"
     )
-    problems = refused("--train.seed", "x", file, "--model.name", "resnet18", "stray", "--train.num_epoch=3")
-    named = ["'fast'", "'train.batchsize'", "'data.augment.hflp'", "'foo'", "'x'", "'stray'", "'train.num_epoch'"]
-    assert len(problems) == len(named)
-    for name in named:
-        assert sum(name in problem for problem in problems) == 1, name
+    problems = problems_of("--train.seed", "x", file, "--model.name", "resnet18", "stray", "--train.num_epoch=3")
+    values = ["'fast'", "'train.batchsize'", "'data.augment.hflp'", "'foo'", "'x'", "'stray'", "'train.num_epoch'"]
+    assert len(problems) == len(values)
+    for value in values:
+        assert sum(value in problem for problem in problems) == 1, value
     assert not any("logging_steps" in problem or "resnet18" in problem for problem in problems)
 
 
-def test_problems_can_wait_for_those_of_data_and_model(yaml_file):
+def test_parse_config_defer_returns_problems(yaml_file):
     run = parse_config(
         RunConfig(), [yaml_file("train: {lr: fast, seed: 7}"), "--data.nope=1", "--data.seed=3"], defer=True
     )
@@ -289,30 +289,30 @@ def test_problems_can_wait_for_those_of_data_and_model(yaml_file):
 
 
 @pytest.mark.parametrize(
-    ("text", "what"),
+    ("text", "expected"),
     [("train: {lr: 1e-3", "line 1"), ("a: 1\nb: [", "line 2"), ("- a\n- b\n", "a list"), ("just words", "a str")],
 )
-def test_a_file_that_is_not_a_configuration_is_refused_with_its_name(text, what, yaml_file, tmp_path):
-    [problem] = refused(yaml_file(text))
-    assert problem.startswith(str(tmp_path / "run.yaml")) and what in problem
+def test_parse_config_invalid_file_raises_with_path(text, expected, yaml_file, tmp_path):
+    [problem] = problems_of(yaml_file(text))
+    assert problem.startswith(str(tmp_path / "run.yaml")) and expected in problem
 
 
-def test_a_missing_file_is_named_with_its_nearest_sibling(yaml_file, tmp_path):
+def test_parse_config_missing_file_raises_with_suggestion(yaml_file, tmp_path):
     yaml_file("{}", "letters.yaml")
-    [problem] = refused("--config", str(tmp_path / "leters.yaml"))
+    [problem] = problems_of("--config", str(tmp_path / "leters.yaml"))
     assert str(tmp_path / "leters.yaml") in problem and "Did you mean 'letters.yaml'?" in problem
-    assert "directory" in refused("--config", str(tmp_path))[0]
-    assert "say which file" in refused("--config")[0]
+    assert "directory" in problems_of("--config", str(tmp_path))[0]
+    assert "--config: is empty" in problems_of("--config")[0]
 
 
-def test_a_switch_needs_no_value():
+def test_parse_config_boolean_flag_needs_no_value():
     for argv in (["--overwrite"], ["--overwrite", "--train.seed", "0"], ["--overwrite", "true"], ["--overwrite=true"]):
         assert parse_config(RunConfig(), argv).overwrite is True
     assert parse_config(RunConfig(overwrite=True), ["--overwrite", "false"]).overwrite is False
     assert parse_config(RunConfig(), ["--model.pretrained=false", "--overwrite"]).model.pretrained is False
 
 
-def test_a_dumped_configuration_loads_equal(tmp_path):
+def test_dump_config_round_trip_preserves_values(tmp_path):
     run = RunConfig(
         DataConfig(
             source="hub/name",
@@ -375,31 +375,31 @@ def test_a_dumped_configuration_loads_equal(tmp_path):
         overwrite=True,
         resume="auto",
     )
-    untouched = [name for name, value in leaves(run).items() if value == leaves(RunConfig())[name]]
-    assert len(untouched) < len(FLAGS) / 3
+    unchanged = [name for name, value in leaves(run).items() if value == leaves(RunConfig())[name]]
+    assert len(unchanged) < len(FLAGS) / 3
     for each in (run, RunConfig(), resolve(valid(), "image")):
         (tmp_path / "config.yaml").write_text(dump_config(each))
         assert load_config(tmp_path / "config.yaml") == each
 
 
 @pytest.mark.parametrize("text", ["123", "12345e7", "true", "yes", "0x10", "2024-01-01", "[a]", "'q'", "a\nb", ""])
-def test_text_that_looks_like_another_type_survives_the_file(text, tmp_path):
+def test_dump_config_preserves_strings_of_other_types(text, tmp_path):
     run = RunConfig(DataConfig(source=text, subset=text), output_dir=text)
     (tmp_path / "config.yaml").write_text(dump_config(run))
     assert load_config(tmp_path / "config.yaml") == run
 
 
-def test_what_was_refused_is_not_dumped():
+def test_dump_config_skips_problems():
     assert "problems" not in yaml.safe_load(dump_config(parse_config(RunConfig(), ["--nope=1"], defer=True)))
 
 
-def test_every_configuration_that_we_ship_parses():
+def test_recipe_configs_are_valid():
     folder = ROOT / "recipes" / "configs"
     files = sorted(folder.rglob("*.yaml"))
     on_disk = [name for _, _, names in os.walk(folder) for name in names if name.endswith((".yaml", ".yml"))]
     assert len(files) == len(on_disk) > 0
     for file in files:
-        run = load_config(file)  # the data are the user's own in most of them
+        run = load_config(file)  # most of them leave the data to the user
         run = replace(run, data=replace(run.data, source=run.data.source or "data"))
         assert not value_problems(replace(run, model=replace(run.model, name=run.model.name or "model"))), file
 
@@ -446,7 +446,7 @@ def test_every_configuration_that_we_ship_parses():
         ("model.name", ["resnet18"], [""]),
     ],
 )
-def test_a_value_out_of_its_range_is_named_with_the_range(name, good, bad):
+def test_value_problems_returns_out_of_range_values(name, good, bad):
     for value in good:
         assert value_problems(with_value(valid(), name, value)) == []
     for value in bad:
@@ -454,7 +454,7 @@ def test_a_value_out_of_its_range_is_named_with_the_range(name, good, bad):
         assert problem.startswith(name) and str(value) in problem
 
 
-def test_each_value_out_of_range_is_a_problem_of_its_own():
+def test_value_problems_returns_one_problem_per_value():
     run = valid(train=TrainConfig(lr=-1, seed=-1, lr_scheduler_type="cosin"), model=ModelConfig())
     problems = value_problems(run)
     assert len(problems) == 4 and any("Did you mean 'cosine'?" in problem for problem in problems)
@@ -465,40 +465,40 @@ def with_value(config, path, value):
     return replace(config, **{name: with_value(getattr(config, name), rest, value) if rest else value})
 
 
-def test_open_defaults_depend_on_method_and_modality():
+def test_resolve_fills_defaults_by_method_and_modality():
     rates = {}
     for modality in ("image", "text"):
         for method, pretrained in (("full", True), ("frozen", True), ("lora", True), ("full", False)):
-            given = valid(adapt=AdaptConfig(method=method), model=ModelConfig("net", pretrained=pretrained))
-            train = resolve(given, modality).train
+            run = valid(adapt=AdaptConfig(method=method), model=ModelConfig("net", pretrained=pretrained))
+            train = resolve(run, modality).train
             assert None not in (train.lr, train.head_lr, train.num_epochs)
             assert train.num_epochs > 0 and train.head_lr > 0
             rates[modality, method, pretrained] = (train.lr, train.head_lr, train.num_epochs)
-    assert rates["image", "frozen", True][0] == 0.0, "a frozen backbone has no rate"
+    assert rates["image", "frozen", True][0] == 0.0, "a frozen backbone has no learning rate"
     for modality in ("image", "text"):
         lora, full = rates[modality, "lora", True], rates[modality, "full", True]
         scratch = rates[modality, "full", False]
-        assert lora[0] > full[0], "adapters take larger rates than whole backbones"
-        assert full[1] > full[0], "a new head takes a larger rate than a pretrained backbone"
-        assert scratch[0] == scratch[1], "without a checkpoint there is nothing to protect"
+        assert lora[0] > full[0], "adapters have larger learning rates than full training"
+        assert full[1] > full[0], "a new head has a larger learning rate than a pretrained backbone"
+        assert scratch[0] == scratch[1], "random weights need no smaller learning rate than the head"
     assert rates["image", "full", True] != rates["text", "full", True]
 
 
-def test_given_values_are_kept_and_only_open_ones_are_filled_in():
-    given = valid(
+def test_resolve_preserves_set_values():
+    complete = valid(
         train=TrainConfig(lr=0.125, head_lr=0.5, num_epochs=2, freeze_backbone_ratio=0, seed=5), output_dir="here"
     )
-    assert resolve(given, "image") == given
-    half = valid(train=TrainConfig(num_epochs=2))
-    filled = resolve(half, "text")
-    changed = {name for name, value in leaves(filled).items() if value != leaves(half)[name]}
+    assert resolve(complete, "image") == complete
+    partial = valid(train=TrainConfig(num_epochs=2))
+    filled = resolve(partial, "text")
+    changed = {name for name, value in leaves(filled).items() if value != leaves(partial)[name]}
     assert changed == {"train.lr", "train.head_lr", "output_dir"}
     assert resolve(filled, "text") == filled
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_backbone_rate_given_alone_keeps_the_proportion_of_the_head(method, modality):
+def test_resolve_scales_head_lr_with_backbone_lr(method, modality):
     def rates(lr):
         train = resolve(valid(adapt=AdaptConfig(method=method), train=TrainConfig(lr=lr)), modality).train
         return train.lr, train.head_lr
@@ -508,7 +508,7 @@ def test_a_backbone_rate_given_alone_keeps_the_proportion_of_the_head(method, mo
     assert rates(lr) == pytest.approx((lr, head_lr))
 
 
-def test_run_folders_of_different_runs_differ():
+def test_default_folders_of_different_runs_differ():
     runs = [
         valid(),
         valid(adapt=AdaptConfig(method="lora")),
@@ -531,7 +531,7 @@ atexit.register(lambda: print(json.dumps([name for name in {HEAVY!r} if name in 
 
 
 def run_quick(code: str, *arguments: str) -> str:
-    """Returns what a new process prints; it must load nothing heavy and take less than two seconds of a core."""
+    """Returns the output of a new process that must load no heavy package and use less than 2 CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", LOADED + code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60
@@ -546,25 +546,25 @@ def run_quick(code: str, *arguments: str) -> str:
 RECIPE = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def test_importing_hftl_loads_nothing_heavy():
+def test_import_hftl_loads_no_heavy_package():
     assert run_quick("import hftl; print(hftl.__version__, *sorted(hftl.__all__))").startswith("0.")
 
 
-def test_the_help_of_the_command_answers_at_once():
+def test_command_help_loads_no_heavy_package():
     out = run_quick("from hftl.cli.main import main; main(['--help'])")
     for command in ("quickstart", "recipes", "copy", "run", "evaluate", "predict", "doctor"):
         assert command in out
 
 
-def test_the_help_of_a_recipe_lists_every_flag_with_its_explanation():
+def test_recipe_help_lists_all_flags_with_docs():
     out = run_quick(RECIPE, "recipes/image_classification.py", "--help")
     for flag in FLAGS:
         assert f"--{flag} " in out, flag
-    assert "Fine-tune" in out and "Peak learning rate of the backbone" in out and "Share of train cut off" in out
+    assert "Fine-tune" in out and "Peak learning rate of the backbone" in out and "Fraction of train split off" in out
     assert "problems" not in out
 
 
-def test_print_config_prints_the_configuration_that_would_run(tmp_path):
+def test_print_config_matches_run_config(tmp_path):
     out = run_quick(RECIPE, "recipes/text_classification.py", "--print_config", "--train.lr", "3e-4", "--data.source=x")
     (tmp_path / "printed.yaml").write_text(out)
     assert load_config(tmp_path / "printed.yaml") == RunConfig(DataConfig(source="x"), train=TrainConfig(lr=3e-4))

@@ -1,4 +1,4 @@
-"""An exported model computes what the trained one does, on any batch, and its README serves it without hftl."""
+"""Export to ONNX and torch.export: logits against the trained model, and the README code in a process without hftl."""
 
 import csv
 import json
@@ -31,19 +31,19 @@ EXPORTS = [("resnet", "onnx"), ("vit", "torch"), ("pooled", "onnx"), ("pairs", "
 
 @pytest.fixture(scope="module")
 def pairs(texts, tmp_path_factory) -> Path:
-    """The texts cut in two: tables with columns text, text_pair and label."""
+    """Tables with columns text, text_pair and label: each text is split after two words."""
     folder = tmp_path_factory.mktemp("pairs")
     for file in texts.glob("*.csv"):
         rows = list(csv.DictReader(file.open(newline="")))
-        halves = [(row["text"].split(), row["label"]) for row in rows]
-        lines = [f"{' '.join(words[:2])},{' '.join(words[2:])},{label}" for words, label in halves]
+        examples = [(row["text"].split(), row["label"]) for row in rows]
+        lines = [f"{' '.join(words[:2])},{' '.join(words[2:])},{label}" for words, label in examples]
         (folder / file.name).write_text("\n".join(["text,text_pair,label", *lines]) + "\n")
     return folder
 
 
 @pytest.fixture(scope="module")
 def runs(images, texts, pairs, tiny_timm, tiny_bert, tmp_path_factory) -> dict[str, Path]:
-    """Run folders, by case; trained far enough that logits are not all alike."""
+    """Run folders by case, trained until logits differ between rows."""
     train = TrainConfig(num_epochs=1, lr=1e-2, head_lr=3e-2, batch_size_per_device=12, trackers=[])
     folders = {}
     for case, (net, method, pooling) in CASES.items():
@@ -58,11 +58,11 @@ def runs(images, texts, pairs, tiny_timm, tiny_bert, tmp_path_factory) -> dict[s
 
 @pytest.fixture(scope="module")
 def exports(runs) -> dict[tuple[str, str], dict]:
-    """What `export_folder` reported, by case and format, into the default folders."""
+    """Reports of `export_folder` by case and format, in the default output folders."""
     return {(case, format): export_folder(runs[case], format) for case, format in EXPORTS}
 
 
-def inputs_of(model, rows: int, tokens: int) -> dict:
+def random_inputs(model, rows: int, tokens: int) -> dict:
     import torch
 
     if model.modality == "image":
@@ -72,8 +72,8 @@ def inputs_of(model, rows: int, tokens: int) -> dict:
     return {"input_ids": ids, "token_type_ids": torch.randint(0, 2, (rows, tokens)), "attention_mask": mask}
 
 
-def test_any_batch_size_and_length_gives_the_trained_model_s_logits(runs, exports):
-    """Traced with 2 rows of at most 32 tokens; 64 is the most this network has positions for."""
+def test_export_matches_logits_for_any_batch_size_and_length(runs, exports):
+    """Graphs are traced with 2 rows of at most 32 tokens; the model has 64 positions."""
     import onnxruntime
     import torch
 
@@ -83,36 +83,35 @@ def test_any_batch_size_and_length_gives_the_trained_model_s_logits(runs, export
         program = torch.export.load(file).module() if format == "torch" else None
         session = None if program else onnxruntime.InferenceSession(str(file))
         for rows, tokens in ((1, 2), (1, 64), (3, 11), (33, 5)):
-            inputs = inputs_of(model, rows, tokens)
+            inputs = random_inputs(model, rows, tokens)
             with torch.no_grad():
                 expected = model(inputs)["logits"]
                 if program:
-                    found = program(inputs)
+                    logits = program(inputs)
                 else:
-                    found = torch.from_numpy(
-                        session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})[0]
-                    )
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, msg=f"{case} {format} {rows} {tokens}")
+                    feed = {name: value.numpy() for name, value in inputs.items()}
+                    logits = torch.from_numpy(session.run(["logits"], feed)[0])
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4, msg=f"{case} {format} {rows} {tokens}")
 
 
-def test_the_report_holds_what_was_measured(runs, exports):
+def test_export_report_contains_all_measurements(runs, exports):
     for (case, format), report in exports.items():
         folder = runs[case] / "export" / format
         assert report == json.loads((folder / "export.json").read_text())
-        measured = json.loads((runs[case] / "metrics.json").read_text())
+        metrics = json.loads((runs[case] / "metrics.json").read_text())
         names = ["model.onnx", "model.int8.onnx"] if format == "onnx" else ["model.pt2"]
         assert list(report["files"]) == names
-        exact = report["files"][names[0]]
-        assert exact["largest_difference"] < 1e-4
-        assert exact["test/accuracy"] == measured["test/accuracy"]
-        assert exact["test/loss"] == pytest.approx(measured["test/loss"], abs=1e-4)
+        fp32 = report["files"][names[0]]
+        assert fp32["largest_difference"] < 1e-4
+        assert fp32["test/accuracy"] == metrics["test/accuracy"]
+        assert fp32["test/loss"] == pytest.approx(metrics["test/loss"], abs=1e-4)
         rows = report["measured_on"]["rows"]
         for name in names:
             assert report["files"][name]["megabytes"] == pytest.approx((folder / name).stat().st_size / 1e6, abs=0.01)
             assert (
                 report["files"][name]["milliseconds_at_1"] > 0 and report["files"][name][f"milliseconds_at_{rows}"] > 0
             )
-        if format == "onnx":  # quantized, and not by much off
+        if format == "onnx":  # int8 logits differ, within reasonable bounds
             assert 1e-7 < report["files"]["model.int8.onnx"]["largest_difference"] < 1.0
 
 
@@ -121,105 +120,106 @@ import json, os, sys
 import contextlib, io
 for name in ("timm", "transformers", "datasets", "torchvision"):
     sys.modules[name] = None
-found = []
+outputs = []
 for folder, code in json.loads(sys.argv[1]):
     os.chdir(folder)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, {})
-    found.append([line.rsplit(" ", 1) for line in printed.getvalue().splitlines()])
-print("FOUND", json.dumps(found))
+    outputs.append([line.rsplit(" ", 1) for line in printed.getvalue().splitlines()])
+print("OUTPUTS", json.dumps(outputs))
 """
 
 
-def test_the_readme_serves_the_model_with_its_runtime_alone(runs, exports, images, texts, pairs):
-    """The README's code, in a process without hftl, timm and transformers, predicts what the run itself did."""
+def test_export_readme_code_matches_predictions_of_run(runs, exports, images, texts, pairs):
+    """Runs the code of the README in a process without hftl, timm, transformers, datasets and torchvision."""
     tables = {"one text": texts, "pairs": pairs}
-    serve, wanted = [], []
+    jobs, expected = [], []
     for case, format in exports:
         folder = runs[case] / "export" / format
         (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
         net = CASES[case][0]
         if net in tables:
             rows = list(csv.DictReader((tables[net] / "test.csv").open(newline="")))
-            given = repr([(row["text"], row["text_pair"]) if net == "pairs" else row["text"] for row in rows])
+            inputs = repr([(row["text"], row["text_pair"]) if net == "pairs" else row["text"] for row in rows])
         else:
-            given = repr([str(file) for file in sorted(images.glob("test/*/*.png"))])
+            inputs = repr([str(file) for file in sorted(images.glob("test/*/*.png"))])
         (example,) = re.findall(r"\[[^\[\]]*(?:a text|photo\.jpg)[^\[\]]*\]", code)
         assert ("its pair" in example) == (net == "pairs")
         predictions = [row for row in pq.read_table(runs[case] / "predictions.parquet").to_pylist()]
-        truth = [row for row in predictions if row["split"] == "test"]
-        serve.append([str(folder), code.replace(example, given)])
-        wanted.append((case, format, truth))
+        test_rows = [row for row in predictions if row["split"] == "test"]
+        jobs.append([str(folder), code.replace(example, inputs)])
+        expected.append((case, format, test_rows))
         if format == "onnx":
-            serve.append([str(folder), code.replace(example, given).replace("model.onnx", "model.int8.onnx")])
-            wanted.append((case, "int8", truth))
-    printed = run_python(SERVE, json.dumps(serve), hide_hftl=True)
-    found = json.loads(printed.partition("FOUND ")[2])
-    for (case, format, truth), rows in zip(wanted, found, strict=True):
+            jobs.append([str(folder), code.replace(example, inputs).replace("model.onnx", "model.int8.onnx")])
+            expected.append((case, "int8", test_rows))
+    printed = run_python(SERVE, json.dumps(jobs), hide_hftl=True)
+    outputs = json.loads(printed.partition("OUTPUTS ")[2])
+    for (case, format, test_rows), rows in zip(expected, outputs, strict=True):
         labels = [label for label, _ in rows]
         if format == "int8":
-            right = sum(label == row["label"] for label, row in zip(labels, truth, strict=True)) / len(truth)
-            measured = exports[case, "onnx"]["files"]["model.int8.onnx"]["test/accuracy"]
-            assert right == pytest.approx(measured, abs=1.5 / len(truth)), case  # scales depend on the batch
+            correct = sum(label == row["label"] for label, row in zip(labels, test_rows, strict=True))
+            reported = exports[case, "onnx"]["files"]["model.int8.onnx"]["test/accuracy"]
+            # int8 scales depend on the batch
+            assert correct / len(test_rows) == pytest.approx(reported, abs=1.5 / len(test_rows)), case
         else:
-            assert labels == [row["prediction"] for row in truth], (case, format)
-            shares = [float(share) for _, share in rows]
-            assert shares == pytest.approx([row["confidence"] for row in truth], abs=2e-3), (case, format)
+            assert labels == [row["prediction"] for row in test_rows], (case, format)
+            confidences = [float(confidence) for _, confidence in rows]
+            assert confidences == pytest.approx([row["confidence"] for row in test_rows], abs=2e-3), (case, format)
 
 
-def test_the_command_prints_the_table_and_takes_other_data(runs, exports, images, tmp_path, capsys):
-    output, given = tmp_path / "out", [str(runs["resnet"] / "model"), "--data", str(images), "--split=train"]
-    main(["export", *given, "--format=torch", "--output", str(output)])
+def test_export_command_prints_table_and_accepts_other_data(runs, exports, images, tmp_path, capsys):
+    output, arguments = tmp_path / "out", [str(runs["resnet"] / "model"), "--data", str(images), "--split=train"]
+    main(["export", *arguments, "--format=torch", "--output", str(output)])
     printed = capsys.readouterr().out
     assert "largest logit difference" in printed and "train/accuracy" in printed
     assert re.search(r"^model.pt2( +\d[\d.]+){4}$", printed, flags=re.MULTILINE)
     assert json.loads((output / "export.json").read_text())["measured_on"]["split"] == "train"
     assert {file.name for file in output.iterdir()} == {"README.md", "config.json", "export.json", "model.pt2"}
-    beside = format_table(exports["resnet", "onnx"], "test/accuracy")
-    assert re.search(r"^model.int8.onnx( +\d[\d.]+){4}$", beside, flags=re.MULTILINE)
-    assert re.search(r"^  of model.onnx +0\.\d\dx +[+-]\d\.\d{4}( +\d+\.\d\dx){2}$", beside, flags=re.MULTILINE)
+    table = format_table(exports["resnet", "onnx"], "test/accuracy")
+    assert re.search(r"^model.int8.onnx( +\d[\d.]+){4}$", table, flags=re.MULTILINE)
+    assert re.search(r"^vs model.onnx +0\.\d\dx +[+-]\d\.\d{4}( +\d+\.\d\dx){2}$", table, flags=re.MULTILINE)
 
 
-# Refusals
+# errors
 
 
-def test_without_the_extra_the_error_names_it(runs, monkeypatch, capsys):
+def test_export_without_onnxscript_names_missing_package(runs, monkeypatch, capsys):
     from hftl.artifacts import exporters
 
     monkeypatch.setattr(exporters, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(SystemExit) as caught:
         main(["export", str(runs["resnet"])])
     assert caught.value.code == 2
-    assert 'onnx needs onnxscript, not installed here: pip install "hftl[export]"' in capsys.readouterr().err
+    assert 'onnx needs onnxscript. Install with: pip install "hftl[export]"' in capsys.readouterr().err
     assert exporters.format_problem("torch") is None
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(runs, tmp_path):
-    with pytest.raises(ConfigError, match=r"'onxx' is not one of onnx, torch\. Did you mean 'onnx'\?"):
+def test_export_rejects_invalid_arguments_before_writing(runs, tmp_path):
+    with pytest.raises(ConfigError, match=r"'onxx' is invalid; allowed: onnx, torch\. Did you mean 'onnx'\?"):
         export_folder(runs["resnet"], "onxx", tmp_path / "a")
-    with pytest.raises(ArtifactError, match="neither a run folder nor a model folder"):
+    with pytest.raises(ArtifactError, match="is not a run folder or model folder"):
         export_folder(tmp_path, "torch", tmp_path / "a")
-    with pytest.raises(DataError, match="has no validation rows"):
-        export_folder(runs["pooled"], "torch", tmp_path / "a", source=str(tmp_path_table(tmp_path)), split="validation")
+    with pytest.raises(DataError, match="--split: 'validation' is missing"):
+        export_folder(runs["pooled"], "torch", tmp_path / "a", source=str(write_table(tmp_path)), split="validation")
     assert not (tmp_path / "a").exists()
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="holds something that is not an export"):
+    (tmp_path / "mine" / "thesis.txt").write_text("text")
+    with pytest.raises(ConfigError, match="contains files that are not an export"):
         export_folder(runs["resnet"], "torch", tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "dear"
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "text"
 
 
-def tmp_path_table(folder: Path) -> Path:
+def write_table(folder: Path) -> Path:
     file = folder / "only.csv"
     file.write_text("text,label\n" + "\n".join(f"the {word},{label}" for word, label in (("cat", "animal"),) * 4))
     return file
 
 
-def test_a_graph_that_computes_something_else_is_refused_and_kept(runs, tmp_path, monkeypatch):
+def test_export_rejects_graph_with_different_logits(runs, tmp_path, monkeypatch):
     from hftl.artifacts import export
 
-    def disturbed(model, inputs, file, format, write=export.write):
+    def write_changed_weights(model, inputs, file, format, write=export.write):
         import torch
 
         head = next(model.net.get_classifier().parameters())
@@ -228,21 +228,21 @@ def test_a_graph_that_computes_something_else_is_refused_and_kept(runs, tmp_path
             write(model, inputs, file, format)
             head.sub_(1.0)
 
-    monkeypatch.setattr(export, "write", disturbed)
-    with pytest.raises(ArtifactError, match="not what was trained: largest logit difference model.pt2"):
+    monkeypatch.setattr(export, "write", write_changed_weights)
+    with pytest.raises(ArtifactError, match="differs from the trained model: largest logit difference model.pt2"):
         export_folder(runs["resnet"], "torch", tmp_path)
     assert (tmp_path / "model.pt2").is_file() and not (tmp_path / "export.json").exists()
 
 
-def test_a_graph_with_a_fixed_batch_is_refused(runs, tmp_path, monkeypatch):
+def test_export_rejects_graph_with_fixed_batch_size(runs, tmp_path, monkeypatch):
     from hftl.artifacts import exporters
 
     monkeypatch.setattr(exporters, "_axes", lambda name: ())
-    with pytest.raises(ArtifactError, match="does not run on every batch"):
+    with pytest.raises(ArtifactError, match="fails on some batch sizes"):
         export_folder(runs["resnet"], "torch", tmp_path)
 
 
-def test_a_network_that_is_no_graph_is_named_with_the_reason(runs, tmp_path, monkeypatch):
+def test_export_of_dynamic_control_flow_reports_cause(runs, tmp_path, monkeypatch):
     from hftl.models.timm_model import TimmModel
 
     def forward(self, inputs):
@@ -254,16 +254,16 @@ def test_a_network_that_is_no_graph_is_named_with_the_reason(runs, tmp_path, mon
         export_folder(runs["resnet"], "torch", tmp_path)
 
 
-def test_without_int8_kernels_fp32_stays(runs, exports, tmp_path, monkeypatch, capsys):
+def test_failed_quantization_keeps_fp32_export(runs, exports, tmp_path, monkeypatch, capsys):
     from hftl.artifacts import export
 
-    def unable(file, to):
-        to.write_bytes(b"half")
+    def quantize_and_fail(file, output):
+        output.write_bytes(b"half")
         raise NotImplementedError("ConvInteger")
 
     written = runs["resnet"] / "export" / "onnx" / "model.onnx"
     monkeypatch.setattr(export, "write", lambda model, inputs, file, format: shutil.copy(written, file))
-    monkeypatch.setattr(export, "quantize", unable)
+    monkeypatch.setattr(export, "quantize", quantize_and_fail)
     report = export_folder(runs["resnet"], output=tmp_path)
     assert list(report["files"]) == ["model.onnx"] and "ConvInteger" in report["not_quantized"]
-    assert "no model.int8.onnx" in capsys.readouterr().out and not (tmp_path / "model.int8.onnx").exists()
+    assert "skipped model.int8.onnx" in capsys.readouterr().out and not (tmp_path / "model.int8.onnx").exists()

@@ -1,4 +1,4 @@
-"""Features are what the head sees, computed once: any change makes new ones, no stop and no neighbour harms them."""
+"""Feature cache: feature values, cache keys, resumed and concurrent computation, Parquet export."""
 
 import json
 import os
@@ -31,75 +31,75 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "features"
 
 
-def opened(run):
-    kind = hftl.TextClassification if "texts" in run.data.source else hftl.ImageClassification
+def load_run(run):
+    task_class = hftl.TextClassification if "texts" in run.data.source else hftl.ImageClassification
     splits = hftl.load_splits(run.data)
-    task = kind(splits)
+    task = task_class(splits)
     return hftl.build_model(run, task.head), task, splits
 
 
-def of(run, split="train", **options):
-    model, task, splits = opened(run)
+def features_of(run, split="train", **options):
+    model, task, splits = load_run(run)
     return compute_features(Accelerator(), model, task, splits[split], run, split=split, **options)
 
 
-@pytest.mark.parametrize("kind", ["mean", "default", "test_resnet", "test_vit"])
-def test_the_head_of_the_features_gives_the_logits_of_the_model(kind, text_run, image_run):
-    run = image_run(kind) if kind.startswith("test") else text_run("frozen", kind)
-    model, task, splits = opened(run)
-    found = compute_features(Accelerator(), model, task, splits["test"], run, split="test")
+@pytest.mark.parametrize("case", ["mean", "default", "test_resnet", "test_vit"])
+def test_head_on_features_matches_model_logits(case, text_run, image_run):
+    run = image_run(case) if case.startswith("test") else text_run("frozen", case)
+    model, task, splits = load_run(run)
+    computed = compute_features(Accelerator(), model, task, splits["test"], run, split="test")
     rows = task.encode(splits["test"], model.processor, None, None)
     batch = task.collate(rows.fetch(range(len(rows)), 0))
     with torch.no_grad():
         logits = model.eval()(batch["inputs"])["logits"]
-        ours = linear_head(model)(torch.from_numpy(np.array(found.values)))
-    assert found.linear and torch.allclose(logits, ours, atol=1e-5)
-    assert torch.equal(torch.from_numpy(np.array(found.labels)), batch["labels"])
-    assert not found.values.flags.writeable and found.values.dtype == np.float32
-    again = compute_features(Accelerator(), model, task, splits["test"], run, split="test")
-    assert again.from_cache and not found.from_cache and np.array_equal(found.values, again.values)
+        head_logits = linear_head(model)(torch.from_numpy(np.array(computed.values)))
+    assert computed.linear and torch.allclose(logits, head_logits, atol=1e-5)
+    assert torch.equal(torch.from_numpy(np.array(computed.labels)), batch["labels"])
+    assert not computed.values.flags.writeable and computed.values.dtype == np.float32
+    cached = compute_features(Accelerator(), model, task, splits["test"], run, split="test")
+    assert cached.from_cache and not computed.from_cache and np.array_equal(computed.values, cached.values)
 
 
-def test_layers_are_pooled_as_the_model_pools(text_run):
+def test_layer_features_match_model_pooling(text_run):
     run = text_run("frozen", "mean")
-    every, mean, head = (of(run, "test", layers=layers).values for layers in ("all", "mean", "head"))
-    assert every.shape == (13, 2, 32) and np.allclose(every.mean(1), mean, atol=1e-6)
-    assert np.allclose(every[:, -1], head, atol=1e-6) and not np.allclose(every[:, 0], head, atol=1e-2)
+    layers, mean, head = (features_of(run, "test", layers=name).values for name in ("all", "mean", "head"))
+    assert layers.shape == (13, 2, 32) and np.allclose(layers.mean(1), mean, atol=1e-6)
+    assert np.allclose(layers[:, -1], head, atol=1e-6) and not np.allclose(layers[:, 0], head, atol=1e-2)
 
 
-def test_images_have_no_layers(image_run):
-    with pytest.raises(FeatureError, match="text models; say head"):
-        of(image_run(), layers="mean")
+def test_layer_features_of_images_raise(image_run):
+    with pytest.raises(FeatureError, match="requires a text model"):
+        features_of(image_run(), layers="mean")
 
 
-def test_any_change_is_another_key_and_nothing_else_is(text_run, tmp_path, tiny_bert):
+def test_cache_key_detects_changes_of_model_and_data(text_run, tmp_path, tiny_bert):
     run = text_run("frozen", "mean")
     model = tmp_path / "bert"
     shutil.copytree(tiny_bert, model)
-    texts = tmp_path / "texts_copied"
+    texts = tmp_path / "texts_copy"
     shutil.copytree(run.data.source, texts)
     run = replace(run, model=replace(run.model, name=str(model)), data=replace(run.data, source=str(texts)))
-    first = of(run)
-    assert of(run).from_cache
-    other_head = replace(run, train=replace(run.train, seed=5, batch_size_per_device=4))
-    assert of(other_head).from_cache, "neither the head nor the batch size matters"
-    assert of(replace(run, model=replace(run.model, dropout=0.3))).from_cache, "nor does dropout: features have none"
-    assert not of(replace(run, data=replace(run.data, max_length=7))).from_cache
-    assert not of(replace(run, model=replace(run.model, pooling="cls"))).from_cache
+    first = features_of(run)
+    assert features_of(run).from_cache
+    changed_seed = replace(run, train=replace(run.train, seed=5, batch_size_per_device=4))
+    assert features_of(changed_seed).from_cache, "features are independent of head and batch size"
+    assert features_of(replace(run, model=replace(run.model, dropout=0.3))).from_cache, "features have no dropout"
+    assert not features_of(replace(run, data=replace(run.data, max_length=7))).from_cache
+    assert not features_of(replace(run, model=replace(run.model, pooling="cls"))).from_cache
     table = texts / "train.csv"
     table.write_text(table.read_text().replace("cat", "dog", 1))
-    changed = of(run)
+    changed = features_of(run)
     assert not changed.from_cache and np.abs(changed.values - first.values).max() > 0
     weights = load_file(model / "model.safetensors")
     name = next(name for name in weights if "layer.0" in name and name.endswith("bias"))
     weights[name][0] += 1e-3
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    assert not of(run).from_cache
+    assert not features_of(run).from_cache
 
 
-def test_how_a_network_pools_is_in_the_key(image_run, tmp_path, tiny_timm):
-    """timm's networks hold the same weights whether they take the mean of the patches or their maximum."""
-    found = []
+def test_cache_key_detects_change_of_timm_pooling(image_run, tmp_path, tiny_timm):
+    """timm networks with mean and max pooling have equal weights."""
+    features = []
     for pool in ("avg", "max"):
         folder = tmp_path / pool
         shutil.copytree(tiny_timm["test_vit"].removeprefix("local-dir:"), folder)
@@ -108,32 +108,33 @@ def test_how_a_network_pools_is_in_the_key(image_run, tmp_path, tiny_timm):
         config["model_args"] = config.get("model_args", {}) | {"global_pool": pool}
         (folder / "config.json").write_text(json.dumps(config))
         run = image_run("test_vit")
-        found.append(of(replace(run, model=replace(run.model, name=f"local-dir:{folder}"))))
-    assert not found[1].from_cache and not np.allclose(found[0].values, found[1].values)
+        features.append(features_of(replace(run, model=replace(run.model, name=f"local-dir:{folder}"))))
+    assert not features[1].from_cache and not np.allclose(features[0].values, features[1].values)
 
 
-def test_the_code_of_a_task_of_somebody_else_is_in_the_key(text_run, tmp_path, monkeypatch):
+def test_cache_key_detects_change_of_custom_task_code(text_run, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     run, hits = text_run("frozen", "mean"), []
     for version in ("1", "1", "2"):
-        (tmp_path / "mine.py").write_text(f"import hftl\nclass Mine(hftl.TextClassification):\n    v = {version}\n")
-        sys.modules.pop("mine", None)
-        import mine
+        code = f"import hftl\nclass Custom(hftl.TextClassification):\n    v = {version}\n"
+        (tmp_path / "custom.py").write_text(code)
+        sys.modules.pop("custom", None)
+        import custom
 
         splits = hftl.load_splits(run.data)
-        task = mine.Mine(splits)
+        task = custom.Custom(splits)
         model = hftl.build_model(run, task.head)
         hits.append(compute_features(Accelerator(), model, task, splits["test"], run).from_cache)
     assert hits == [False, True, False]
 
 
-def test_an_image_that_changes_on_disk_is_noticed(image_run, images, tmp_path):
-    folder = tmp_path / "pictures"
+def test_cache_key_detects_change_of_image_file(image_run, images, tmp_path):
+    folder = tmp_path / "images"
     shutil.copytree(images, folder)
     run = image_run()
     run = replace(run, data=replace(run.data, source=str(folder)))
-    model, task, splits = opened(run)  # the rows stay open while a file under them changes
+    model, task, splits = load_run(run)  # the dataset stays open while a file changes
     first = compute_features(Accelerator(), model, task, splits["test"], run)
     files = sorted((folder / "test").rglob("*.png"))
     shutil.copy(files[-1], files[0])
@@ -141,59 +142,61 @@ def test_an_image_that_changes_on_disk_is_noticed(image_run, images, tmp_path):
     assert not second.from_cache and (first.values != second.values).any(1).sum() == 1
 
 
-def test_views_are_the_epochs_of_augmentation(image_run):
+def test_views_match_augmentation_of_epochs(image_run):
     run = image_run()
-    plain, zero, one = of(run), of(run, view=0), of(run, view=1)
-    assert not np.allclose(plain.values, zero.values) and not np.allclose(zero.values, one.values)
-    other = replace(run, train=replace(run.train, seed=9))
-    assert of(run, view=1).from_cache and not of(other, view=1).from_cache and of(other).from_cache
+    original, view_0, view_1 = features_of(run), features_of(run, view=0), features_of(run, view=1)
+    assert not np.allclose(original.values, view_0.values) and not np.allclose(view_0.values, view_1.values)
+    changed_seed = replace(run, train=replace(run.train, seed=9))
+    assert features_of(run, view=1).from_cache and not features_of(changed_seed, view=1).from_cache
+    assert features_of(changed_seed).from_cache
 
 
-def test_an_extraction_that_was_interrupted_goes_on(text_run, monkeypatch, capsys):
+def test_interrupted_extraction_resumes_without_recomputation(text_run, monkeypatch, capsys):
     run = text_run("frozen", "mean")
-    small = replace(run, train=replace(run.train, batch_size_per_device=1))
-    whole = of(small).values.copy()
+    run = replace(run, train=replace(run.train, batch_size_per_device=1))
+    uninterrupted = features_of(run).values.copy()
     shutil.rmtree(cache.cache_folder())
-    monkeypatch.setattr(cache, "KEEP_S", 0.0)
-    seen, plain = [], cache.Growing.add
+    monkeypatch.setattr(cache, "FLUSH_INTERVAL_S", 0.0)
+    computed, add = [], cache.PartialFeatures.add
 
-    def failing(self, index, values, labels):
-        if len(seen) == 20:
+    def interrupt(self, index, values, labels):
+        if len(computed) == 20:
             raise KeyboardInterrupt
-        seen.extend(index)
-        plain(self, index, values, labels)
+        record(self, index, values, labels)
 
-    monkeypatch.setattr(cache.Growing, "add", failing)
+    def record(self, index, values, labels):
+        computed.extend(index)
+        add(self, index, values, labels)
+
+    monkeypatch.setattr(cache.PartialFeatures, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        of(small)
-    monkeypatch.setattr(
-        cache.Growing, "add", lambda self, index, *rest: (seen.extend(index), plain(self, index, *rest))
-    )
-    found = of(small)
-    assert sorted(seen) == list(range(60)), "no row was computed twice"
-    assert "40 of 60" not in capsys.readouterr().out.split("going on")[1]
-    assert np.array_equal(found.values, whole) and of(small).from_cache
+        features_of(run)
+    monkeypatch.setattr(cache.PartialFeatures, "add", record)
+    resumed = features_of(run)
+    assert sorted(computed) == list(range(60)), "each row is computed once"
+    assert "resuming with 20 of 60 rows computed" in capsys.readouterr().out
+    assert np.array_equal(resumed.values, uninterrupted) and features_of(run).from_cache
 
 
-@pytest.mark.parametrize("harm", ["cut", "format", "json", "gone"])
-def test_damage_and_other_formats_are_made_anew(harm, text_run, empty_cache):
+@pytest.mark.parametrize("damage", ["truncated", "format", "json", "missing"])
+def test_damaged_or_incompatible_cache_is_recomputed(damage, text_run, empty_cache):
     run = text_run("frozen", "mean")
-    first = of(run).values.copy()
+    first = features_of(run).values.copy()
     (folder,) = (path for path in empty_cache.iterdir() if path.is_dir())
-    if harm == "cut":
+    if damage == "truncated":
         os.truncate(folder / VALUES, 1000)
-    elif harm == "format":
+    elif damage == "format":
         meta = json.loads((folder / META).read_text())
         (folder / META).write_text(json.dumps(meta | {"format": 999}))
-    elif harm == "json":
+    elif damage == "json":
         (folder / META).write_text('{"format"')
     else:
         (folder / VALUES).unlink()
-    again = of(run)
-    assert not again.from_cache and np.array_equal(first, again.values) and of(run).from_cache
+    recomputed = features_of(run)
+    assert not recomputed.from_cache and np.array_equal(first, recomputed.values) and features_of(run).from_cache
 
 
-TWO = """
+COMPUTE = """
 import sys, json
 from accelerate import Accelerator
 import numpy as np
@@ -204,9 +207,9 @@ run = hftl.RunConfig(hftl.DataConfig(source=sys.argv[1]), hftl.ModelConfig(name=
 splits = hftl.load_splits(run.data)
 task = hftl.TextClassification(splits)
 accelerator = Accelerator()
-found = compute_features(accelerator, hftl.build_model(run, task.head), task, splits["train"], run)
-np.save(sys.argv[3] + str(accelerator.process_index), found.values)
-print("FROM_CACHE", found.from_cache, found.labels.tolist() == task.collate(
+features = compute_features(accelerator, hftl.build_model(run, task.head), task, splits["train"], run)
+np.save(sys.argv[3] + str(accelerator.process_index), features.values)
+print("FROM_CACHE", features.from_cache, features.labels.tolist() == task.collate(
     task.encode(splits["train"], hftl.build_model(run, task.head).processor, None, None).fetch(range(60), 0)
 )["labels"].tolist())
 from hftl.logging import leave_process_group
@@ -219,19 +222,19 @@ def environment():
 
 
 @pytest.mark.slow
-def test_two_processes_that_want_the_same_compute_it_once(text_run, tiny_bert, tmp_path):
+def test_concurrent_jobs_compute_features_once(text_run, tiny_bert, tmp_path):
     source = text_run().data.source
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO, source, tiny_bert, str(tmp_path / f"job{number}-")],
+            [sys.executable, "-c", COMPUTE, source, tiny_bert, str(tmp_path / f"job{number}-")],
             stdout=subprocess.PIPE,
             text=True,
             env=environment(),
         )
         for number in range(2)
     ]
-    told = [job.communicate(timeout=200)[0] for job in jobs]
-    assert sorted(line for out in told for line in out.splitlines() if "FROM_CACHE" in line) == [
+    outputs = [job.communicate(timeout=200)[0] for job in jobs]
+    assert sorted(line for output in outputs for line in output.splitlines() if "FROM_CACHE" in line) == [
         "FROM_CACHE False True",
         "FROM_CACHE True True",
     ]
@@ -239,40 +242,41 @@ def test_two_processes_that_want_the_same_compute_it_once(text_run, tiny_bert, t
 
 
 @pytest.mark.slow
-def test_two_machines_with_one_disk_do_not_wait_for_each_other(text_run, tiny_bert, tmp_path):
-    """Each is the first process of its machine, and both would write: the lock of one would hold up the other."""
+def test_two_machines_with_shared_disk_match(text_run, tiny_bert, tmp_path):
+    """Both have local rank 0 and write features: with one folder, the lock of one would block the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    words = [sys.executable, "-c", TWO, text_run().data.source, tiny_bert, str(tmp_path / "values")]
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", COMPUTE, text_run().data.source, tiny_bert, str(tmp_path / "values")]
     jobs = [
-        subprocess.Popen(words, env=environment() | meet | {"RANK": str(rank), "LOCAL_RANK": "0"}) for rank in range(2)
+        subprocess.Popen(command, env=environment() | group | {"RANK": str(rank), "LOCAL_RANK": "0"})
+        for rank in range(2)
     ]
     assert [job.wait(timeout=120) for job in jobs] == [0, 0]
     assert np.array_equal(*(np.load(tmp_path / f"values{rank}.npy") for rank in range(2)))
 
 
-def test_two_processes_share_the_pass(text_run, tiny_bert, forks, tmp_path):
-    logs, out = tmp_path / "logs", str(tmp_path / "values")
-    words = ["python", "-c", TWO, text_run().data.source, tiny_bert, out]
-    statuses, said = forks.command(words, logs, 200, processes=2, ACCELERATE_USE_CPU="true")
-    assert statuses == [0, 0], said[-3000:]
+def test_two_processes_match_single_process_features(text_run, tiny_bert, forks, tmp_path):
+    logs, prefix = tmp_path / "logs", str(tmp_path / "values")
+    command = ["python", "-c", COMPUTE, text_run().data.source, tiny_bert, prefix]
+    statuses, output = forks.command(command, logs, 200, processes=2, ACCELERATE_USE_CPU="true")
+    assert statuses == [0, 0], output[-3000:]
     assert sum(log.read_text().count("FROM_CACHE False True") for log in logs.iterdir()) == 2
     run = replace(text_run("frozen", "mean"), train=hftl.TrainConfig(batch_size_per_device=1))
     shutil.rmtree(cache.cache_folder())
-    alone = of(run).values
+    expected = features_of(run).values
     for rank in range(2):
-        assert np.allclose(np.load(f"{out}{rank}.npy"), alone, atol=1e-6)
+        assert np.allclose(np.load(f"{prefix}{rank}.npy"), expected, atol=1e-6)
 
 
-def test_a_folder_that_cannot_be_written_is_said(text_run, monkeypatch, tmp_path):
+def test_unwritable_cache_folder_raises(text_run, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HFTL_CACHE", str(tmp_path / "file"))
     with pytest.raises(FeatureError, match="HFTL_CACHE"):
-        of(text_run("frozen", "mean"))
+        features_of(text_run("frozen", "mean"))
 
 
-def test_the_command_writes_parquet(texts, tiny_bert, text_run, tmp_path, capsys):
+def test_features_command_writes_parquet_from_cache(texts, tiny_bert, text_run, tmp_path, capsys):
     main(["features", str(texts), "--model", tiny_bert, "--layers", "all", "--output", str(tmp_path / "out")])
     table = pq.read_table(tmp_path / "out" / "test.parquet")
     (tmp_path / "columns.yaml").write_text("data: {label_column: kind}")
@@ -281,6 +285,6 @@ def test_the_command_writes_parquet(texts, tiny_bert, text_run, tmp_path, capsys
     assert "there is no column 'kind'" in capsys.readouterr().err
     assert table.column_names == ["row", "label", "layer_1", "layer_2"] and table.num_rows == 13
     assert set(table["label"].to_pylist()) == {"animal", "food", "tool"}
-    every = of(replace(text_run("frozen")), "test", layers="all")
-    assert every.from_cache, "the same features as everywhere"
-    assert np.array_equal(np.array(table["layer_2"].to_pylist(), dtype=np.float32), every.values[:, 1])
+    layers = features_of(replace(text_run("frozen")), "test", layers="all")
+    assert layers.from_cache, "the command uses the cache of all runs"
+    assert np.array_equal(np.array(table["layer_2"].to_pylist(), dtype=np.float32), layers.values[:, 1])

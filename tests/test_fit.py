@@ -1,4 +1,4 @@
-"""Exact training: gradients, schedules, evaluation, repetition; on one process and on two."""
+"""`fit` and `evaluate` on one and two processes: gradients, schedules, repeatability, early stopping."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from hftl.training.optim import lr_factor
 
 @pytest.fixture(scope="module")
 def launched(texts, images, tiny_bert, tiny_timm, forks, tmp_path_factory) -> Path:
-    """A folder with the results of all jobs below, on one process (`1/NAME`) and on two (`2/NAME`)."""
+    """Folder with the results of all jobs below, on one process (`1/NAME`) and on two (`2/NAME`)."""
     root = tmp_path_factory.mktemp("launched")
     for world in (1, 2):
         jobs = [*_gradient_jobs(world, texts, images, tiny_bert, tiny_timm["test_resnet"], root / str(world))]
@@ -27,13 +27,13 @@ def launched(texts, images, tiny_bert, tiny_timm, forks, tmp_path_factory) -> Pa
     return root
 
 
-CUTS = {1: [(8, 1), (2, 4)], 2: [(4, 1), (2, 2)]}
-"""(batch, accumulation) with effective batch 8, by number of processes."""
+MICRO_BATCHING = {1: [(8, 1), (2, 4)], 2: [(4, 1), (2, 2)]}
+"""(batch size, accumulation) with effective batch size 8, by number of processes."""
 
 
 def _gradient_jobs(world, texts, images, tiny_bert, tiny_resnet, root):
     for kind, source, model in (("text", texts, tiny_bert), ("image", images, tiny_resnet)):
-        for batch, accumulation in CUTS[world]:
+        for batch, accumulation in MICRO_BATCHING[world]:
             out = root / f"gradient-{kind}-{batch}"
             options = flags(
                 source,
@@ -44,37 +44,37 @@ def _gradient_jobs(world, texts, images, tiny_bert, tiny_resnet, root):
                 train__max_grad_norm=0,
                 train__lr=1e-3,
                 train__head_lr=1e-3,
-                train__head_first=0,
+                train__freeze_backbone_ratio=0,
                 train__batch_size_per_device=batch,
                 train__gradient_accumulation_steps=accumulation,
-                train__log_every=1,
+                train__logging_steps=1,
                 data__augment__crop_scale=1.0,
             )
             yield "gradient", {"recipe": f"{kind}_classification", "flags": options}, out
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_the_gradient_of_a_step_is_the_same_for_every_cut_of_its_rows(kind, launched):
-    """(batch, accumulation, processes) with product 8, dropout off, pooled and stock heads, uneven text lengths."""
-    found = {}
-    for world, cuts in CUTS.items():
-        for batch, accumulation in cuts:
+def test_step_gradient_matches_across_micro_batching(kind, launched):
+    """(batch size, accumulation, processes) with product 8, no dropout, pooled and default heads, uneven lengths."""
+    gradients = {}
+    for world, pairs in MICRO_BATCHING.items():
+        for batch, accumulation in pairs:
             out = launched / str(world) / f"gradient-{kind}-{batch}"
-            found[batch, accumulation, world] = [load_file(out / f"step{step}.safetensors") for step in (0, 1)]
+            gradients[batch, accumulation, world] = [load_file(out / f"step{step}.safetensors") for step in (0, 1)]
             lrs = json.loads((out / "lrs.json").read_text())
-            # scheduler steps are optimizer steps on any world
+            # scheduler steps are optimizer steps with any number of processes
             assert len(lrs) == 2 and lrs == pytest.approx([5e-4, 1e-3])
-    reference = found.pop((8, 1, 1))
-    for cut, steps in found.items():
+    reference = gradients.pop((8, 1, 1))
+    for setting, steps in gradients.items():
         for step, grads in enumerate(steps):
             assert grads.keys() == reference[step].keys()
             for name, grad in grads.items():
-                wanted = reference[step][name]
+                expected = reference[step][name]
                 # summation order differs; a wrong factor (accumulation, processes) would be 2 or 4
-                scale = max(float(wanted.abs().max()), 1e-4)
-                where = f"{cut} step {step} {name}"
+                scale = max(float(expected.abs().max()), 1e-4)
+                label = f"{setting} step {step} {name}"
                 torch.testing.assert_close(
-                    grad, wanted, atol=2e-3 * scale, rtol=1e-3, msg=lambda m, where=where: f"{where}: {m}"
+                    grad, expected, atol=2e-3 * scale, rtol=1e-3, msg=lambda m, label=label: f"{label}: {m}"
                 )
 
 
@@ -89,15 +89,15 @@ def _evaluation_jobs(world, texts, tiny_bert, root):
             train__lr=0,
             train__head_lr=0,
             train__weight_decay=0,
-            train__batch_size_per_device=4,  # evaluation batches are as large, and rounding depends on the batch
+            train__batch_size_per_device=4,  # evaluation uses it too, and rounding depends on the batch size
             train__seed=0,
         )
         yield "recipe", {"recipe": "text_classification", "flags": options}, root / method
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_evaluate_as_one_over_an_uneven_test_set(method, launched):
-    """Same weights (zero learning rate), 13 test rows: equal metrics and, row by row in order, equal predictions."""
+def test_evaluate_on_two_processes_matches_one(method, launched):
+    """Same weights (learning rate 0), 13 test rows: equal metrics, and equal predictions in row order."""
     results = {}
     for world in (1, 2):
         run = launched / str(world) / method / "run"
@@ -122,7 +122,7 @@ def _training_job(world, texts, tiny_bert, root):
     return "recipe", {"recipe": "text_classification", "flags": options}, root / "training"
 
 
-def test_training_on_two_processes_equals_one_with_the_same_effective_batch(launched):
+def test_fit_on_two_processes_matches_one(launched):
     weights = {}
     for world in (1, 2):
         run = launched / str(world) / "training" / "run"
@@ -134,7 +134,7 @@ def test_training_on_two_processes_equals_one_with_the_same_effective_batch(laun
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_it_overfits_32_examples(method, text_run, texts, tmp_path):
+def test_fit_overfits_32_examples(method, text_run, texts, tmp_path):
     lines = (texts / "train.csv").read_text().splitlines()[:33]
     (tmp_path / "few.csv").write_text("\n".join(lines) + "\n")
     run = text_run(method, "mean", num_epochs=60, lr=5e-3, head_lr=2e-2)
@@ -153,8 +153,8 @@ def test_it_overfits_32_examples(method, text_run, texts, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
-def test_two_runs_are_bitwise_equal(kind, image_run, text_run, tmp_path):
-    """Dropout, augmentation and order come from the seed alone, also with workers."""
+def test_repeated_run_is_bitwise_identical(kind, image_run, text_run, tmp_path):
+    """Dropout, augmentation and row order depend on the seed only, also with data loader workers."""
     results = []
     for number, workers in enumerate((0, 0, 2 if kind == "image" else 0)):
         run = image_run("test_resnet", "full") if kind == "image" else text_run("full")
@@ -172,7 +172,7 @@ def test_two_runs_are_bitwise_equal(kind, image_run, text_run, tmp_path):
         assert table == results[0][3]
 
 
-def test_another_seed_is_another_run(text_run, tmp_path):
+def test_other_seed_returns_other_losses(text_run, tmp_path):
     losses = []
     for seed in (0, 1):
         run = replace(text_run("full", seed=seed), output_dir=str(tmp_path / str(seed)))
@@ -184,10 +184,10 @@ def test_another_seed_is_another_run(text_run, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_the_best_weights_are_kept_and_training_stops_early(text_run):
+def test_fit_restores_best_checkpoint_and_stops_early(text_run):
     run = text_run(
         "full", num_epochs=30, lr=0.5, head_lr=0.5, early_stopping_patience=2, metric_for_best_model="loss"
-    )  # a rate that diverges
+    )  # a learning rate that diverges
     run, splits, task = hftl.setup_run(run, hftl.TextClassification)
     accelerator = hftl.create_accelerator(run)
     model = hftl.build_model(run, task.head)
@@ -200,8 +200,8 @@ def test_the_best_weights_are_kept_and_training_stops_early(text_run):
     assert hftl.evaluate(accelerator, model, task, splits, run)["validation/loss"] == best["validation/loss"]
 
 
-def test_groups_of_the_optimizer(text_run):
-    """Head and backbone have their own rates; biases and norms do not decay; nothing is left out or twice in."""
+def test_optimizer_groups_cover_trainable_parameters(text_run):
+    """Head and backbone have separate learning rates; biases and norms have no weight decay."""
     from hftl.training.optim import make_optimizer
 
     run, _, task = hftl.setup_run(text_run("full", "mean"), hftl.TextClassification)
@@ -209,8 +209,8 @@ def test_groups_of_the_optimizer(text_run):
     hftl.adapt(model, run.adapt)
     optimizer = make_optimizer(model, run.train, torch.device("cpu"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    seen = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(seen) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    grouped = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
     for group in optimizer.param_groups:
         assert group["fused"]
         for parameter in group["params"]:
@@ -218,8 +218,8 @@ def test_groups_of_the_optimizer(text_run):
             assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0.0)
 
 
-def test_the_backbone_waits_while_the_head_learns(text_run):
-    """Half of eight steps: until then the backbone has rate 0, then its own schedule begins."""
+def test_freeze_backbone_ratio_delays_backbone_schedule(text_run):
+    """For half of eight steps the backbone has learning rate 0, then its schedule starts."""
     run = text_run("full", freeze_backbone_ratio=0.5, logging_steps=1)
     run, splits, task = hftl.setup_run(run, hftl.TextClassification)
     accelerator = hftl.create_accelerator(run)
@@ -232,7 +232,7 @@ def test_the_backbone_waits_while_the_head_learns(text_run):
 
 
 @pytest.mark.parametrize(("kind", "last"), [("linear", 1 / 90), ("cosine", 0.0), ("constant", 1.0)])
-def test_schedules_rise_over_the_warm_up_and_end_where_they_should(kind, last):
+def test_lr_factor_warms_up_and_decays(kind, last):
     factors = [lr_factor(step, kind, 100, 10) for step in range(100)]
     assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert max(factors) == factors[10] == 1.0
@@ -240,14 +240,14 @@ def test_schedules_rise_over_the_warm_up_and_end_where_they_should(kind, last):
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
 
 
-def test_a_tracker_receives_configuration_history_and_test_metrics_once(text_run, tmp_path):
+def test_tracker_logs_config_history_and_test_metrics_once(text_run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     metrics = run_undrawn("text_classification", text_run("frozen", trackers=["tensorboard"], logging_steps=4))
     (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    (tested,) = events.Scalars("test/accuracy")
-    assert (tested.step, tested.value) == (8, pytest.approx(metrics["test/accuracy"]))
+    (event,) = events.Scalars("test/accuracy")
+    assert (event.step, event.value) == (8, pytest.approx(metrics["test/accuracy"]))
     assert [event.step for event in events.Scalars("train/loss")] == [4, 8]
     assert len(events.Scalars("validation/accuracy")) == 1
     (config,) = folder.rglob("hparams.yml")

@@ -1,4 +1,4 @@
-"""The fork server of the tests (forked.py): one failed request must not change another."""
+"""Fork server of the tests (forked.py): isolation of requests after failures."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from forked import Forks
 
 @pytest.fixture(scope="module")
 def server():
-    """A server of its own, which imports little."""
+    """Separate server without preloaded libraries."""
     forks = Forks(preload=False)
     yield forks
     forks.close()

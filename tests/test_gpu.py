@@ -1,4 +1,4 @@
-"""On a CUDA GPU: both recipes, three methods, in bf16, unchanged but for what accelerate_config.yaml says."""
+"""Recipes on a CUDA GPU: methods, mixed precision, out of memory and resuming, configured by accelerate_config.yaml."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import ROOT
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
 @pytest.mark.parametrize("method", ["full", "frozen", "lora"])
 @pytest.mark.parametrize("kind", ["image", "text"])
-def test_recipes_on_a_gpu(kind, method, precision, images, texts, tiny_timm, tiny_bert, tmp_path):
+def test_recipes_run_on_gpu(kind, method, precision, images, texts, tiny_timm, tiny_bert, tmp_path):
     source, model = (images, tiny_timm["test_vit"]) if kind == "image" else (texts, tiny_bert)
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml"),
@@ -29,8 +29,8 @@ def test_recipes_on_a_gpu(kind, method, precision, images, texts, tiny_timm, tin
 
 
 @pytest.mark.gpu
-def test_short_memory_on_a_gpu_halves_the_rows(image_run, monkeypatch, capsys):
-    """A network and images that need some GB for 32 rows, in a process that may take 0.9 GB."""
+def test_gpu_oom_halves_micro_batch(image_run, monkeypatch, capsys):
+    """32 images of 224 x 224 pixels need several GB; the process is limited to 0.9 GB."""
     from dataclasses import replace
 
     import torch
@@ -56,8 +56,8 @@ def test_short_memory_on_a_gpu_halves_the_rows(image_run, monkeypatch, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["image", "text"])
-def test_a_stopped_run_goes_on_on_a_gpu(kind, image_run, text_run, tmp_path):
-    """Losses after the stop as without one; kernels may add up in another order from run to run."""
+def test_gpu_resume_matches_uninterrupted_run(kind, image_run, text_run, tmp_path):
+    """Losses are compared with a tolerance, as CUDA kernels are not deterministic."""
     from dataclasses import replace
 
     import torch
@@ -71,12 +71,12 @@ def test_a_stopped_run_goes_on_on_a_gpu(kind, image_run, text_run, tmp_path):
     run = image_run(max_steps=8, logging_steps=1) if kind == "image" else text_run(max_steps=8, logging_steps=1)
     main = load_recipe(f"{kind}_classification").main
     losses = []
-    for name in ("whole", "stopped"):
-        mine = replace(run, output_dir=str(tmp_path / name), resume="auto")
+    for name in ("uninterrupted", "stopped"):
+        config = replace(run, output_dir=str(tmp_path / name), resume="auto")
         if name == "stopped":
             with pytest.raises(Stopped), stopping_after(4):
-                main(mine)
-        main(mine)
+                main(config)
+        main(config)
         lines = (tmp_path / name / "history.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["train/loss"] for line in lines if "train/loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

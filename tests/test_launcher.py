@@ -1,4 +1,4 @@
-"""Launchers: processes that Accelerate leaves unconnected, and the CPU threads of launched processes."""
+"""`hftl.launcher`: processes without a process group, and CPU threads of launched processes."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from hftl.launcher import launch_problem, set_cpu_threads, threads_option, usabl
 
 UNCONNECTED = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
 LAUNCHED = {"OMP_NUM_THREADS": "1", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"}
-"""What `accelerate launch` adds to the environment."""
-WITHOUT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *LAUNCHED)
+"""Variables that `accelerate launch` sets."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *LAUNCHED)
 STUB = """
 import json, os, subprocess, sys
 program = [sys.executable, "-c", sys.argv[2]]
@@ -24,12 +24,12 @@ sys.exit(subprocess.run(program, env={**os.environ, **json.loads(sys.argv[1])}).
 """
 
 
-def launched(code: str, given: dict[str, str], added: dict[str, str], *options: str) -> str:
-    """Returns what `code` prints in the child of a process that has the variables `given` and adds others."""
-    environment = {name: value for name, value in os.environ.items() if name not in WITHOUT}
+def run_launched(code: str, user_env: dict[str, str], launcher_env: dict[str, str], *options: str) -> str:
+    """Returns the output of `code` in a child of a stub launcher that has `user_env` and sets `launcher_env`."""
+    environment = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
     done = subprocess.run(
-        [sys.executable, "-c", STUB, json.dumps(added), code, *options],
-        env={**environment, "PYTHONPATH": str(ROOT), **given},
+        [sys.executable, "-c", STUB, json.dumps(launcher_env), code, *options],
+        env={**environment, "PYTHONPATH": str(ROOT), **user_env},
         capture_output=True,
         text=True,
         timeout=120,
@@ -43,10 +43,10 @@ def launched(code: str, given: dict[str, str], added: dict[str, str], *options: 
 
 def test_recipe_rejects_unconnected_cpu_processes(forks, text_flags, tmp_path):
     flags = text_flags(tmp_path / "run")
-    statuses, said = forks.run(flags, tmp_path / "logs", processes=2, environment=UNCONNECTED)
-    assert statuses == [2, 2], said
+    statuses, output = forks.run(flags, tmp_path / "logs", processes=2, environment=UNCONNECTED)
+    assert statuses == [2, 2], output
     command = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 text_classification.py --data.source="
-    assert said.count("ACCELERATE_USE_CPU: not true") == said.count(command) == 1
+    assert output.count("ACCELERATE_USE_CPU: not true") == output.count(command) == 1
     assert not (tmp_path / "run").exists() and not forks.running
 
 
@@ -54,8 +54,8 @@ def test_recipe_rejects_unconnected_cpu_processes(forks, text_flags, tmp_path):
 def test_command_rejects_unconnected_cpu_processes(command, forks, tmp_path):
     code = f"from hftl.cli.main import main; main([{command}, '--output=out.csv'])"
     words = ["python", "-c", code]
-    statuses, said = forks.command(words, tmp_path / "logs", processes=2, cwd=tmp_path, **UNCONNECTED)
-    assert statuses == [2, 2] and "ACCELERATE_USE_CPU: not true" in said, said
+    statuses, output = forks.command(words, tmp_path / "logs", processes=2, cwd=tmp_path, **UNCONNECTED)
+    assert statuses == [2, 2] and "ACCELERATE_USE_CPU: not true" in output, output
 
 
 def test_launch_problem_depends_on_device_and_flag(monkeypatch):
@@ -77,18 +77,22 @@ def test_launch_problem_depends_on_device_and_flag(monkeypatch):
 
 
 def test_launch_problem_names_processes_never_started(monkeypatch):
-    given = {"CUDA_VISIBLE_DEVICES": ""}
-    several = {**LAUNCHED, "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "True"}
+    user_env = {"CUDA_VISIBLE_DEVICES": ""}
+    launcher_env = {**LAUNCHED, "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "True"}
     code = "import hftl.launcher; print(hftl.launcher.launch_problem())"
-    assert launched(code, given, several).startswith("--num_processes:")
-    assert launched(code, {**given, "MASTER_PORT": "29500"}, several) == "None", "a leftover of the user's"
+    assert run_launched(code, user_env, launcher_env).startswith("--num_processes:")
+    # MASTER_PORT is set by the user
+    assert run_launched(code, {**user_env, "MASTER_PORT": "29500"}, launcher_env) == "None"
+    # one process of torchrun is complete
+    torchrun_env = {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500", "WORLD_SIZE": "1"}
+    assert run_launched(code, user_env, torchrun_env) == "None"
 
 
 # Threads
 
 
 @pytest.mark.parametrize(
-    ("given", "added", "options", "expected"),
+    ("user_env", "launcher_env", "options", "expected"),
     [
         ({}, LAUNCHED, [], 1.0),
         ({}, {**LAUNCHED, "LOCAL_WORLD_SIZE": "2"}, [], 0.5),
@@ -98,13 +102,15 @@ def test_launch_problem_names_processes_never_started(monkeypatch):
         ({}, {"OMP_NUM_THREADS": "1"}, [], None),
     ],
 )
-def test_launched_threads_replace_only_launcher_default(given, added, options, expected):
-    found = launched("import hftl.launcher; print(hftl.launcher.launched_threads())", given, added, *options)
-    assert found == str(expected and max(1, int(usable_cores() * expected)))
+def test_launched_threads_replaces_only_launcher_default(user_env, launcher_env, options, expected):
+    code = "import hftl.launcher; print(hftl.launcher.launched_threads())"
+    assert run_launched(code, user_env, launcher_env, *options) == str(
+        expected and max(1, int(usable_cores() * expected))
+    )
 
 
 def test_accelerate_launch_uses_all_cores(tmp_path):
-    """The launcher itself, which must still set what `launched_threads` looks for."""
+    """With the real launcher, whose variables `launched_threads` depends on."""
     (tmp_path / "job.py").write_text(
         "from hftl.launcher import build_accelerator, usable_cores\n"
         "import torch\n"
@@ -113,7 +119,7 @@ def test_accelerate_launch_uses_all_cores(tmp_path):
         "print(before, torch.get_num_threads() == usable_cores())\n"
     )
     program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(tmp_path / "job.py")]
-    environment = {name: value for name, value in os.environ.items() if name not in WITHOUT}
+    environment = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=280)
     assert done.stdout.split() == ["1", "True"], done.stdout + done.stderr
@@ -131,8 +137,8 @@ def test_set_cpu_threads_restores_earlier_number():
 
 def test_recipe_logs_and_records_threads(forks, text_flags, tmp_path):
     flags = text_flags(tmp_path / "run", **{"train.max_steps": 1, "train.num_threads": 2})
-    statuses, said = forks.run(flags, tmp_path / "logs", faults=[("no_pictures", [])])
-    assert statuses == [0] and said.count("2 CPU thread(s) each") == 1, said
+    statuses, output = forks.run(flags, tmp_path / "logs", faults=[("skip_report", [])])
+    assert statuses == [0] and output.count("2 CPU thread(s) each") == 1, output
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["cpu_threads"] == 2
 
 
@@ -153,21 +159,20 @@ def test_threads_option_divides_cores(options, environment, expected, tmp_path, 
     (tmp_path / "accelerate.yaml").write_text("num_processes: 1\nnum_machines: 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launcher, "usable_cores", lambda: 8)
-    for name in WITHOUT:
+    for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = threads_option(options)
-    assert found == ([] if expected is None else ["--num_cpu_threads_per_process", str(expected)])
+    assert threads_option(options) == ([] if expected is None else ["--num_cpu_threads_per_process", str(expected)])
 
 
 def test_hftl_run_passes_threads_to_launcher(monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.chdir(tmp_path)
-    started = []
-    monkeypatch.setattr(os, "execv", lambda program, words: started.extend(words))
+    command = []
+    monkeypatch.setattr(os, "execv", lambda program, words: command.extend(words))
     run_with_launcher(["--num_processes=1", "text_classification", "--output_dir=x"])
-    assert started[started.index("--num_cpu_threads_per_process") + 1] == str(usable_cores())
+    assert command[command.index("--num_cpu_threads_per_process") + 1] == str(usable_cores())
 
 
 def test_cpu_quota_limits_cores(tmp_path, monkeypatch):

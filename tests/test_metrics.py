@@ -1,4 +1,4 @@
-"""Metrics equal scikit-learn's, whatever the batches and however many accumulators."""
+"""Metric accumulators for any batches and processes: classification against scikit-learn, mean loss, `evaluate`."""
 
 import math
 from fractions import Fraction
@@ -21,42 +21,41 @@ def random_case(seed, rows, classes, present):
 
 
 @pytest.mark.parametrize(("rows", "classes", "present"), [(50, 3, 3), (200, 7, 4), (1, 2, 2), (17, 10, 10)])
-def test_classification_metrics_equal_scikit_learn_over_any_batches(rows, classes, present):
+def test_classification_metrics_match_sklearn(rows, classes, present):
     logits, labels = random_case(rows, rows, classes, present)
-    parts = [ClassificationMetrics(classes) for _ in range(3)]
+    metrics = [ClassificationMetrics(classes) for _ in range(3)]
     for number, chunk in enumerate(torch.arange(rows).split(5)):
-        parts[number % 3].update({"logits": logits[chunk]}, {"labels": labels[chunk]})
-    whole, *others = parts
-    for other in others:
-        whole.merge(other)
-    found, predicted = whole.compute(), logits.argmax(-1)
-    assert set(found) == set(BUILT_IN)
-    assert found["accuracy"] == accuracy_score(labels, predicted)
+        metrics[number % 3].update({"logits": logits[chunk]}, {"labels": labels[chunk]})
+    metrics[0].merge(metrics[1])
+    metrics[0].merge(metrics[2])
+    scores, predictions = metrics[0].compute(), logits.argmax(-1)
+    assert set(scores) == set(BUILT_IN)
+    assert scores["accuracy"] == accuracy_score(labels, predictions)
     for name, score in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
         for average in ("macro", "micro", "weighted"):
-            wanted = score(labels, predicted, average=average, zero_division=0)
-            assert found[f"{average}_{name}"] == pytest.approx(wanted, abs=1e-12), (average, name)
+            expected = score(labels, predictions, average=average, zero_division=0)
+            assert scores[f"{average}_{name}"] == pytest.approx(expected, abs=1e-12), (average, name)
 
 
-def test_the_mean_loss_is_exact_in_any_order():
+def test_mean_loss_in_any_order_is_exact():
     values = torch.tensor(np.random.default_rng(0).lognormal(sigma=8, size=1000).astype(np.float32))
     exact = float(sum(map(Fraction, values.tolist())) / 1000)
     for order in (torch.arange(1000), torch.randperm(1000)):
-        parts = [MeanLoss(), MeanLoss()]
+        means = [MeanLoss(), MeanLoss()]
         for number, chunk in enumerate(values[order].split(7)):
-            parts[number % 2].update_losses(chunk)
-        parts[0].merge(parts[1])
-        assert parts[0].compute()["loss"] == exact
+            means[number % 2].update_losses(chunk)
+        means[0].merge(means[1])
+        assert means[0].compute()["loss"] == exact
 
 
-def test_a_loss_that_is_not_finite_is_not_hidden():
+def test_mean_loss_with_nonfinite_loss_returns_nan():
     mean = MeanLoss()
     mean.update_losses(torch.tensor([1.0, float("nan")]))
     assert math.isnan(mean.compute()["loss"])
     assert math.isnan(MeanLoss().compute()["loss"])
 
 
-def test_other_names_go_to_evaluate_by_local_script(tmp_path):
+def test_evaluate_metric_loads_local_script(tmp_path):
     script = tmp_path / "disagreement" / "disagreement.py"
     script.parent.mkdir()
     script.write_text(
@@ -70,12 +69,12 @@ def test_other_names_go_to_evaluate_by_local_script(tmp_path):
         "    def _compute(self, predictions, references):\n"
         "        return {'disagreement': sum(p != r for p, r in zip(predictions, references)) / len(references)}\n"
     )
-    metric, other = EvaluateMetric(str(script)), EvaluateMetric(str(script))
+    first, second = EvaluateMetric(str(script)), EvaluateMetric(str(script))
     logits, labels = random_case(0, 40, 3, 3)
-    metric.update({"logits": logits[:30]}, {"labels": labels[:30]})
-    other.update({"logits": logits[30:]}, {"labels": labels[30:]})
-    metric.merge(other)
-    assert metric.compute()["disagreement"] == pytest.approx(float((logits.argmax(-1) != labels).float().mean()))
+    first.update({"logits": logits[:30]}, {"labels": labels[:30]})
+    second.update({"logits": logits[30:]}, {"labels": labels[30:]})
+    first.merge(second)
+    assert first.compute()["disagreement"] == pytest.approx(float((logits.argmax(-1) != labels).float().mean()))
     assert metric_problems([str(script)]) == []
     problem = metric_problems(["no_such_metric"])[0]
     assert "no_such_metric" in problem and "accuracy" in problem

@@ -160,8 +160,8 @@ def test_cards_reports_and_commands_contain_metrics(runs, tables, capsys, tmp_pa
         missing = [word for word in words if word not in card]
         assert not missing, (name, missing, card)
         page = write_report(runs[name]).read_text()
-        assert ("Truth and predictions" if name == "numbers" else "average precision") in page
-        assert "Largest errors" in page and "The data cannot be shown" not in page
+        assert ("Targets and predictions" if name == "numbers" else "average precision") in page
+        assert "Largest errors" in page and "The data cannot be" not in page
         main(["evaluate", str(runs[name])])
         out = capsys.readouterr().out
         assert ("test/rmse" if name == "numbers" else "test/map") in out, out
@@ -186,7 +186,7 @@ def test_rank_and_check_accept_multi_label_and_regression(tables, tiny_bert, tmp
     assert ranking.kind == "values" and np.isfinite(ranking.scores["head"]["linear probe"][tiny_bert].value)
     for labels in ("lists", "numbers"):
         checked = hftl.check(replace(data, **{"label_columns": None} | LABELS[labels]), output=tmp_path / labels)
-        assert not checked["unlabelled"].looked and checked["leaks"].looked
+        assert not checked["unlabelled"].checked and checked["leaks"].checked
 
 
 def test_check_task_accepts_image_regression(images, tiny_timm, tmp_path):

@@ -1,4 +1,4 @@
-"""Semantic segmentation: masks found and judged, metrics as torchmetrics, a model that stock libraries open."""
+"""Semantic segmentation: mask validation, metrics against torchmetrics, models reloaded with transformers."""
 
 import base64
 import io
@@ -23,14 +23,14 @@ from hftl.reporting import write_report
 from hftl.run.testing import check_task
 from hftl.tasks.targets.segmentation.masks import find_classes
 from hftl.tasks.targets.segmentation.metrics import SegmentationMetrics
-from hftl.tasks.targets.segmentation.target import IGNORED, PixelClasses
+from hftl.tasks.targets.segmentation.target import IGNORED, SegmentationTarget
 
 NAMES = ["ground", "void", "left", "right"]
 COUNTS = {"train": 10, "val": 4, "test": 5}
 
 
 def scene(rng, number):
-    """A noisy picture 30 x 44 of two coloured boxes on green ground, and its mask; the first line is void."""
+    """Returns a noisy image of 30 x 44 pixels with two colored boxes on green, and its mask with a void first line."""
     mask = np.zeros((30, 44), np.uint8)
     for box, value in enumerate((2, 3)):
         top, left = rng.integers(1, 12), rng.integers(0, 8) + 22 * box
@@ -44,7 +44,7 @@ def scene(rng, number):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Folder SPLIT/images, SPLIT/masks and classes.json with a void class in the middle."""
+    """Folders SPLIT/images and SPLIT/masks, and classes.json with a void class between the others."""
     folder = tmp_path_factory.mktemp("scenes")
     rng = np.random.default_rng(0)
     for split, count in COUNTS.items():
@@ -71,13 +71,13 @@ def make_run(scenes, nets, folder, net="test_resnet", method="full", **train):
 
 @pytest.fixture
 def scene_run(scenes, tiny_timm, tmp_path):
-    """Returns a function that makes the configuration of a quick run."""
+    """Returns a function that creates the configuration of a short run."""
     return lambda *net_and_method, **train: make_run(scenes, tiny_timm, tmp_path / "run", *net_and_method, **train)
 
 
 @pytest.fixture(scope="module")
 def trained(scenes, tiny_timm, tmp_path_factory):
-    """A run folder and the metrics of a run that learnt."""
+    """Run folder and metrics of a run that is long enough to learn the boxes."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     run = make_run(
         scenes, tiny_timm, folder, num_epochs=24, lr=3e-3, head_lr=1e-2, freeze_backbone_ratio=0.0, eval_steps=24
@@ -87,7 +87,7 @@ def trained(scenes, tiny_timm, tmp_path_factory):
 
 
 @pytest.mark.parametrize("net", ["test_resnet", pytest.param("test_convnext", marks=pytest.mark.slow)])
-def test_it_passes_the_contract(net, scene_run):
+def test_check_task_accepts_semantic_segmentation(net, scene_run):
     run, splits, task = hftl.setup_run(scene_run(net), hftl.SemanticSegmentation)
     assert task.head.labels == ("ground", "left", "right") and task.target.classes.values == (0, 2, 3)
     check_task(task, splits, run)
@@ -108,20 +108,20 @@ rows = [row for row in pq.read_table(run + "/predictions.parquet").to_pylist() i
 segment = transformers.pipeline("image-segmentation", place)
 values = {"ground": 0, "left": 2, "right": 3}
 for row in rows:
-    ours = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["mask_png"]))))
-    theirs = np.full(ours.shape, 255)
-    for found in segment(f"{images}/{row['row']:02d}.png"):
-        theirs[np.asarray(found["mask"]) > 0] = values[found["label"]]
-    assert (ours == theirs).mean() > 0.995, (row["row"], (ours == theirs).mean())
+    predicted = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["mask_png"]))))
+    expected = np.full(predicted.shape, 255)
+    for segmented in segment(f"{images}/{row['row']:02d}.png"):
+        expected[np.asarray(segmented["mask"]) > 0] = values[segmented["label"]]
+    assert (predicted == expected).mean() > 0.995, (row["row"], (predicted == expected).mean())
 print("equal", len(rows))
 """
 
 
-def mask_of(row):
+def decode_mask(row):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(row["mask_png"]))))
 
 
-def test_a_run_learns_and_its_model_opens_without_hftl(trained, scenes, run_without_hftl):
+def test_saved_segmentation_model_loads_without_hftl(trained, scenes, run_without_hftl):
     folder, metrics = trained
     assert metrics["test/mean_iou"] > 0.5 and metrics["test/iou/left"] > 0.3
     assert "equal 5" in run_without_hftl(CLEAN, str(folder), str(scenes / "test" / "images"))
@@ -130,13 +130,13 @@ def test_a_run_learns_and_its_model_opens_without_hftl(trained, scenes, run_with
     assert 'pipeline("image-segmentation"' in card
 
 
-def test_predictions_are_masks_of_the_size_and_the_numbers_of_the_data(trained, scenes, tmp_path, capsys):
+def test_predicted_masks_preserve_size_and_mask_values(trained, scenes, tmp_path, capsys):
     folder, metrics = trained
     images = scenes / "test" / "images"
     (row,) = hftl.load(folder).predict(str(images / "00.png"))
-    mask, truth = mask_of(row), np.asarray(Image.open(scenes / "test" / "masks" / "00.png"))
-    assert mask.shape == truth.shape and set(np.unique(mask)) <= {0, 2, 3}
-    assert (mask == truth)[truth != 1].mean() > 0.7
+    mask, true = decode_mask(row), np.asarray(Image.open(scenes / "test" / "masks" / "00.png"))
+    assert mask.shape == true.shape and set(np.unique(mask)) <= {0, 2, 3}
+    assert (mask == true)[true != 1].mean() > 0.7
     assert row["shares"] == pytest.approx([(mask == value).mean() for value in (0, 2, 3)])
 
     assert evaluate_saved(str(folder))["test/mean_iou"] == metrics["test/mean_iou"]
@@ -149,46 +149,44 @@ def test_predictions_are_masks_of_the_size_and_the_numbers_of_the_data(trained, 
     assert "mask_png" not in capsys.readouterr().out
 
 
-def test_the_report_shows_masks_beside_pictures(trained):
+def test_report_contains_images_with_masks(trained):
     folder, _ = trained
     page = write_report(folder).read_text()
-    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "pictures of test" in page
+    assert page.count("data:image/png;base64,") == 2 * COUNTS["test"] and "images of test" in page
 
 
-def test_two_processes_evaluate_as_one(trained, forks, tmp_path):
-    """Five rows in batches of two: uneven shares, the same numbers and the same masks."""
+def test_evaluate_on_two_processes_matches_one(trained, forks, tmp_path):
+    """Five rows in batches of two, so the processes have different numbers of rows."""
     folder, metrics = trained
     code = "import sys; from hftl.cli.main import main; main(sys.argv[1:])"
-    words = ["evaluate", str(folder), "--batch_size", "2", "--output", str(tmp_path / "two.parquet")]
-    statuses, said = forks.command(["python", "-c", code, *words], tmp_path / "logs", 280, 2, **ENV)
-    assert statuses == [0, 0], said[-3000:]
+    arguments = ["evaluate", str(folder), "--batch_size", "2", "--output", str(tmp_path / "two.parquet")]
+    statuses, output = forks.command(["python", "-c", code, *arguments], tmp_path / "logs", 280, 2, **ENV)
+    assert statuses == [0, 0], output[-3000:]
     for name in ("mean_iou", "pixel_accuracy", "mean_accuracy", "iou/left", "loss"):
-        assert f"{metrics[f'test/{name}']:.4f}" in said, name
-    two = pq.read_table(tmp_path / "two.parquet").to_pylist()
-    one = [row for row in pq.read_table(folder / "predictions.parquet").to_pylist() if row["split"] == "test"]
-    assert [row["mask_png"] for row in two] == [row["mask_png"] for row in one]
+        assert f"{metrics[f'test/{name}']:.4f}" in output, name
+    distributed = pq.read_table(tmp_path / "two.parquet").to_pylist()
+    rows = [row for row in pq.read_table(folder / "predictions.parquet").to_pylist() if row["split"] == "test"]
+    assert [row["mask_png"] for row in distributed] == [row["mask_png"] for row in rows]
 
 
 @pytest.mark.parametrize("method", ["frozen", "lora"])
-def test_frozen_and_lora_train_and_open_again(method, scene_run, scenes, capsys):
+def test_loaded_frozen_or_lora_run_matches_its_metrics(method, scene_run, scenes, capsys):
     run = scene_run("test_resnet", method)
     metrics = run_undrawn("semantic_segmentation", run)
-    said = capsys.readouterr().out
-    assert method != "frozen" or "the backbone runs in every epoch" in said
-    part = "adapter" if method == "lora" else "model"
-    predictor = hftl.load(f"{run.output_dir}/{part}")
+    output = capsys.readouterr().out
+    assert method != "frozen" or "the backbone runs in every epoch" in output
+    folder = "adapter" if method == "lora" else "model"
+    predictor = hftl.load(f"{run.output_dir}/{folder}")
     rows = predictor.predict([str(file) for file in sorted((scenes / "test" / "images").iterdir())])
-    images = zip(rows, sorted((scenes / "test" / "masks").iterdir()), strict=True)
-    right = [
-        mask_of(row)[known] == truth[known]
-        for row, truth in ((row, np.asarray(Image.open(file))) for row, file in images)
-        for known in (truth != 1,)
-    ]
-    assert np.concatenate(right).mean() == pytest.approx(metrics["test/pixel_accuracy"], abs=1e-6)
+    correct = []
+    for row, file in zip(rows, sorted((scenes / "test" / "masks").iterdir()), strict=True):
+        true = np.asarray(Image.open(file))
+        correct.append((decode_mask(row) == true)[true != 1])
+    assert np.concatenate(correct).mean() == pytest.approx(metrics["test/pixel_accuracy"], abs=1e-6)
 
 
-def test_a_batch_of_one_picture_trains(scene_run):
-    """Batch norm refuses one value a channel, which UPerNet's published pooling to 1 x 1 gives."""
+def test_batch_of_one_image_returns_finite_gradients(scene_run):
+    """Batch norm rejects one value per channel, which the published 1 x 1 pooling of UPerNet produces."""
     run, splits, task = hftl.setup_run(scene_run(), hftl.SemanticSegmentation)
     model = hftl.build_model(run, task.head).train()
     batch = task.collate(task.encode(splits["train"], model.processor, 0, None).fetch([0], 0))
@@ -208,53 +206,52 @@ def random_case(seed, rows, classes, present):
 
 
 @pytest.mark.parametrize(("rows", "classes", "present"), [(6, 4, 4), (5, 7, 3), (1, 2, 2)])
-def test_metrics_equal_torchmetrics_over_any_batches(rows, classes, present):
+def test_segmentation_metrics_match_torchmetrics(rows, classes, present):
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
     outputs, masks = random_case(rows, rows, classes, present)
-    outputs["logits"][:, -1] -= 9 * (present < classes)  # one class that nobody has and nobody predicts
+    outputs["logits"][:, -1] -= 9 * (present < classes)  # the last class is neither in masks nor predicted
     references = {
         "mean_iou": MulticlassJaccardIndex(classes, ignore_index=IGNORED),
         "pixel_accuracy": MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED),
         "mean_accuracy": MulticlassAccuracy(classes, ignore_index=IGNORED),
     }
-    by_class = MulticlassJaccardIndex(classes, average="none", ignore_index=IGNORED)
-    parts = [SegmentationMetrics([str(number) for number in range(classes)], IGNORED) for _ in range(3)]
+    per_class = MulticlassJaccardIndex(classes, average="none", ignore_index=IGNORED)
+    metrics = [SegmentationMetrics([str(number) for number in range(classes)], IGNORED) for _ in range(3)]
     for row, (logits, mask) in enumerate(zip(outputs["logits"], masks, strict=True)):
-        at_size = functional.interpolate(logits[None], mask.shape, mode="bilinear", align_corners=False)
-        for metric in (*references.values(), by_class):
-            metric.update(at_size, mask[None].long())
-        parts[row % 3].update({"logits": logits[None]}, {"labels": [mask]})
-    whole, *others = parts
-    for other in others:
-        whole.merge(other)
-    found = whole.compute()
+        resized = functional.interpolate(logits[None], mask.shape, mode="bilinear", align_corners=False)
+        for metric in (*references.values(), per_class):
+            metric.update(resized, mask[None].long())
+        metrics[row % 3].update({"logits": logits[None]}, {"labels": [mask]})
+    metrics[0].merge(metrics[1])
+    metrics[0].merge(metrics[2])
+    scores = metrics[0].compute()
     for name, reference in references.items():
-        assert found[name] == pytest.approx(float(reference.compute()), abs=1e-6), name
-    expected = by_class.compute().tolist()
-    seen = whole.confusion.sum(0) + whole.confusion.sum(1) > 0
-    assert {name: value for name, value in found.items() if name.startswith("iou/")} == pytest.approx(
-        {f"iou/{n}": value for n, value in enumerate(expected) if seen[n]}
+        assert scores[name] == pytest.approx(float(reference.compute()), abs=1e-6), name
+    expected = per_class.compute().tolist()
+    occurs = metrics[0].confusion.sum(0) + metrics[0].confusion.sum(1) > 0
+    assert {name: value for name, value in scores.items() if name.startswith("iou/")} == pytest.approx(
+        {f"iou/{n}": value for n, value in enumerate(expected) if occurs[n]}
     )
     if present < classes:
-        assert f"iou/{classes - 1}" not in found
+        assert f"iou/{classes - 1}" not in scores
 
 
-def test_loss_is_the_mean_over_pixels_that_have_a_class():
-    target = PixelClasses("mask", ["a", "b", "c"], [0, 1, 2], [])
+def test_segmentation_loss_averages_labeled_pixels():
+    target = SegmentationTarget("mask", ["a", "b", "c"], [0, 1, 2], [])
     outputs, masks = random_case(3, 3, 3, 3)
     masks[1] = torch.full((9, 11), IGNORED, dtype=torch.int16)
     outputs["logits"].requires_grad_()
     losses = target.loss(outputs, masks)
     for row in (0, 2):
-        at_size = functional.interpolate(outputs["logits"][row][None], masks[row].shape, mode="bilinear")
-        expected = functional.cross_entropy(at_size, masks[row][None].long(), ignore_index=IGNORED)
+        resized = functional.interpolate(outputs["logits"][row][None], masks[row].shape, mode="bilinear")
+        expected = functional.cross_entropy(resized, masks[row][None].long(), ignore_index=IGNORED)
         assert losses[row].item() == pytest.approx(expected.item(), abs=1e-6)
     assert losses[1].item() == 0
     losses.sum().backward()
     assert torch.isfinite(outputs["logits"].grad).all() and not outputs["logits"].grad[1].any()
-    both = target.loss(outputs | {"auxiliary_logits": outputs["logits"]}, masks)
-    assert torch.allclose(both, 1.4 * losses)
+    with_auxiliary = target.loss(outputs | {"auxiliary_logits": outputs["logits"]}, masks)
+    assert torch.allclose(with_auxiliary, 1.4 * losses)
 
 
 # Data
@@ -278,19 +275,19 @@ def copy_pairs(scenes, image_folder, mask_folder, ending="", mode="image"):
         ("train/images", "train/labels", "_L"),
     ],
 )
-def test_folders_of_images_and_masks_are_paired_by_name(images, masks, ending, scenes, tmp_path):
+def test_load_splits_pairs_images_and_masks_by_name(images, masks, ending, scenes, tmp_path):
     copy_pairs(scenes, tmp_path / images, tmp_path / masks, ending)
     (tmp_path / masks / "stray.png").write_bytes((scenes / "val/masks/00.png").read_bytes())
     splits = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
-    again = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
-    assert splits["train"]._fingerprint == again["train"]._fingerprint
+    reloaded = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
+    assert splits["train"]._fingerprint == reloaded["train"]._fingerprint
     for number, row in enumerate(splits["train"]):
         assert np.array_equal(row["image"], Image.open(scenes / f"val/images/{number:02d}.png"))
         assert np.array_equal(row["mask"], Image.open(scenes / f"val/masks/{number:02d}.png"))
     assert len(splits["train"]) == 4
 
 
-def test_a_folder_of_boxes_is_no_folder_of_masks(scenes, tmp_path):
+def test_load_splits_skips_annotation_folder_without_masks(scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "JPEGImages", tmp_path / "SegmentationClass")
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "Annotations" / "notes.txt").write_text("boxes elsewhere")
@@ -298,7 +295,7 @@ def test_a_folder_of_boxes_is_no_folder_of_masks(scenes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("images", "masks", "lost", "said"),
+    ("images", "masks", "misnamed", "message"),
     [
         ("{}/images", "{}/masks", "val/maks", "split 'val' has no masks"),
         ("images/{}", "masks/{}", "masks/old", "split 'val' has no masks"),
@@ -306,48 +303,48 @@ def test_a_folder_of_boxes_is_no_folder_of_masks(scenes, tmp_path):
         ("images/{}", "masks/{}", None, "split 'val' has no images"),
     ],
 )
-def test_splits_that_are_not_used_are_named(images, masks, lost, said, scenes, tmp_path, capsys):
+def test_load_splits_logs_incomplete_split(images, masks, misnamed, message, scenes, tmp_path, capsys):
     for split in ("train", "val"):
         copy_pairs(scenes, tmp_path / images.format(split), tmp_path / masks.format(split))
-    moved = tmp_path / (masks if lost else images).format("val")
-    moved.rename(tmp_path / (lost or "images/old"))
+    folder = tmp_path / (masks if misnamed else images).format("val")
+    folder.rename(tmp_path / (misnamed or "images/old"))
     splits = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
     assert set(splits) == {"train"}
-    assert f"data: {said} and is not used" in capsys.readouterr().out
+    assert f"data: {message} and is ignored" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("folder", "name"), [("images", "00.jpg"), ("masks", "00.gif"), ("masks", "00_mask.png")])
-def test_two_files_for_one_picture_are_refused(folder, name, scenes, tmp_path):
+def test_load_splits_rejects_two_files_for_one_image(folder, name, scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks")
     (tmp_path / folder / name).write_bytes((tmp_path / folder / "01.png").read_bytes())
-    with pytest.raises(DataError, match="several files stand for one picture: ") as caught:
+    with pytest.raises(DataError, match="has several files for one image: ") as error:
         load_splits(hftl.DataConfig(source=str(tmp_path)))
-    assert name in str(caught.value) and "00.png" in str(caught.value)
+    assert name in str(error.value) and "00.png" in str(error.value)
 
 
-def test_folders_whose_names_do_not_meet_are_refused(scenes, tmp_path):
+def test_load_splits_without_matching_names_raises(scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks", "zzz")
-    with pytest.raises(DataError, match=r"no mask in .*masks is named as an image.*00zzz"):
+    with pytest.raises(DataError, match=r"no mask in .*masks' has the name of an image.*00zzz"):
         load_splits(hftl.DataConfig(source=str(tmp_path)))
 
 
-def test_tables_and_data_sets_with_two_image_columns(scenes, tmp_path):
+def test_two_image_columns_return_image_and_mask_column(scenes, tmp_path):
     copy_pairs(scenes, tmp_path / "a", tmp_path / "b")
     lines = [f"a/{number:02d}.png,b/{number:02d}.png" for number in range(4)]
     (tmp_path / "train.csv").write_text("\n".join(["photo_file,annotation", *lines]))
     splits = load_splits(hftl.DataConfig(source=str(tmp_path), validation_fraction=0))
     task = hftl.SemanticSegmentation(splits)
     assert (task.inputs.column, task.target.column) == ("photo_file", "annotation")
-    assert task.target.names == ["0", "1", "2", "3"]  # without a list of names the numbers are the names
+    assert task.target.names == ["0", "1", "2", "3"]  # without a file of names the values are the names
     renamed = {"train": splits["train"].rename_columns({"photo_file": "one", "annotation": "other"})}
-    with pytest.raises(DataError, match=r"which column holds images .*one \(Image\), other \(Image\)"):
+    with pytest.raises(DataError, match=r"are ambiguous\. .*one \(Image\), other \(Image\)"):
         hftl.SemanticSegmentation(replace(splits, sets=renamed))
     named = replace(splits, sets=renamed, config=replace(splits.config, label_column="other"))
     assert hftl.SemanticSegmentation(named).inputs.column == "one"
 
 
-def unlabelled(scenes, folder, split):
-    """Tables whose `split` has no masks; that of `test` is opened before that of `train`."""
+def load_without_masks(scenes, folder, split):
+    """Loads tables whose `split` has no masks; the test table is read before the train table."""
     copy_pairs(scenes, folder / "a", folder / "b")
     for name in ("train", "val", "test"):
         rows = [f"a/{number:02d}.png,b/{number:02d}.png" for number in range(4)]
@@ -356,17 +353,17 @@ def unlabelled(scenes, folder, split):
     return load_splits(hftl.DataConfig(source=str(folder)))
 
 
-def test_a_test_table_may_have_no_masks(scenes, tmp_path, capsys):
-    splits = unlabelled(scenes, tmp_path, "test")
+def test_test_split_without_masks_is_accepted_and_logged(scenes, tmp_path, capsys):
+    splits = load_without_masks(scenes, tmp_path, "test")
     task = hftl.SemanticSegmentation(splits)
     assert task.target.column == "mask" and "test has no column 'mask'" in capsys.readouterr().out
     assert task.invalid_rows(splits)["train"] == {} and "test" not in task.target.invalid_rows(splits)
 
 
-def test_a_run_ends_well_where_test_has_no_masks(scenes, tiny_timm, tmp_path):
+def test_run_with_unlabeled_test_split_writes_predictions(scenes, tiny_timm, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    unlabelled(scenes, folder, "test")
+    load_without_masks(scenes, folder, "test")
     metrics = run_undrawn("semantic_segmentation", make_run(folder, tiny_timm, tmp_path / "run", max_steps=1))
     assert write_report(tmp_path / "run").is_file()
     assert "validation/mean_iou" in metrics and "test/mean_iou" not in metrics
@@ -374,19 +371,19 @@ def test_a_run_ends_well_where_test_has_no_masks(scenes, tiny_timm, tmp_path):
     assert sum(row["split"] == "test" and bool(row["mask_png"]) for row in rows) == 4
 
 
-def test_columns_of_paths_are_known_where_the_first_table_leaves_them_empty(scenes, tmp_path):
-    unlabelled(scenes, tmp_path, "test")
+def test_path_column_empty_in_first_table_returns_images(scenes, tmp_path):
+    load_without_masks(scenes, tmp_path, "test")
     (tmp_path / "test.csv").write_text("image,mask\na/00.png,\n")
     features = load_splits(hftl.DataConfig(source=str(tmp_path)))["train"].features
     assert type(features["mask"]).__name__ == "Image"
 
 
-def test_a_validation_table_needs_masks(scenes, tmp_path):
+def test_validation_split_without_masks_raises(scenes, tmp_path):
     with pytest.raises(DataError, match="validation has no column 'mask'.*Add it"):
-        hftl.SemanticSegmentation(unlabelled(scenes, tmp_path, "val"))
+        hftl.SemanticSegmentation(load_without_masks(scenes, tmp_path, "val"))
 
 
-def test_void_is_known_by_its_name_by_255_or_by_the_setting():
+def test_find_classes_detects_void_by_name_value_or_setting():
     assert find_classes([0, 1, 2], ["sky", "Unlabelled(void)", "road"], None).void == (1, 255)
     assert find_classes([0, 1, 255], None, None).values == (0, 1)
     assert find_classes([0, 1, 9], None, 9).values == (0, 1)
@@ -394,24 +391,24 @@ def test_void_is_known_by_its_name_by_255_or_by_the_setting():
     assert find_classes([0, 1], ["void deck", "road"], -1).names == ("void deck", "road")
 
 
-def spoil(folder, bad):
-    """Writes masks that cannot be used in place of the first ones of train."""
-    for number, mask in enumerate(bad):
+def replace_masks(folder, masks):
+    """Replaces the first masks of a folder; None deletes the mask."""
+    for number, mask in enumerate(masks):
         file = folder / f"{number:02d}.png"
         file.unlink()
         if mask is not None:
             mask.save(file)
 
 
-BAD = [
-    (Image.new("L", (43, 30)), "mask and image of different size: 43 x 30 and 44 x 30"),
-    (Image.new("RGB", (44, 30)), "its pixels are RGB"),
-    (Image.new("L", (44, 30), 77), "mask value outside the classes: 77"),
+INVALID_MASKS = [
+    (Image.new("L", (43, 30)), "mask size differs from image size: 43 x 30 and 44 x 30"),
+    (Image.new("RGB", (44, 30)), "its mode is RGB"),
+    (Image.new("L", (44, 30), 77), "mask value without a class: 77"),
     (None, "no mask"),
 ]
 
 
-def test_masks_that_cannot_be_used_are_named_together_or_left_out(scenes, scene_run, tmp_path):
+def test_invalid_masks_raise_together_or_are_skipped(scenes, scene_run, tmp_path):
     copy_pairs(scenes, tmp_path / "d/train/images", tmp_path / "d/train/masks")
     for number in range(4, 10):
         for kind in ("images", "masks"):
@@ -419,60 +416,60 @@ def test_masks_that_cannot_be_used_are_named_together_or_left_out(scenes, scene_
                 (scenes / f"train/{kind}/{number:02d}.png").read_bytes()
             )
     (tmp_path / "d/classes.json").write_text(json.dumps(NAMES))
-    spoil(tmp_path / "d/train/masks", [mask for mask, _ in BAD])
+    replace_masks(tmp_path / "d/train/masks", [mask for mask, _ in INVALID_MASKS])
     run = with_data(scene_run(), source=str(tmp_path / "d"), validation_fraction=0)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         hftl.setup_run(run, hftl.SemanticSegmentation)
-    said = str(caught.value)
-    for number, (_, reason) in enumerate(BAD):
-        assert f"row {number} " in said or f"row {number}:" in said, said
-        assert reason in said, said
-    assert "data.ignore_index" in said
+    message = str(error.value)
+    for number, (_, reason) in enumerate(INVALID_MASKS):
+        assert f"row {number} " in message or f"row {number}:" in message, message
+        assert reason in message, message
+    assert "data.ignore_index" in message
     run, splits, _ = hftl.setup_run(
         with_data(run, on_error="skip", max_skipped_fraction=0.5), hftl.SemanticSegmentation
     )
     assert len(splits["train"]) == 6 and [row["row"] for row in run.quarantine] == [0, 1, 2, 3]
 
 
-def test_palettes_are_read_as_numbers_and_grey_of_16_bits_too(tmp_path):
+def test_decode_indices_reads_palette_and_16_bit_masks(tmp_path):
     from hftl.data.image_decoding import decode_indices
 
-    numbers = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    palette = Image.fromarray(numbers, "P") if hasattr(Image, "frombuffer") else None
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    palette = Image.fromarray(values, "P")
     palette.putpalette([200, 10, 30] * 256)
-    palette.save(tmp_path / "p.png")
-    Image.fromarray(numbers.astype(np.uint16) * 1000).save(tmp_path / "deep.png")
-    read = [decode_indices({"path": str(tmp_path / name)}, 10**6) for name in ("p.png", "deep.png")]
-    assert np.array_equal(read[0], numbers) and np.array_equal(read[1], numbers.astype(int) * 1000)
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(values.astype(np.uint16) * 1000).save(tmp_path / "16bit.png")
+    decoded = [decode_indices({"path": str(tmp_path / name)}, 10**6) for name in ("palette.png", "16bit.png")]
+    assert np.array_equal(decoded[0], values) and np.array_equal(decoded[1], values.astype(int) * 1000)
 
 
 @pytest.mark.parametrize("options", [{"format": "JPEG"}, {"format": "MPO", "save_all": True}])
-def test_masks_of_jpeg_are_refused(options, tmp_path):
+def test_decode_indices_rejects_jpeg_mask(options, tmp_path):
     from hftl.data.image_decoding import decode_indices
 
     Image.new("L", (8, 8), 3).save(tmp_path / "mask.jpg", **options)
-    with pytest.raises(DataError, match="not a mask: JPEG changes class numbers.*PNG"):
+    with pytest.raises(DataError, match="not a mask: JPEG changes class indices.*PNG"):
         decode_indices({"path": str(tmp_path / "mask.jpg")}, 10**6)
 
 
-def test_masks_of_one_class_say_what_to_do(scenes, scene_run, tmp_path):
+def test_masks_with_one_class_raise_and_name_ignore_index(scenes, scene_run, tmp_path):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks")
     for file in (tmp_path / "masks").iterdir():
         Image.fromarray((np.asarray(Image.open(file)) > 1).astype(np.uint8) * 255).save(file)
     run = with_data(scene_run(), source=str(tmp_path), validation_fraction=0)
-    with pytest.raises(ConfigError, match=r"0, 255, of which 255 counts as void.*ignore_index -1"):
+    with pytest.raises(ConfigError, match=r"value\(s\) 0, 255, void: 255.*ignore_index -1"):
         hftl.setup_run(run, hftl.SemanticSegmentation)
     _, _, task = hftl.setup_run(with_data(run, ignore_index=-1), hftl.SemanticSegmentation)
     assert task.target.names == ["0", "255"]
 
 
-def test_a_picture_that_is_void_throughout_counts_nothing(scenes, scene_run, tmp_path, capsys):
+def test_loss_and_metrics_ignore_void_mask(scenes, scene_run, tmp_path, capsys):
     copy_pairs(scenes, tmp_path / "images", tmp_path / "masks")
     (tmp_path / "classes.json").write_text(json.dumps(NAMES))
     Image.new("L", (44, 30), 1).save(tmp_path / "masks/01.png")
     run = with_data(scene_run(), source=str(tmp_path), validation_fraction=0)
     run, splits, task = hftl.setup_run(run, hftl.SemanticSegmentation)
-    assert "1 mask(s) are void throughout" in capsys.readouterr().out
+    assert "1 mask(s) contain only void pixels" in capsys.readouterr().out
     model = hftl.build_model(run, task.head).eval()
     batch = task.collate(task.encode(splits["train"], model.processor, None, None).fetch([1], 0))
     with torch.no_grad():
@@ -486,15 +483,15 @@ def test_a_picture_that_is_void_throughout_counts_nothing(scenes, scene_run, tmp
 # Models
 
 
-def test_decoded_levels_are_four_from_stride_4_or_spread_over_one_stride():
+def test_decoded_levels_with_many_levels_returns_four():
     assert decoded_levels([2, 4, 8, 16, 32]) == [1, 2, 3, 4]
     assert decoded_levels([4, 8, 16, 32]) == [0, 1, 2, 3]
     assert decoded_levels([16] * 12) == [2, 5, 8, 11]
     assert decoded_levels([8, 16]) == [0, 1]
 
 
-def test_what_the_stock_class_cannot_hold_is_refused(scene_run):
-    with pytest.raises(ConfigError, match="img_size.*TimmBackbone cannot hold"):
+def test_segmentation_rejects_unsupported_model_settings(scene_run):
+    with pytest.raises(ConfigError, match="img_size.*TimmBackbone does not support"):
         hftl.setup_run(scene_run("test_vit"), hftl.SemanticSegmentation)
     run = scene_run()
     with pytest.raises(ConfigError, match="model.dropout"):
@@ -506,11 +503,11 @@ def test_what_the_stock_class_cannot_hold_is_refused(scene_run):
         run, model=hftl.ModelConfig(name="vit_tiny_patch16_224", pretrained=False, image_size=64, decoder_channels=8)
     )
     run, _, task = hftl.setup_run(scene_run(), hftl.SemanticSegmentation)
-    with pytest.raises(ModelError, match="takes 224 x 224 pixels and nothing else"):
+    with pytest.raises(ModelError, match="fixed input size 224 x 224 pixels"):
         hftl.build_model(fixed, task.head)
 
 
-def test_pretrained_weights_of_the_backbone_are_those_of_timm(scene_run, tiny_timm):
+def test_segmentation_backbone_features_match_timm(scene_run, tiny_timm):
     import timm
 
     run, _, task = hftl.setup_run(scene_run(), hftl.SemanticSegmentation)
@@ -518,6 +515,6 @@ def test_pretrained_weights_of_the_backbone_are_those_of_timm(scene_run, tiny_ti
     features = timm.create_model(tiny_timm["test_resnet"], pretrained=True, features_only=True).eval()
     pixels = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
-        found = model.net.backbone(pixels).feature_maps
-        for ours, theirs in zip(found, features(pixels)[1:], strict=True):
-            torch.testing.assert_close(ours, theirs)
+        maps = model.net.backbone(pixels).feature_maps
+        for actual, expected in zip(maps, features(pixels)[1:], strict=True):
+            torch.testing.assert_close(actual, expected)

@@ -55,10 +55,10 @@ class PatchedTask:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (lambda task: {"loss": lambda outputs, batch: task.loss(outputs, batch).mean()}, "one number per example"),
+        (lambda task: {"loss": lambda outputs, batch: task.loss(outputs, batch).mean()}, "one value per example"),
         (lambda task: {"loss": lambda outputs, batch: task.loss(outputs, batch) * float("nan")}, "must be finite"),
-        (lambda task: {"decode": lambda outputs, batch: task.decode(outputs, batch)[1:]}, "a row per example"),
-        (lambda task: {"loss": lambda outputs, batch: torch.zeros(8, requires_grad=True) * 1}, "did not move"),
+        (lambda task: {"decode": lambda outputs, batch: task.decode(outputs, batch)[1:]}, "one row per example"),
+        (lambda task: {"loss": lambda outputs, batch: torch.zeros(8, requires_grad=True) * 1}, "have not changed"),
         (lambda task: {"metrics": lambda: [LastBatchMean()]}, "over two batches"),
     ],
 )

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import load_recipe, run_undrawn
 from launch import flags, launch
-from tagged import tagged_row, write_questions, write_tagged
+from window_data import tagged_row, write_questions, write_tagged
 
 import hftl
 from hftl.errors import DataError
@@ -45,7 +45,7 @@ def compare_tags(run, table):
 def compare_answers(run, table):
     rows, inputs = read(run, table)
     card = open(run + "/model/README.md").read()
-    code = card.split("## Use")[1].split("```python")[1].split("```")[0].replace("path/to/model", run + "/model")
+    code = card.split("## How to use")[1].split("```python")[1].split("```")[0].replace("path/to/model", run + "/model")
     equal = 0
     for row, example in zip(rows, inputs):
         assert example["context"][max(row["start"], 0) : max(row["end"], 0)] == row["answer"]
@@ -120,7 +120,7 @@ def test_commands_support_window_models(window_run, capsys, tmp_path):
     assert "| test/f1 |" in card
 
     load_recipe("question_answering").main(answers)
-    assert "not drawn" not in capsys.readouterr().out and (tmp_path / "answers/report.html").is_file()
+    assert "report: not written" not in capsys.readouterr().out and (tmp_path / "answers/report.html").is_file()
     predict_to_file(answers.output_dir, "my a", "the cat the", output=str(out))
     prediction = json.loads(out.read_text())
     assert prediction["answer"] == "the cat the"[prediction["start"] : prediction["end"]] and prediction["candidates"]

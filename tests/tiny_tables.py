@@ -1,8 +1,8 @@
-"""Tables of a few rows with a column for each role, made in memory."""
+"""In-memory tables of a few rows with one column per role."""
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 
 TEXT, NUMBER = Value("string"), Value("float64")
 ANSWERS = {"text": List(TEXT), "answer_start": List(Value("int64"))}
@@ -10,14 +10,14 @@ BOXED = {"bbox": [[1.0, 1.0, 5.0, 5.0]], "category": ["a"]}
 
 
 def tiny_column(role, count):
-    """Returns `count` values and their type, with two different labels."""
+    """Returns `count` values of a role and their type; labels have two classes."""
     pixels = np.random.default_rng(count).integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
     masks = np.arange(count * 64).reshape(count, 8, 8) % 2
     texts = [f"row {number} of {count}" for number in range(count)]
     answers = {"text": ["row"], "answer_start": [0]}
     return {
-        "image": lambda: ([Picture.fromarray(each) for each in pixels], Image()),
-        "mask": lambda: ([Picture.fromarray(each.astype(np.uint8)) for each in masks], Image()),
+        "image": lambda: ([PILImage.fromarray(image) for image in pixels], Image()),
+        "mask": lambda: ([PILImage.fromarray(mask.astype(np.uint8)) for mask in masks], Image()),
         "objects": lambda: ([BOXED] * count, {"bbox": List(List(NUMBER)), "category": List(TEXT)}),
         "label": lambda: ((["a", "b"] * count)[:count], TEXT),
         "words": lambda: ([text.split() for text in texts], List(TEXT)),
@@ -29,7 +29,7 @@ def tiny_column(role, count):
 
 
 def tiny_rows(names):
-    """Returns 8 training and 4 validation rows with a column for each role, of the name that `names` gives it."""
+    """Returns 8 training and 4 validation rows; `names` are the column names by role."""
     sets = {}
     for split, count in {"train": 8, "validation": 4}.items():
         columns = {name: tiny_column(role, count) for role, name in names.items()}

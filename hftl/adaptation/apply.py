@@ -10,7 +10,7 @@ from hftl.adaptation.parameter_counts import ParameterCounts, count_parameters
 from hftl.adaptation.per_encoder import adapt_per_encoder, encoder_methods
 from hftl.config.schema import AdaptConfig
 from hftl.errors import AdaptError
-from hftl.heads.sklearn_head import KINDS as SKLEARN_CLASSIFIERS
+from hftl.heads.sklearn_head import NONLINEAR_CLASSIFIERS
 from hftl.logging import log
 from hftl.models.task_model import TaskModel
 
@@ -42,7 +42,7 @@ def adapt(model: TaskModel, config: AdaptConfig) -> ParameterCounts:
     else:
         unfreeze_all(model, config.batch_norm)
     counts = count_parameters(model, config.method, targets)
-    if config.method == "probe" and config.probe.classifier in SKLEARN_CLASSIFIERS:
+    if config.method == "probe" and config.probe.classifier in NONLINEAR_CLASSIFIERS:
         counts = replace(counts, head=0)  # a scikit-learn classifier replaces the head and has no torch parameters
     log(str(counts))
     return counts

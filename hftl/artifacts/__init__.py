@@ -1,1 +1,1 @@
-"""From a trained model to a folder that the rest of the ecosystem opens."""
+"""Saving, loading, export and upload of trained models."""

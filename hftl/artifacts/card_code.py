@@ -1,93 +1,97 @@
-"""The code in a model card: how each kind of artifact is opened."""
+"""Usage code of model cards, one template per library and kind of artifact."""
 
 from __future__ import annotations
 
 from hftl.reporting.run_record import RunRecord
 
 
-def use_code(record: RunRecord, part: str, repo: str | None) -> str:
-    """Returns the code that opens the model: without hftl, except where no stock class holds the head.
+def usage_code(record: RunRecord, part: str, repo: str | None) -> str:
+    """Returns the code that loads the model; it needs hftl only if no timm or transformers class holds the head.
 
     Args:
         record: The finished run.
         part: `model` or `adapter`.
-        repo: Hub id to open; by default the folder.
+        repo: Repo id in the code; None writes a placeholder for the local folder.
     """
-    base = record.described["base_model"]
-    place = repo or f"path/to/{part}"
-    fill = {
-        "place": place,
+    base = record.description["base_model"]
+    path = repo or f"path/to/{part}"
+    fields = {
+        "path": path,
         "task": pipeline_task(record),
-        "timm": f"hf-hub:{repo}" if repo else f"local-dir:{place}",
-        "all": "" if record.classes else f", top_k={record.described['head']['num_outputs']}",
+        "timm": f"hf-hub:{repo}" if repo else f"local-dir:{path}",
+        "top_k": "" if record.classes else f", top_k={record.description['head']['num_outputs']}",
         "trust": ", trust_remote_code=True" if _is_pooled(record) else "",
-        "where": f'"{place}"' + (', subfolder="adapter"' if repo else ""),
-        "folder": f'snapshot_download("{repo}", allow_patterns="adapter/*") + "/adapter"' if repo else f'"{place}"',
-        "model_class": record.described["head"]["model_class"],
-        "outputs": record.described["head"]["num_outputs"],
+        "adapter": f'"{path}"' + (', subfolder="adapter"' if repo else ""),
+        "folder": f'snapshot_download("{repo}", allow_patterns="adapter/*") + "/adapter"' if repo else f'"{path}"',
+        "model_class": record.description["head"]["model_class"],
+        "outputs": record.description["head"]["num_outputs"],
         "base": base["name"],
         "revision": repr(base["revision"]),
         "arguments": "".join(f", {name}={value!r}" for name, value in base["arguments"].items()),
     }
-    usage = record.described.get("usage")
+    usage = record.description.get("usage")
     if usage and part == "model":
-        return "```python\n" + usage.replace("{place}", place).strip() + "\n```"
+        return "```python\n" + usage.replace("{place}", path).strip() + "\n```"
     kind = "pooled" if _is_pooled(record) and part == "adapter" else saved_library(record)
     if part == "adapter" and (usage or saved_library(record) != base["library"]):
         kind = "composed"
     if has_sklearn_head(record):
-        kind, fill["head"] = "classic", _CLASSIC[record.described["sklearn_head"]]
-        return _USE[kind, part].format(**fill)
-    code = "```python\n" + _USE[kind, part].format(**fill) + "\n```"
+        fields["head"] = _SKLEARN_HEADS[record.description["sklearn_head"]]
+        return _USAGE["sklearn", part].format(**fields)
+    code = "```python\n" + _USAGE[kind, part].format(**fields) + "\n```"
     if part == "model" and repo and "adapter" in record.parts:
-        code += "\n\nThe adapter alone, on its base model:\n\n" + use_code(record, "adapter", repo)
+        code += "\n\nThe adapter on its base model:\n\n" + usage_code(record, "adapter", repo)
     return code
 
 
 def saved_library(record: RunRecord) -> str:
-    """Returns the library whose class was saved: a timm backbone may stand in a network of transformers."""
-    library, model_class = record.described["base_model"]["library"], record.described["head"]["model_class"]
+    """Returns the library of the saved class; a transformers model can contain a timm backbone."""
+    library, model_class = record.description["base_model"]["library"], record.description["head"]["model_class"]
     return "transformers" if library == "timm" and model_class != "timm" else library
 
 
-_CLASSIC = {"svm": "a support vector machine", "random_forest": "a random forest", "knn": "a nearest-neighbour vote"}
-_USE = {
+_SKLEARN_HEADS = {
+    "svm": "a support vector machine",
+    "random_forest": "a random forest",
+    "knn": "a k-nearest-neighbors classifier",
+}
+_USAGE = {
     ("timm", "model"): """\
 import timm, transformers
 
-classify = transformers.pipeline("{task}", "{place}"{all})  # transformers
+classify = transformers.pipeline("{task}", "{path}"{top_k})  # transformers
 model = timm.create_model("{timm}", pretrained=True).eval()  # or timm""",
     ("timm", "adapter"): """\
 import timm, peft
 
 base = timm.create_model("{base}", pretrained=True, num_classes={outputs}{arguments})
-model = peft.PeftModel.from_pretrained(base, {where}).eval()""",
-    ("classic", "model"): """\
+model = peft.PeftModel.from_pretrained(base, {adapter}).eval()""",
+    ("sklearn", "model"): """\
 ```python
 import hftl  # with scikit-learn and skops: hftl[probe]
 
-model = hftl.load("{place}")
+model = hftl.load("{path}")
 model.predict([…])
 ```
 
-The head is {head} of scikit-learn's (`head.skops`), which no stock class holds. Without hftl the folder is the backbone
-alone: `timm.create_model` and `transformers.AutoModel` open it and give features. A `pipeline` refuses it,
-or puts a head of random weights on it and warns.""",
+The head is {head} from scikit-learn (`head.skops`). timm and transformers classes cannot contain it:
+`timm.create_model` and `transformers.AutoModel` load the backbone only and return features. A `pipeline` raises an
+error, or adds a head with random weights and warns.""",
     ("transformers", "model"): """\
 import transformers
 
-classify = transformers.pipeline("{task}", "{place}"{all}{trust})""",
+classify = transformers.pipeline("{task}", "{path}"{top_k}{trust})""",
     ("transformers", "adapter"): """\
 import peft, transformers
 
 base = transformers.{model_class}.from_pretrained(
     "{base}", revision={revision}, num_labels={outputs}, ignore_mismatched_sizes=True
 )
-model = peft.PeftModel.from_pretrained(base, {where}).eval()""",
+model = peft.PeftModel.from_pretrained(base, {adapter}).eval()""",
     ("composed", "adapter"): """\
-import hftl  # it puts the new head on the backbone {base}; the merged model opens without it
+import hftl  # adds the new head to the backbone {base}; the merged model loads without hftl
 
-model = hftl.load({where})""",
+model = hftl.load({adapter})""",
     ("pooled", "adapter"): """\
 import peft, transformers
 from huggingface_hub import snapshot_download
@@ -102,14 +106,14 @@ model = peft.PeftModel.from_pretrained(base, folder).eval()""",
 
 
 def pipeline_task(record: RunRecord) -> str:
-    """Returns the name of a task as the hub and pipelines have it."""
-    return record.described.get("pipeline_tag") or record.described["task"].replace("_", "-")
+    """Returns the pipeline tag of the task, as used by the Hub and by `transformers.pipeline`."""
+    return record.description.get("pipeline_tag") or record.description["task"].replace("_", "-")
 
 
 def has_sklearn_head(record: RunRecord) -> bool:
-    """Whether scikit-learn computes the head."""
-    return record.described.get("sklearn_head") is not None
+    """Whether the head is a scikit-learn classifier."""
+    return record.description.get("sklearn_head") is not None
 
 
 def _is_pooled(record: RunRecord) -> bool:
-    return record.described["class"].startswith("Pooled")
+    return record.description["class"].startswith("Pooled")

@@ -1,4 +1,4 @@
-"""The README of an export: Python that serves it with its runtime alone, without hftl, timm or transformers."""
+"""README of an export, with serving code that needs only the runtime, not hftl, timm or transformers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _IMAGE = """
 
 def pixels(file):
     image = ImageOps.exif_transpose(Image.open(file)).convert("{mode}")
-    short = min(image.size)
-    width, height = (int({resize} * side / short) for side in image.size)
+    shorter = min(image.size)
+    width, height = (int({resize} * side / shorter) for side in image.size)
     image = image.resize((width, height), Image.Resampling.{filter})
     left, top = round((width - {width}) / 2), round((height - {height}) / 2)
     image = image.crop((left, top, left + {width}, top + {height}))
@@ -41,12 +41,12 @@ def pixels(file):
 
 inputs = {{"pixel_values": np.stack([pixels(file) for file in ["photo.jpg"]])}}"""
 _IMAGE_BY_TIMM = """\
-transform = create_transform(**report["inputs"]["transform"])  # timm's: this preprocessing is not a plain crop
+transform = create_transform(**report["inputs"]["transform"])  # timm: preprocessing is more than resize and center crop
 images = [ImageOps.exif_transpose(Image.open(file)).convert("{mode}") for file in ["photo.jpg"]]
 inputs = {{"pixel_values": np.stack([transform(image).numpy() for image in images])}}"""
 _TEXT = """\
 tokenizer = Tokenizer.from_file("tokenizer.json")
-tokenizer.enable_truncation({limit}, direction="{cut}")
+tokenizer.enable_truncation({limit}, direction="{truncation_side}")
 tokenizer.enable_padding(direction="{side}", pad_id={pad_id}, pad_type_id={pad_type}, pad_token="{pad}")
 rows = tokenizer.encode_batch({rows})
 columns = {{"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}}
@@ -56,20 +56,20 @@ _TEXT_BY_TRANSFORMERS = """\
 tokenizer = AutoTokenizer.from_pretrained(".")
 encoded = tokenizer(*map(list, zip(*{rows})), truncation=True, max_length={limit}, padding=True, return_tensors="np")
 inputs = {{name: encoded[name].astype(np.int64) for name in report["inputs"]["names"]}}"""
-_ANSWER = """\
-shares = np.exp(logits - logits.max(-1, keepdims=True))
-shares /= shares.sum(-1, keepdims=True)
-for row in shares:
+_SOFTMAX = """\
+probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+probabilities /= probabilities.sum(-1, keepdims=True)
+for row in probabilities:
     print(report["labels"][row.argmax()], row.max())"""
 
 
 def describe_inputs(model: TaskModel, names: list[str], max_length: int | None) -> dict[str, Any]:
-    """Returns the names of the graph's inputs, and how rows become them.
+    """Returns the input names of the graph and their preprocessing.
 
     Args:
-        model: Its processor says how.
-        names: The inputs.
-        max_length: Limit in tokens that the model was trained with, if any.
+        model: The exported model; its processor defines the preprocessing.
+        names: Input names.
+        max_length: `data.max_length` of the training run, in tokens; None uses the limit of the tokenizer.
     """
     if model.modality != "image":
         return {"names": names, "max_length": token_limit(model.processor, max_length)}
@@ -80,13 +80,13 @@ def describe_inputs(model: TaskModel, names: list[str], max_length: int | None) 
 
 
 def write_export_card(folder: Path, model: TaskModel, task: Task, report: Mapping[str, Any]) -> None:
-    """Writes `folder/README.md`: what was measured, and code that runs in this folder.
+    """Writes `folder/README.md`: measurements, and serving code that runs in this folder.
 
     Args:
-        folder: The export, tokenizer beside it.
-        model: The model that was exported.
-        task: Gives its name and columns.
-        report: What becomes `export.json`.
+        folder: Folder of the export, including the tokenizer.
+        model: The exported model.
+        task: Task of the model.
+        report: Content of `export.json`.
     """
     on, by = report["measured_on"], report["measured_by"]
     first = next(iter(report["files"].values()))
@@ -96,21 +96,21 @@ def write_export_card(folder: Path, model: TaskModel, task: Task, report: Mappin
 # {task.name.replace("_", " ")}, exported to {report["format"]}
 
 `{FILES[report["format"]]}`: {", ".join(report["inputs"]["names"])} -> `logits` [batch, {task.head.num_outputs}].
-{axes}. Labels, preprocessing and what was measured are in `export.json` too.
+{axes}. `export.json` contains labels, preprocessing and all measurements.
 
-## Use
+## How to use
 
-With {packages}, in this folder:
+Requires {packages}. Run in this folder:
 
 ```python
 {code}
 ```
 
-## Measured
+## Evaluation results
 
 Largest logit difference to the trained model: {first["largest_difference"]:.2g}, on {on["rows_compared"]} {on["split"]}
-rows of `{on["source"]}`. Metrics are those of all {on["rows"]} rows; latency is the median with {by["runtime"]} and
-{by["threads"]} thread(s) on a CPU.
+rows of `{on["source"]}`. Metrics: all {on["rows"]} rows. Latency: median with {by["runtime"]} on a CPU,
+{by["threads"]} thread(s).
 
 ```
 {format_table(report, f"{on['split']}/{task.best_metric}")}
@@ -120,7 +120,7 @@ rows of `{on["source"]}`. Metrics are those of all {on["rows"]} rows; latency is
 
 
 def _code(folder: Path, model: TaskModel, task: Task, report: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the packages that the code needs, and the code."""
+    """Returns the packages required by the code, and the code."""
     format = report["format"]
     imports, inputs = (_image if model.modality == "image" else _text)(folder, model, task, report["inputs"])
     packages = ["numpy", "onnxruntime" if format == "onnx" else "torch", _PACKAGES[imports.split()[1].split(".")[0]]]
@@ -130,22 +130,22 @@ def _code(folder: Path, model: TaskModel, task: Task, report: Mapping[str, Any])
         'report = json.load(open("export.json", encoding="utf-8"))\n' + _OPEN[format].format(file=FILES[format]),
         inputs,
         _COMPUTE[format],
-        _ANSWER if task.head.problem_type == "single_label_classification" else "print(logits)",
+        _SOFTMAX if task.head.problem_type == "single_label_classification" else "print(logits)",
     ]
     return ", ".join(packages), "\n\n".join(parts)
 
 
-def _image(folder: Path, model: TaskModel, task: Task, described: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the imports and the lines that make `inputs` of a file, as timm's evaluation transform does."""
-    config = described["transform"]
+def _image(folder: Path, model: TaskModel, task: Task, preprocessing: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the imports and the code that converts a file to `inputs`, equal to timm's evaluation transform."""
+    config = preprocessing["transform"]
     channels, height, width = config["input_size"]
-    plain = config["crop_mode"] == "center" and height == width and config["interpolation"] in _FILTERS
-    if not plain:
+    is_center_crop = config["crop_mode"] == "center" and height == width and config["interpolation"] in _FILTERS
+    if not is_center_crop:
         return "from timm.data import create_transform\nfrom PIL import Image, ImageOps", _IMAGE_BY_TIMM.format(
-            mode=described["mode"]
+            mode=preprocessing["mode"]
         )
     lines = _IMAGE.format(
-        mode=described["mode"],
+        mode=preprocessing["mode"],
         resize=floor(height / config["crop_pct"]),
         filter=config["interpolation"].upper(),
         width=width,
@@ -157,18 +157,18 @@ def _image(folder: Path, model: TaskModel, task: Task, described: Mapping[str, A
     return "from PIL import Image, ImageOps", lines
 
 
-def _text(folder: Path, model: TaskModel, task: Task, described: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the imports and the lines that make `inputs` of texts, cut and padded as in training."""
+def _text(folder: Path, model: TaskModel, task: Task, preprocessing: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the imports and the code that converts texts to `inputs`, truncated and padded as in training."""
     tokenizer = model.processor
-    pair = len(task.state()["inputs"]["columns"]) == 2
-    rows = '[("a text", "its pair"), ("another text", "its pair")]' if pair else '["a text", "another text"]'
-    limit = described["max_length"]
+    is_pair = len(task.state()["inputs"]["columns"]) == 2
+    rows = '[("a text", "its pair"), ("another text", "its pair")]' if is_pair else '["a text", "another text"]'
+    limit = preprocessing["max_length"]
     if not (folder / "tokenizer.json").is_file():
-        rows = rows if pair else '[("a text",), ("another text",)]'
+        rows = rows if is_pair else '[("a text",), ("another text",)]'
         return "from transformers import AutoTokenizer", _TEXT_BY_TRANSFORMERS.format(rows=rows, limit=limit)
     lines = _TEXT.format(
         limit=limit,
-        cut=tokenizer.truncation_side,
+        truncation_side=tokenizer.truncation_side,
         side=tokenizer.padding_side,
         pad_id=tokenizer.pad_token_id,
         pad_type=tokenizer.pad_token_type_id,

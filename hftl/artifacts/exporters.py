@@ -1,4 +1,4 @@
-"""A model as one file, batch and sequence axes dynamic: an ONNX graph for onnxruntime, or a torch.export program."""
+"""Exporters to a single file with dynamic batch and sequence axes: ONNX for onnxruntime, or torch.export."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from hftl.models.task_model import TaskModel
 
 Format = Literal["onnx", "torch"]
 Compute = Callable[[dict[str, Tensor]], Tensor]
-"""Inputs by name -> logits, both on the CPU."""
+"""Function from inputs by name to logits, both on the CPU."""
 
 FILES: dict[str, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 INT8 = "model.int8.onnx"
-_EXTRA = ("onnx", "onnxruntime", "onnxscript")
-_TRACED_TOKENS = 32
+_ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+_MAX_TRACED_TOKENS = 32
 
 
 def format_problem(name: str) -> str | None:
-    """Returns what keeps a format from being written here; None if nothing."""
+    """Returns the error message for an unknown or unavailable format; None if it is available."""
     if name not in FILES:
-        return f"--format: '{name}' is not one of {', '.join(FILES)}.{nearest(name, FILES)}"
-    missing = [package for package in _EXTRA if find_spec(package) is None]
+        return f"--format: '{name}' is invalid; allowed: {', '.join(FILES)}.{nearest(name, FILES)}"
+    missing = [package for package in _ONNX_PACKAGES if find_spec(package) is None]
     if name == "onnx" and missing:
-        return f'--format: onnx needs {", ".join(missing)}, not installed here: pip install "hftl[export]"'
+        return f'--format: onnx needs {", ".join(missing)}. Install with: pip install "hftl[export]"'
     return None
 
 
@@ -40,32 +40,32 @@ def write(model: TaskModel, inputs: dict[str, Tensor], file: Path, format: str) 
     """Writes `model` as one graph from named inputs to logits.
 
     Args:
-        model: On the CPU, in float32, adapters merged.
-        inputs: At least 2 real rows, by name; an axis of length 1 would be taken for a constant.
-        file: Where to; onnx puts weights beyond 2 GB into a second file beside it.
+        model: Model on the CPU, in float32, with merged adapters.
+        inputs: Inputs of at least 2 rows, by name; tracing treats an axis of length 1 as constant.
+        file: Output file; onnx stores weights above 2 GB in a second file next to it.
         format: `onnx` or `torch`.
 
     Raises:
-        ConfigError: There is no such format, or its packages are not installed.
-        ArtifactError: An operation of the network has no place in such a graph.
+        ConfigError: The format is unknown, or its packages are not installed.
+        ArtifactError: The format does not support an operation of the model.
     """
     problem = format_problem(format)
     if problem:
         raise ConfigError(problem)
-    # text is cut: its length must differ from any limit of the network's, or the axis would be tied to that
-    inputs = {name: _short(name, value) for name, value in inputs.items()}
+    # texts of the model's maximum length would specialize the sequence axis to that constant
+    inputs = {name: _truncate(name, value) for name, value in inputs.items()}
     try:
-        with _silent(), torch.no_grad():
+        with _suppress_warnings(), torch.no_grad():
             (_write_onnx if format == "onnx" else _write_torch)(_Logits(model).eval(), inputs, file)
     except Exception as error:
         raise ArtifactError(
             f"--format: {type(model.net).__name__} cannot be exported to {format}: {_reason(error)} "
-            "Try the other format, or serve the model/ folder with its own library."
+            "Pass the other format, or serve the model/ folder with its own library."
         ) from error
 
 
 def open_onnx(file: Path) -> Compute:
-    """Returns what an ONNX file computes on onnxruntime's CPU provider, with as many threads as torch uses."""
+    """Returns an inference function of an ONNX file: CPU execution provider, as many threads as torch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -75,42 +75,43 @@ def open_onnx(file: Path) -> Compute:
     names = [entry.name for entry in session.get_inputs()]
 
     def compute(inputs: dict[str, Tensor]) -> Tensor:
-        given: Any = {name: inputs[name].cpu().numpy() for name in names}
-        found: Any = session.run(["logits"], given)[0]
-        return torch.from_numpy(found)
+        feed: Any = {name: inputs[name].cpu().numpy() for name in names}
+        logits: Any = session.run(["logits"], feed)[0]
+        return torch.from_numpy(logits)
 
     return compute
 
 
 def open_torch(file: Path) -> Compute:
-    """Returns what a torch.export program computes."""
+    """Returns an inference function of a torch.export program."""
     program = torch.export.load(file).module()
     return lambda inputs: program({name: value.cpu() for name, value in inputs.items()})
 
 
-def quantize(file: Path, to: Path) -> None:
-    """Writes the ONNX graph `file` with int8 weights; activations are quantized as they come ("dynamic").
+def quantize(file: Path, output: Path) -> None:
+    """Writes the ONNX graph `file` with int8 weights and dynamically quantized activations.
 
-    Weights are unsigned: on x86 without VNNI the signed kernels saturate, and convolutions have none at all
-    (onnxruntime, "Quantize ONNX models", data type selection).
+    Weights are unsigned: signed kernels saturate on x86 without VNNI, and do not exist for convolutions.
+
+    Source: onnxruntime, "Quantize ONNX models", data type selection.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(file)
-    del graph.graph.value_info[:]  # shapes of what is rewritten, which would contradict the inferred ones
-    with _silent():
-        quantize_dynamic(graph, to, per_channel=True, weight_type=QuantType.QUInt8)
+    del graph.graph.value_info[:]  # shapes of rewritten nodes would contradict the inferred ones
+    with _suppress_warnings():
+        quantize_dynamic(graph, output, per_channel=True, weight_type=QuantType.QUInt8)
 
 
 class _Logits(nn.Module):
-    """Returns the logits alone: a graph has no outputs by name in torch's sense."""
+    """Wrapper that returns the logits tensor: exported graphs have no dict outputs."""
 
     def __init__(self, model: TaskModel) -> None:
         super().__init__()
         self.model = model
 
-    # one dict rather than keywords: the guards that torch.export writes for **inputs do not run (torch 2.15)
+    # a dict argument: guards that torch.export generates for **inputs fail (torch 2.15)
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.model(inputs)["logits"]
 
@@ -136,24 +137,24 @@ def _write_torch(net: nn.Module, inputs: dict[str, Tensor], file: Path) -> None:
 
 
 def _axes(name: str) -> tuple[str, ...]:
-    """Returns the leading axes of an input that may have any length; an image's size is the network's."""
+    """Returns the dynamic leading axes of an input; the image size is fixed by the model."""
     return ("batch",) if name == "pixel_values" else ("batch", "sequence")
 
 
-def _short(name: str, value: Tensor) -> Tensor:
-    return value[:, :_TRACED_TOKENS] if "sequence" in _axes(name) else value
+def _truncate(name: str, value: Tensor) -> Tensor:
+    return value[:, :_MAX_TRACED_TOKENS] if "sequence" in _axes(name) else value
 
 
 def _reason(error: BaseException) -> str:
-    """Returns the sentence of the error that began it: exporters wrap it in reports of many pages."""
+    """Returns type and first line of the root cause; exporters wrap it in long reports."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {first_line(error).rstrip('.')}."
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Hides what exporters and quantizers tell their own developers."""
+def _suppress_warnings() -> Iterator[None]:
+    """Suppresses warnings and log messages of exporters and quantizers."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Labelled rows for a saved model: its own data again, or other data with its labels written as in training."""
+"""Labeled rows for evaluating a saved model: its training data source, or another source with mapped labels."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def labelled_rows(
+def labeled_rows(
     task: Task,
-    trained: DataConfig,
+    data: DataConfig,
     source: str | None,
     split: str,
     left_out: Mapping[str, Mapping[int, Any]] | None = None,
 ) -> Dataset:
-    """Returns the rows of one split with labels that the model knows.
+    """Returns the rows of one split, with labels mapped to those of the model.
 
     Args:
-        task: The saved model's.
-        trained: The data section that it was trained with.
-        source: As `data.source`; the data that it was trained on where None.
+        task: Task of the saved model.
+        data: Data section of the training run.
+        source: Data source, like `data.source`; None uses the training data of the run.
         split: `train`, `validation` or `test`.
-        left_out: The rows that training left out, by split and number; they are left out of its own data again. In
-            other data every row counts, and one that cannot be used is an error that names it.
+        left_out: Rows quarantined by the training run, by split and row number. They are skipped in the training
+            data; in another source every invalid row is an error.
 
     Raises:
-        DataError: The data cannot be read, lack the split, or have labels that the model does not know.
+        DataError: The data cannot be read, lack the split, or contain labels that are unknown to the model.
     """
-    config = trained
+    config = data
     if source is not None:
         column = next((name for name, kind in input_column_types(task).items() if kind == "image"), None)
         config = replace(
@@ -44,53 +44,52 @@ def labelled_rows(
         )
     splits = load_splits(config, training=False, leave_out=left_out if source is None else None)
     if split not in splits:
-        raise DataError(f"--split: '{config.source}' has no {split} rows; say --split {' or --split '.join(splits)}.")
-    rows = _like_training(splits[split], task)
+        raise DataError(f"--split: '{split}' is missing in '{config.source}'; allowed: {', '.join(splits)}.")
+    rows = _map_labels(splits[split], task)
     _check_labels(rows, task)
     return rows
 
 
-def _like_training(rows: Dataset, task: Task) -> Dataset:
-    """Returns rows whose labels are written as in training.
+def _map_labels(rows: Dataset, task: Task) -> Dataset:
+    """Returns rows whose labels have the type and values of the training data.
 
-    Another source may number its classes otherwise, or name them where training had numbers.
+    Another source may order its classes differently, or contain class names instead of numbers.
     """
     from datasets import ClassLabel, Value
 
     target = task.state()["target"]
     column = target.get("column")
-    kind = rows.features.get(column)
-    known = target.get("names")
+    feature = rows.features.get(column)
+    model_labels = target.get("names")
     for name in target.get("columns") or []:
-        inner = getattr(rows.features.get(name), "feature", None)
-        if known and isinstance(inner, ClassLabel) and list(inner.names) != known:
+        element = getattr(rows.features.get(name), "feature", None)
+        if model_labels and isinstance(element, ClassLabel) and list(element.names) != model_labels:
             raise DataError(
-                f"--data: column '{name}' numbers the labels {shorten(inner.names)}; the model {shorten(known)}. "
-                "Give lists of names where training had names, or the same classes."
+                f"--data: column '{name}' has the labels {shorten(element.names)}; the model has "
+                f"{shorten(model_labels)}. Pass lists of label names, or the same ClassLabel names."
             )
-    if kind is None or "values" not in target or isinstance(kind, ClassLabel) and list(kind.names) == target["names"]:
+    is_same_class_label = isinstance(feature, ClassLabel) and list(feature.names) == target["names"]
+    if feature is None or "values" not in target or is_same_class_label:
         return rows
-    by_name = dict(zip(target["names"], target["values"], strict=True))
-    if not isinstance(kind, ClassLabel):
-        numbered = all(isinstance(value, int) for value in target["values"])
-        if not numbered or kind.dtype not in ("string", "large_string"):
+    value_of = dict(zip(target["names"], target["values"], strict=True))
+    if not isinstance(feature, ClassLabel):
+        is_numeric = all(isinstance(value, int) for value in target["values"])
+        if not is_numeric or feature.dtype not in ("string", "large_string"):
             return rows
-    unknown = sorted(_written(rows, column) - set(by_name))
+    unknown = sorted(_class_names(rows, column) - set(value_of))
     if unknown:
-        raise DataError(
-            f"--data: the model does not know the class(es) {shorten(unknown)}; it knows {shorten(list(by_name))}."
-        )
+        raise DataError(f"--data: class(es) {shorten(unknown)} are unknown; allowed: {shorten(list(value_of))}.")
     features = rows.features.copy()
     features[column] = Value("int64")
-    names = kind.names if isinstance(kind, ClassLabel) else None
-    return rows.map(lambda row: {column: by_name[names[row[column]] if names else row[column]]}, features=features)
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    return rows.map(lambda row: {column: value_of[names[row[column]] if names else row[column]]}, features=features)
 
 
-def _written(rows: Dataset, column: str) -> set[str]:
-    """Returns the class names that occur in a column of names or of a `ClassLabel`."""
-    kind = rows.features[column]
+def _class_names(rows: Dataset, column: str) -> set[str]:
+    """Returns the distinct class names of a string or `ClassLabel` column."""
+    feature = rows.features[column]
     values = [value for value in arrow_column(rows, column).unique().to_pylist() if value is not None]
-    return {kind.names[value] if hasattr(kind, "names") else value for value in values}
+    return {feature.names[value] if hasattr(feature, "names") else value for value in values}
 
 
 def _check_labels(rows: Dataset, task: Task) -> None:
@@ -99,13 +98,13 @@ def _check_labels(rows: Dataset, task: Task) -> None:
     missing = [str(name) for name in columns if name not in rows.features]
     if missing:
         raise DataError(
-            f"--data: there is no label column '{', '.join(missing)}'. Columns: {', '.join(rows.features)}."
+            f"--data: label column(s) '{', '.join(missing)}' are missing. Columns: {', '.join(rows.features)}."
         )
-    look = getattr(getattr(task, "target", None), "unusable", None)
-    bad = look(rows) if look else {}
-    if bad:
-        said = [f"row {row}: {why.reason} {why.value}".rstrip() for row, why in bad.items()]
-        raise DataError(f"--data: {len(bad)} row(s) have labels that cannot be used: {shorten(said, 4)}.")
+    find_invalid = getattr(getattr(task, "target", None), "unusable", None)
+    invalid = find_invalid(rows) if find_invalid else {}
+    if invalid:
+        listed = [f"row {row}: {cause.reason} {cause.value}".rstrip() for row, cause in invalid.items()]
+        raise DataError(f"--data: {len(invalid)} row(s) have invalid labels: {shorten(listed, 4)}.")
     if "column" not in target or "values" not in target:
         return
     column = target["column"]
@@ -114,5 +113,5 @@ def _check_labels(rows: Dataset, task: Task) -> None:
         unknown |= set(rows.select_columns([column])[start : start + 10_000][column]) - known
     if unknown:
         raise DataError(
-            f"--data: column '{column}' holds labels the model does not know: {sorted(map(str, unknown))[:8]}."
+            f"--data: column '{column}' contains labels unknown to the model: {sorted(map(str, unknown))[:8]}."
         )

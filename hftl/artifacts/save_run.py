@@ -1,4 +1,4 @@
-"""publish(): everything a run leaves behind, on disk."""
+"""Saving of a finished run: metrics, environment, verified model with card, and report."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run found out."""
+    """Results of a run: parameter counts, training history and metrics."""
 
     report: ParameterCounts
     history: History
@@ -69,33 +69,42 @@ def save_run(
     task: Task,
     splits: Splits,
     run: RunConfig,
-    outcome: RunResult,
+    result: RunResult,
     *,
     page: bool = True,
 ) -> None:
-    """Writes the run folder: config, environment, metrics, facts, the verified model with its card, and the page.
+    """Writes the run folder: metrics, environment, report.json, the verified model with its card, and report.html.
 
-    Only the main process writes. Afterwards the model is on the CPU, with adapters merged. Where `run.hub` names
-    a repository, the finished folder is pushed to it. `page=False` leaves report.html out, for one of many runs.
+    Only the main process writes. Moves the model to the CPU and merges adapters. Pushes the finished folder if
+    `run.hub.repo_id` is set.
+
+    Args:
+        accelerator: Accelerator of the run.
+        model: Trained model.
+        task: Task of the model.
+        splits: Rows by split; the first 8 test (else validation, train) rows verify the saved model.
+        run: Run configuration.
+        result: Results of the run.
+        page: Whether to write report.html; False for a run of a comparison.
 
     Raises:
-        ArtifactError: What was saved does not open, or computes something else than the trained model.
-        DiskError: The disk does not take it.
-        PushError: The hub did not take it; the folder is complete all the same.
+        ArtifactError: The saved model cannot be loaded, or its logits differ from those of the trained model.
+        DiskError: The run folder cannot be written.
+        PushError: The push failed; the run folder is complete.
     """
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     held_out = next(split for split in ("test", "validation", "train") if split in splits)
-    few = splits[held_out].select(range(min(8, len(splits[held_out]))))
-    sample = task.encode(few, model.processor, None, run.data.max_length)  # on all processes: tokenizing takes turns
+    rows = splits[held_out].select(range(min(8, len(splits[held_out]))))
+    sample = task.encode(rows, model.processor, None, run.data.max_length)  # collective: the main process encodes first
 
     def write() -> None:
-        _write(accelerator, model, task, splits, run, outcome, sample)
+        _write(accelerator, model, task, splits, run, result, sample)
         if page:
-            _draw(get_run_folder(run), splits)
+            _render_report(get_run_folder(run), splits)
 
     run_on_main(accelerator, write, folder=get_run_folder(run))
     with heartbeat_barrier("close the trackers"):
-        _tell_trackers(accelerator, outcome)
+        _finish_trackers(accelerator, result)
     if run.hub.repo_id:
         push_once(accelerator, get_run_folder(run), run.hub)
 
@@ -106,15 +115,15 @@ def _write(
     task: Task,
     splits: Splits,
     run: RunConfig,
-    outcome: RunResult,
+    result: RunResult,
     sample: Examples,
 ) -> None:
     folder = get_run_folder(run)
-    history = outcome.history
-    write_text(folder / "metrics.json", json.dumps(finite(outcome.metrics), indent=2))
+    history = result.history
+    write_text(folder / "metrics.json", json.dumps(finite(result.metrics), indent=2))
     write_text(folder / "environment.json", json.dumps(environment(accelerator), indent=2))
     report: dict[str, Any] = {
-        "adapt": outcome.report.to_dict(),
+        "adapt": result.report.to_dict(),
         "training": {
             "steps": history.steps,
             "skipped_steps": history.skipped,
@@ -127,61 +136,61 @@ def _write(
         "left_out": left_out(run.quarantine),
         "classes": _class_counts(splits, task),
     }
-    _dump(report, folder)  # before the comparison: a mismatch must not lose it
+    _write_facts(report, folder)  # before the verification, whose failure must not lose the results
     report["verified"] = save_artifact(model, task, run, sample, folder)
-    _dump(report, folder)
+    _write_facts(report, folder)
     record = RunRecord(folder)
     for part in record.parts:
         write_card(record, part, folder / part)
-    _dump(report | {"complete": True}, folder)  # last: from here on `resume` has nothing to do
-    log(f"publish: {folder}")
+    _write_facts(report | {"complete": True}, folder)  # written last: marks the run as complete for `resume`
+    log(f"save: wrote {folder}")
 
 
-def _draw(folder: Path, splits: Splits) -> None:
-    """Writes report.html. Everything else is on disk by now, so whatever goes wrong with a picture is only said."""
+def _render_report(folder: Path, splits: Splits) -> None:
+    """Writes report.html; logs an error instead of raising it, as the run is already complete on disk."""
     try:
-        log(f"report: {write_report(folder, splits=splits)}")
+        log(f"report: wrote {write_report(folder, splits=splits)}")
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        log(f"report: not drawn ({reason}); the run is complete, `hftl report {folder}` tries again")
+        log(f"report: not written ({reason}); the run is complete. Run `hftl report {folder}` to try again")
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Returns the most bytes that this process has held so far: resident, and allocated by torch on a CUDA device."""
+    """Returns the peak memory of this process in bytes: resident, and allocated by torch on a CUDA device."""
     import torch
 
-    found = {}
+    peaks = {}
     try:
         import resource
     except ImportError:  # Windows
         pass
     else:
         unit = 1 if sys.platform == "darwin" else 1024
-        found["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peaks["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
-        found["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
-    return found
+        peaks["peak_device_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peaks
 
 
-def _tell_trackers(accelerator: Accelerator, outcome: RunResult) -> None:
-    """Sends the test metrics, which came after training, and ends the trackers."""
+def _finish_trackers(accelerator: Accelerator, result: RunResult) -> None:
+    """Logs the test metrics to the trackers and finishes them."""
     if not accelerator.trackers:
         return
-    tests = {name: value for name, value in outcome.metrics.items() if name.startswith("test/")}
+    tests = {name: value for name, value in result.metrics.items() if name.startswith("test/")}
     if tests:
-        accelerator.log(tests, step=outcome.history.steps)
+        accelerator.log(tests, step=result.history.steps)
     for tracker in accelerator.trackers:
-        tracker.finish()  # end_training() would leave the process group too, and a push still needs it
+        tracker.finish()  # end_training() would also destroy the process group, which the push needs
 
 
 def _class_counts(splits: Splits, task: Task) -> dict[str, dict[str, int]]:
-    """Returns the rows of each class or label by split, for targets that count them."""
+    """Returns the number of rows per class or label by split; empty for targets without classes."""
     count = getattr(getattr(task, "target", None), "counts", None)
     return {split: count(rows) for split, rows in splits.items()} if count else {}
 
 
 def _command() -> str:
-    """Returns how this process was started, as far as it can tell; the launcher's own options are not seen here."""
+    """Returns the command of this process; options of the launcher itself are unknown to its child processes."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         launcher = ["accelerate", "launch"]
     elif "TORCHELASTIC_RUN_ID" in os.environ:
@@ -192,7 +201,7 @@ def _command() -> str:
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Returns versions, devices and processes."""
+    """Returns command, package versions, device, precision and processes, as written to environment.json."""
     import torch
 
     packages = {}
@@ -222,5 +231,5 @@ def _device(accelerator: Accelerator) -> str:
     )
 
 
-def _dump(report: dict[str, Any], folder: Any) -> None:
+def _write_facts(report: dict[str, Any], folder: Any) -> None:
     write_text(folder / "report.json", json.dumps(report, indent=2))

@@ -1,1 +1,1 @@
-"""What is wrong with data before a model learns from them: leaks, copies, odd rows, labels that are likely wrong."""
+"""Data audit before training: leaks, duplicates, outliers and label errors."""

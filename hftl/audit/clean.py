@@ -1,7 +1,7 @@
-"""A cleaned copy of data: which rows are left out, and how the rest is written so that hftl opens it again.
+"""Cleaned copies of data: rules of removal, and writing of the remaining rows for `data.source`.
 
-Test rows are never left out, and validation rows only where nothing can be measured on them or test has them too:
-figures on another test set are other figures.
+Test rows are never removed, because results on another test set are not comparable. Validation rows are removed
+only if they are invalid or occur in test.
 """
 
 from __future__ import annotations
@@ -28,148 +28,149 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LEFT_OUT = (
-    "train: rows that cannot be read, are empty or have no label; rows that validation or test has too; all rows that "
-    "contradict each other's labels; of rows that are the same, all but the first. validation: rows that cannot be "
-    "read, are empty or have no label; rows that test has too. test: none. Near duplicates and likely wrong labels "
-    "stay: they are for a person to judge."
+    "train: unreadable, empty or unlabeled rows, rows that are also in validation or test, rows with conflicting "
+    "labels, and all but the first of duplicates. validation: unreadable, empty or unlabeled rows, and rows that are "
+    "also in test. test: none. Near-duplicates and label errors stay, for manual review."
 )
-"""The rules, as they are printed."""
+"""Rules of removal, as logged."""
 _BATCH = 256
 
 
 def folder_problem(folder: str, source: str) -> str | None:
-    """Returns why a cleaned copy of `source` cannot be written to `folder`; None if it can."""
-    place, origin = Path(folder).expanduser().resolve(), Path(source).expanduser().resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        return f"--fix: '{folder}' exists and is not an empty folder; name a new one."
-    origin = origin if origin.is_dir() else origin.parent
-    if Path(source).expanduser().exists() and (place == origin or Path(source).is_dir() and origin in place.parents):
-        return f"--fix: '{folder}' is inside the data, which are never changed; name a folder elsewhere."
+    """Returns the reason why a cleaned copy of `source` cannot be written to `folder`; None if it can."""
+    target, data = Path(folder).expanduser().resolve(), Path(source).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        return f"--fix: '{folder}' exists and is not an empty folder. Pass a new folder."
+    data = data if data.is_dir() else data.parent
+    if Path(source).expanduser().exists() and (target == data or Path(source).is_dir() and data in target.parents):
+        return f"--fix: '{folder}' is inside the data folder. Pass a folder outside of it."
     return None
 
 
 def rows_to_leave_out(
     unusable: Mapping[int, str], groups: Groups, labels: Labels, numbering: Numbering
 ) -> dict[str, dict[int, str]]:
-    """Returns the rows that a cleaned copy lacks, with the reason, by split.
+    """Returns the rows that a cleaned copy omits, with the reason, by split.
 
     Args:
-        unusable: Reasons by number, of rows that cannot be read, are empty or have no label.
-        groups: Rows that are the same.
-        labels: Of all rows.
-        numbering: Of all rows.
+        unusable: Reasons of unreadable, empty or unlabeled rows, by row number.
+        groups: Groups of duplicates.
+        labels: Labels of all rows.
+        numbering: Row numbers over all splits.
     """
     reasons: dict[int, str] = dict(unusable)
     for group in groups.groups:
-        places = numbering.split_of(group)
-        for number, place in zip(group.tolist(), places.tolist(), strict=True):
-            later = [numbering.splits[each] for each in np.unique(places[places > place])]
+        split_indices = numbering.split_of(group)
+        for number, index in zip(group.tolist(), split_indices.tolist(), strict=True):
+            later = [numbering.splits[each] for each in np.unique(split_indices[split_indices > index])]
             if later:
-                reasons.setdefault(number, f"stands in {' and '.join(later)} too")
+                reasons.setdefault(number, f"also in {' and '.join(later)}")
     train = numbering.of_split("train")
     for group in conflicting(groups, labels):
-        inside = group[(group >= train.start) & (group < train.stop)]
-        if len(np.unique(labels.codes[inside])) > 1:
-            for number in inside.tolist():
-                reasons.setdefault(number, "the same input has another label too")
+        in_train = group[(group >= train.start) & (group < train.stop)]
+        if len(np.unique(labels.codes[in_train])) > 1:
+            for number in in_train.tolist():
+                reasons.setdefault(number, "conflicting labels")
     for group in groups.groups:
-        inside = [n for n in group.tolist() if train.start <= n < train.stop and n not in reasons]
-        for number in inside[1:]:
-            reasons[number] = f"the same as row {numbering.address(inside[0])[1]}"
-    out: dict[str, dict[int, str]] = {split: {} for split in numbering.splits}
+        in_train = [n for n in group.tolist() if train.start <= n < train.stop and n not in reasons]
+        for number in in_train[1:]:
+            reasons[number] = f"duplicate of row {numbering.address(in_train[0])[1]}"
+    left_out: dict[str, dict[int, str]] = {split: {} for split in numbering.splits}
     for number, reason in sorted(reasons.items()):
         split, row = numbering.address(number)
         if split != "test":
-            out[split][row] = reason
-    return out
+            left_out[split][row] = reason
+    return left_out
 
 
 def write_cleaned(splits: Splits, left_out: Mapping[str, Mapping[int, str]], folder: str) -> str:
-    """Writes the rows that remain into a new folder, whole or not at all, and returns how: as images or as tables.
+    """Writes the remaining rows atomically to a new folder and returns the layout, for logging.
 
-    Images in class folders are copied, file by file, into class folders again; everything else becomes a Parquet file
-    for each split, images inside.
+    Images in class folders are copied file by file to class folders. All other data become one Parquet file per
+    split, with embedded images.
 
     Args:
         splits: All rows.
-        left_out: From `rows_to_leave_out`.
-        folder: Where to; see `folder_problem`.
+        left_out: Rows to omit, from `rows_to_leave_out`.
+        folder: New folder; see `folder_problem`.
 
     Raises:
         ConfigError: The folder cannot be written.
-        DataError: A file of the data is gone; train or validation would have no rows left.
+        DataError: A file of the data is missing, or no training row remains.
     """
     target = Path(folder).expanduser()
-    aside = target.with_name(target.name + PARTIAL)
-    kept = {split: np.delete(np.arange(len(rows)), list(left_out.get(split, {}))) for split, rows in splits.items()}
-    if not len(kept["train"]):
-        raise DataError("--fix: no training row would be left; the data need a person, not a filter.")
+    partial = target.with_name(target.name + PARTIAL)
+    remaining = {
+        split: np.delete(np.arange(len(rows)), list(left_out.get(split, {}))) for split, rows in splits.items()
+    }
+    if not len(remaining["train"]):
+        raise DataError("--fix: the rules of removal leave no training row. Fix the data manually.")
     try:
-        aside.mkdir(parents=True)
+        partial.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(f"--fix: '{aside}' cannot be made: {error.strerror or error}.") from error
+        raise ConfigError(f"--fix: '{partial}' cannot be created: {error.strerror or error}.") from error
     try:
-        by_class = {split: class_files(rows) for split, rows in splits.items()}
+        files = {split: class_files(rows) for split, rows in splits.items()}
         for split, rows in splits.items():
-            files = by_class[split]
-            if all(by_class.values()) and files:
-                _copy_files(files, kept[split], aside / split)
-            elif len(kept[split]):
-                _write_table(rows, kept[split], aside / f"{split}.parquet")
-        if splits.class_names and not all(by_class.values()):
-            (aside / LABELS).write_text(json.dumps(splits.class_names, ensure_ascii=False), encoding="utf-8")
-        aside.replace(target)
+            split_files = files[split]
+            if all(files.values()) and split_files:
+                _copy_files(split_files, remaining[split], partial / split)
+            elif len(remaining[split]):
+                _write_table(rows, remaining[split], partial / f"{split}.parquet")
+        if splits.class_names and not all(files.values()):
+            (partial / LABELS).write_text(json.dumps(splits.class_names, ensure_ascii=False), encoding="utf-8")
+        partial.replace(target)
     except OSError as error:
-        raise disk_error(error, aside) or DataError(f"--fix: {error}.") from error
+        raise disk_error(error, partial) or DataError(f"--fix: {error}.") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return "class folders of images" if all(by_class.values()) else "Parquet files"
+        shutil.rmtree(partial, ignore_errors=True)
+    return "class folders of images" if all(files.values()) else "Parquet files"
 
 
 def class_files(rows: Dataset) -> list[tuple[str, str]] | None:
-    """Returns class and path of each row where the rows are the files of class folders, else None."""
+    """Returns class and path of each row if the rows are files in class folders, else None."""
     from datasets import Image
 
     if set(rows.features) != {"image", "label"} or type(rows.features["image"]).__name__ != "Image":
         return None
     names = getattr(find_column("label", rows.features, "label") and rows.features["label"], "names", None)
     stored = rows.cast_column("image", Image(decode=False))
-    found = []
+    files = []
     for start in range(0, len(rows), 1_000):
         table: Any = stored[start : start + 1_000]
         for image, code in zip(table["image"], table["label"], strict=True):
             path = Path((image or {}).get("path") or "")
             if names is None or code is None or image.get("bytes") is not None or path.parent.name != names[code]:
                 return None
-            found.append((names[code], str(path)))
-    return found
+            files.append((names[code], str(path)))
+    return files
 
 
-def _copy_files(files: list[tuple[str, str]], kept: Any, folder: Path) -> None:
-    for row in kept.tolist():
+def _copy_files(files: list[tuple[str, str]], remaining: Any, folder: Path) -> None:
+    for row in remaining.tolist():
         name, path = files[row]
-        place = folder / name / Path(path).name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place if not place.exists() else place.with_name(f"{row}-{place.name}"))
+        target = folder / name / Path(path).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target if not target.exists() else target.with_name(f"{row}-{target.name}"))
 
 
-def _write_table(rows: Dataset, kept: Any, path: Path) -> None:
+def _write_table(rows: Dataset, remaining: Any, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetWriter(path, rows.features.arrow_schema) as writer:
-        for start in range(0, len(kept), _BATCH):
-            chosen = rows.select(kept[start : start + _BATCH]).with_format("arrow")[:]
-            table = _with_bytes(pa.table(chosen), rows)  # pyright: ignore[reportArgumentType]
+        for start in range(0, len(remaining), _BATCH):
+            batch = rows.select(remaining[start : start + _BATCH]).with_format("arrow")[:]
+            table = _with_bytes(pa.table(batch), rows)  # pyright: ignore[reportArgumentType]
             writer.write_table(table.cast(rows.features.arrow_schema))
 
 
 def _with_bytes(table: pa.Table, rows: Dataset) -> pa.Table:
-    """Returns the rows with the bytes of images that were paths; a file that is gone stays a path."""
+    """Embeds the bytes of images stored as paths; a missing file stays a path."""
     import pyarrow as pa
 
-    for name, kind in rows.features.items():
-        if type(kind).__name__ != "Image":
+    for name, feature in rows.features.items():
+        if type(feature).__name__ != "Image":
             continue
         images = []
         for image in table.column(name).to_pylist():

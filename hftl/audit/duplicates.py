@@ -1,4 +1,4 @@
-"""Rows that are the same as others: within a split, across splits, and with different labels."""
+"""Duplicates within a split, leaks across splits, and conflicting labels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hftl.audit.finding import Entry, Finding, Numbering, format_counts
 
 
 class Groups:
-    """Rows with equal keys.
+    """Groups of rows with equal keys.
 
     Args:
-        keys: Of what is compared, [N].
-        verbatim: Of the rows as they stand, [N].
-        usable: Rows that have a key at all, [N] bool.
-        verbatim_is: What equal `verbatim` keys mean ("letter by letter").
+        keys: Keys of the normalized inputs, [N].
+        verbatim: Keys of the inputs without normalization, [N].
+        usable: Whether each row has a key, [N] bool.
+        verbatim_is: Name of a match of `verbatim` keys in messages ("exact copy").
     """
 
     def __init__(self, keys: Any, verbatim: Any, usable: Any, verbatim_is: str) -> None:
@@ -27,126 +27,127 @@ class Groups:
         numbers = np.flatnonzero(usable)
         _, first, inverse = np.unique(keys[numbers], return_index=True, return_inverse=True)
         self.first = np.arange(len(keys))
-        """Number of the first row of each row's group, [N]; its own where it has no group."""
+        """First row number of the group of each row, [N]; the row's own number without a group."""
         self.first[numbers] = numbers[first][inverse]
         shared = numbers[np.bincount(inverse)[inverse] > 1]
         order = shared[np.argsort(self.first[shared], kind="stable")]
-        cuts = np.flatnonzero(np.diff(self.first[order])) + 1
-        self.groups = np.split(order, cuts) if len(order) else []
-        """Numbers of the rows of each group of at least two, in order."""
+        boundaries = np.flatnonzero(np.diff(self.first[order])) + 1
+        self.groups = np.split(order, boundaries) if len(order) else []
+        """Row numbers of each group with at least two rows, sorted."""
 
-    def like(self, number: int, others: Any) -> int:
-        """Returns the row to show beside a row: the first that is the same as it stands, else the first."""
-        same = others[self.verbatim[others] == self.verbatim[number]]
-        return int(same[0] if len(same) else others[0])
+    def closest(self, number: int, others: Any) -> int:
+        """Returns the first exact copy of a row among `others`, else the first of them."""
+        exact = others[self.verbatim[others] == self.verbatim[number]]
+        return int(exact[0] if len(exact) else others[0])
 
     def is_verbatim(self, first: int, second: int) -> bool:
-        """Whether two rows are the same as they stand."""
+        """Whether two rows are equal without normalization."""
         return bool(self.verbatim[first] == self.verbatim[second])
 
 
 def leaks(groups: Groups, labels: Labels, numbering: Numbering) -> Finding:
-    """Returns the held-out rows that stand in an earlier split too; train comes before validation, that before test.
+    """Returns the held-out rows that also occur in an earlier split (order: train, validation, test).
 
-    A row that stands in both is counted once, with train.
+    A row that occurs in two earlier splits counts once, for the first of them.
     """
     entries = []
-    counted: Counter[tuple[str, str]] = Counter()
-    same: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    exact: Counter[tuple[str, str]] = Counter()
     for group in groups.groups:
-        places = numbering.split_of(group)
-        earliest = group[places == places[0]]
-        for number in group[places > places[0]].tolist():
+        split_indices = numbering.split_of(group)
+        earliest = group[split_indices == split_indices[0]]
+        for number in group[split_indices > split_indices[0]].tolist():
             entry = _entry(groups, labels, numbering, number, earliest)
             entries.append(entry)
-            pair = entry.split, numbering.splits[places[0]]
-            counted[pair] += 1
-            same[pair] += entry.why.startswith(groups.verbatim_is)
+            pair = entry.split, numbering.splits[split_indices[0]]
+            counts[pair] += 1
+            exact[pair] += groups.is_verbatim(number, groups.closest(number, earliest))
     entries.sort(key=lambda entry: (-numbering.splits.index(entry.split), entry.row))
     summary = "; ".join(
-        f"{format_counts({split: count})} in {other} ({same[split, other]:,} of them {groups.verbatim_is})"
-        for (split, other), count in sorted(counted.items())
+        f"{format_counts({split: count})} in {earlier} ({exact[split, earlier]:,} of them: {groups.verbatim_is})"
+        for (split, earlier), count in sorted(counts.items())
     )
-    sentence = f"A model that has seen a row is not tested by it. {_HOW}"
-    return Finding("leaks", sentence, tuple(entries), summary=summary)
+    description = f"Metrics on leaked rows are optimistic. {_METHOD}"
+    return Finding("leaks", description, tuple(entries), summary=summary)
 
 
 def duplicates(groups: Groups, labels: Labels, numbering: Numbering) -> Finding:
-    """Returns the rows that repeat an earlier row of their split."""
+    """Returns the rows that repeat an earlier row of the same split."""
     entries = []
     for group in groups.groups:
-        places = numbering.split_of(group)
-        for place in np.unique(places):
-            inside = group[places == place]
-            for position in range(1, len(inside)):
-                entries.append(_entry(groups, labels, numbering, int(inside[position]), inside[:position]))
+        split_indices = numbering.split_of(group)
+        for index in np.unique(split_indices):
+            in_split = group[split_indices == index]
+            for position in range(1, len(in_split)):
+                entries.append(_entry(groups, labels, numbering, int(in_split[position]), in_split[:position]))
     entries.sort(key=lambda entry: (numbering.splits.index(entry.split), entry.row))
-    return Finding("duplicates", f"Such rows weigh twice, in training or in a metric. {_HOW}", tuple(entries))
+    description = f"Duplicates have twice the weight in training or metrics. {_METHOD}"
+    return Finding("duplicates", description, tuple(entries))
 
 
-def conflicts(groups: Groups, labels: Labels, numbering: Numbering) -> Finding:
-    """Returns the rows that are the same as another row and have another label."""
+def conflicting_labels(groups: Groups, labels: Labels, numbering: Numbering) -> Finding:
+    """Returns the rows that have the same input as another row and a different label."""
     if labels.why_not:
-        return Finding("conflicting_labels", f"Not looked for: {labels.why_not}.", looked=False)
+        return Finding("conflicting_labels", f"Not checked: {labels.why_not}.", checked=False)
     entries = []
     for group in conflicting(groups, labels):
         for number in group.tolist():
-            other = int(next(each for each in group if labels.codes[each] != labels.codes[number]))
-            split, row = numbering.address(other)
-            why = f"labelled {_name(labels, number)}; {split} row {row} says {_name(labels, other)}"
+            conflict = int(next(each for each in group if labels.codes[each] != labels.codes[number]))
+            split, row = numbering.address(conflict)
+            why = f"label {_label(labels, number)}; label of {split} row {row}: {_label(labels, conflict)}"
             entries.append(Entry(*numbering.address(number), why, (split, row)))
-    return Finding("conflicting_labels", f"At most one of the labels is right. {_HOW}", tuple(entries))
+    return Finding("conflicting_labels", f"At most one of the labels is correct. {_METHOD}", tuple(entries))
 
 
 def conflicting(groups: Groups, labels: Labels) -> list[Any]:
-    """Returns the labelled rows of each group that has more than one label."""
-    found = [group[labels.codes[group] >= 0] for group in groups.groups]
-    return [group for group in found if len(np.unique(labels.codes[group])) > 1]
+    """Returns the labeled rows of each group with more than one label."""
+    labeled = [group[labels.codes[group] >= 0] for group in groups.groups]
+    return [group for group in labeled if len(np.unique(labels.codes[group])) > 1]
 
 
-def near(
-    pairs: Sequence[tuple[int, int, float]], labels: Labels, numbering: Numbering, how: str, across: bool
+def near_duplicates(
+    pairs: Sequence[tuple[int, int, float]], labels: Labels, numbering: Numbering, method: str, across: bool
 ) -> Finding:
-    """Returns pairs that are almost the same, those across splits or those within one, the most alike first.
+    """Returns near-duplicate rows, the most similar first.
 
     Args:
-        pairs: Numbers of two rows and how alike they are.
-        labels: Of all rows.
-        numbering: Of all rows.
-        how: What the similarity is.
-        across: Which of the two.
+        pairs: Two row numbers and their similarity in [0, 1].
+        labels: Labels of all rows.
+        numbering: Row numbers over all splits.
+        method: Definition of the similarity.
+        across: Whether to return pairs across splits, else pairs within a split.
     """
     entries = []
     for first, second, similarity in sorted(pairs, key=lambda pair: (-pair[2], pair[:2])):
         first, second = min(first, second), max(first, second)
         if (numbering.split_of(first) != numbering.split_of(second)) == across:
             split, row = numbering.address(first)
-            why = f"{similarity:.2f} like {split} row {row}{_labels_differ(labels, second, first)}"
+            why = f"similarity {similarity:.2f} to {split} row {row}{_label_difference(labels, second, first)}"
             entries.append(Entry(*numbering.address(second), why, (split, row), round(similarity, 4)))
-    return Finding("near_leaks" if across else "near_duplicates", how, tuple(entries))
+    return Finding("near_leaks" if across else "near_duplicates", method, tuple(entries))
 
 
-_HOW = (
-    "Texts are compared without regard to Unicode form (NFKC), case, blanks and punctuation, pairs in their order; "
+_METHOD = (
+    "Texts are compared after normalization of Unicode form (NFKC), case, whitespace and punctuation, pairs in order; "
     "images by their decoded pixels."
 )
 
 
 def _entry(groups: Groups, labels: Labels, numbering: Numbering, number: int, others: Any) -> Entry:
-    other = groups.like(number, others)
-    split, row = numbering.address(other)
-    how = f"{groups.verbatim_is} the same" if groups.is_verbatim(number, other) else "the same"
+    closest = groups.closest(number, others)
+    split, row = numbering.address(closest)
+    match = groups.verbatim_is if groups.is_verbatim(number, closest) else "duplicate"
     more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-    why = f"{how} as {split} row {row}{more}{_labels_differ(labels, number, other)}"
+    why = f"{match} of {split} row {row}{more}{_label_difference(labels, number, closest)}"
     return Entry(*numbering.address(number), why, (split, row))
 
 
-def _labels_differ(labels: Labels, first: int, second: int) -> str:
+def _label_difference(labels: Labels, first: int, second: int) -> str:
     codes = labels.codes[first], labels.codes[second]
     if min(codes) < 0 or codes[0] == codes[1]:
         return ""
-    return f"; labels differ: {_name(labels, first)} here, {_name(labels, second)} there"
+    return f"; labels differ: {_label(labels, first)} and {_label(labels, second)}"
 
 
-def _name(labels: Labels, number: int) -> str:
+def _label(labels: Labels, number: int) -> str:
     return f"'{labels.names[labels.codes[number]]}'"

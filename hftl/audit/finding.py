@@ -1,4 +1,4 @@
-"""What a look at data found: rows by split and number, each with the reason, under the name of a kind of finding."""
+"""Findings of a data audit: rows by split and number, with reasons, grouped by kind."""
 
 from __future__ import annotations
 
@@ -10,81 +10,81 @@ from typing import Any
 import numpy as np
 
 FINDINGS: dict[str, str] = {
-    "unreadable": "Rows that cannot be read",
+    "unreadable": "Unreadable rows",
     "empty": "Empty texts",
-    "unlabelled": "Rows without a label, or of a class that train lacks",
-    "leaks": "Held-out rows that stand in another split",
-    "near_leaks": "Held-out rows that almost stand in another split",
-    "conflicting_labels": "The same input with different labels",
-    "duplicates": "Rows that stand twice in a split",
-    "near_duplicates": "Rows that almost stand twice in a split",
-    "class_imbalance": "Classes that are rare, missing, or shared out differently",
-    "too_long": "Texts longer than the model reads",
-    "outlier_images": "Images unlike the others in size, shape or channels",
-    "label_errors": "Labels that are likely wrong",
-    "outliers": "Rows far from all others",
+    "unlabelled": "Rows without a label, or with a class missing from train",
+    "leaks": "Leaks: duplicates across splits",
+    "near_leaks": "Near-leaks: near-duplicates across splits",
+    "conflicting_labels": "Conflicting labels of equal inputs",
+    "duplicates": "Duplicates within a split",
+    "near_duplicates": "Near-duplicates within a split",
+    "class_imbalance": "Class imbalance",
+    "too_long": "Texts over the token limit",
+    "outlier_images": "Outlier images (size, aspect ratio, channels)",
+    "label_errors": "Label errors",
+    "outliers": "Outliers",
 }
-"""Title of each kind of finding by its name, in the order of the page."""
+"""Titles by name of finding, in the order of the page."""
 Address = tuple[str, int]
-"""Split, and number of a row in it as the source has it, from 0."""
+"""Split, and row number in the source split, from 0."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a finding."""
+    """Row of a finding."""
 
     split: str
     row: int
     why: str
     other: Address | None = None
-    """The row that it is like, or contradicts."""
+    """Similar or conflicting row."""
     score: float | None = None
-    """How much so; its meaning is in the sentence of the finding."""
+    """Score of the row; the description of the finding defines it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """All that was found of one kind."""
+    """Rows and problems of one kind."""
 
     name: str
     """A key of `FINDINGS`."""
-    sentence: str
-    """What was found, how, and by which limits."""
+    description: str
+    """Criterion, method and thresholds; the reason if the data were not checked."""
     entries: tuple[Entry, ...] = ()
     problems: tuple[str, ...] = ()
-    """What is true of a class or a split and not of single rows."""
+    """Problems of a class or a split, not of single rows."""
     summary: str = ""
-    """How many rows, where the number by split does not say enough."""
-    looked: bool = True
-    """False where it could not be looked for; the sentence says why."""
+    """Row counts in more detail than by split; empty for counts by split."""
+    checked: bool = True
+    """Whether the data were checked for it."""
 
     @property
     def found(self) -> bool:
-        """Whether there is anything to look at."""
+        """Whether there are rows or problems."""
         return bool(self.entries or self.problems)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of different rows by split."""
-        return dict(Counter(split for split, _ in dict.fromkeys((each.split, each.row) for each in self.entries)))
+        """Number of distinct rows by split."""
+        return dict(Counter(split for split, _ in dict.fromkeys((entry.split, entry.row) for entry in self.entries)))
 
     @property
-    def said(self) -> str:
-        """How much was found, in a few words."""
-        if not self.looked:
-            return "not looked for"
-        parts = [self.summary or format_counts(self.counts)] if self.entries else []
-        parts += [f"{len(self.problems)} of classes or splits"] if self.problems else []
-        return ", ".join(parts) or "none"
+    def count_text(self) -> str:
+        """Counts of rows and problems, as text."""
+        if not self.checked:
+            return "not checked"
+        counts = [self.summary or format_counts(self.counts)] if self.entries else []
+        counts += [f"{len(self.problems)} of classes or splits"] if self.problems else []
+        return ", ".join(counts) or "none"
 
     def state(self) -> dict[str, Any]:
-        """Returns it as JSON values."""
+        """Returns the finding as JSON values."""
         return {
             "name": self.name,
-            "looked": self.looked,
+            "looked": self.checked,
             "found": self.found,
-            "said": self.said,
-            "sentence": self.sentence,
+            "said": self.count_text,
+            "sentence": self.description,
             "counts": self.counts,
             "problems": list(self.problems),
             "rows": [asdict(entry) for entry in self.entries],
@@ -92,10 +92,10 @@ class Finding:
 
 
 class Numbering:
-    """One number for each row of all splits: the splits one after the other.
+    """Consecutive row numbers over all splits.
 
     Args:
-        sizes: Rows of each split, in order.
+        sizes: Number of rows by split, in order.
     """
 
     def __init__(self, sizes: dict[str, int]) -> None:
@@ -106,26 +106,35 @@ class Numbering:
         return int(self.starts[-1])
 
     def of_split(self, split: str) -> slice:
-        """Returns the numbers of a split."""
-        place = self.splits.index(split)
-        return slice(int(self.starts[place]), int(self.starts[place + 1]))
+        """Returns the row numbers of a split."""
+        index = self.splits.index(split)
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def split_of(self, numbers: Any) -> Any:
-        """Returns the position of the split of each number [N]."""
+        """Returns the index of the split of each row number, [N]."""
         return np.searchsorted(self.starts, numbers, side="right") - 1
 
     def address(self, number: int) -> Address:
-        """Returns split and row of a number."""
-        place = int(self.split_of(number))
-        return self.splits[place], int(number - self.starts[place])
+        """Returns split and row of a row number."""
+        index = int(self.split_of(number))
+        return self.splits[index], int(number - self.starts[index])
 
     def rows(self, numbers: Sequence[int] | Any) -> dict[str, list[int]]:
-        """Returns the rows of each split among `numbers`."""
-        out: dict[str, list[int]] = {split: [] for split in self.splits}
+        """Returns the rows at `numbers`, by split."""
+        rows: dict[str, list[int]] = {split: [] for split in self.splits}
         for number in numbers:
             split, row = self.address(number)
-            out[split].append(row)
-        return out
+            rows[split].append(row)
+        return rows
+
+
+def unchecked_by_reason(findings: Sequence[Finding]) -> dict[tuple[str, ...], str]:
+    """Returns the reasons why data were not checked, by the names of the findings that share them."""
+    names: dict[str, list[str]] = {}
+    for finding in findings:
+        if not finding.checked:
+            names.setdefault(finding.description, []).append(finding.name)
+    return {tuple(sharing): reason for reason, sharing in names.items()}
 
 
 def format_counts(counts: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""One pass over the images of a split: each is decoded once, and what is kept of it fits in 60 bytes."""
+"""Image statistics: one pass over the images of a split, 60 bytes per image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from hftl.audit.finding import Entry, Finding
 from hftl.audit.near_duplicate_images import perceptual_hash
 from hftl.audit.text_normalization import key_of
-from hftl.data.image_decoding import Stored, decode_image, decode_with_mode, place, quiet_pillow
+from hftl.data.image_decoding import Stored, decode_with_mode, place, quiet_pillow
 from hftl.errors import DataError
 from hftl.logging import log
 
@@ -22,55 +22,55 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 KINDS = {
-    "colour": ("RGB", "RGBX", "YCbCr", "P"),
-    "grey": ("L", "1", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N"),
+    "color": ("RGB", "RGBX", "YCbCr", "P"),
+    "gray": ("L", "1", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N"),
     "transparent": ("RGBA", "RGBa", "PA"),
     "CMYK": ("CMYK",),
 }
-"""Pillow's modes by what a person calls them."""
+"""Pillow modes by kind of channels."""
 FLAT = 2.0
-"""Standard deviation of grey values, of 255, under which a picture counts as of one colour."""
+"""Standard deviation of gray values in [0, 255], below which an image counts as single-color."""
 _RARE = 0.1
-"""Largest share of images of another kind that are called odd; above it, the data are simply mixed."""
+"""Maximum fraction of images with other channels that count as outliers; above it, the data are mixed."""
 _LONG = 3.0
-"""How much longer in proportion than the median image an odd one is."""
+"""Minimum ratio of an outlier's aspect ratio to the median."""
 _SCALE = 16.0
-"""How many times larger or smaller in area than the median image an odd one is."""
-_AT_ONCE = 64
-_SAY_EVERY = 10.0
+"""Minimum ratio of an outlier's area to the median, larger or smaller."""
+_BATCH = 64
+_LOG_SECONDS = 10.0
 
 
 @dataclass
 class ImageStats:
-    """What is kept of N images; rows that cannot be read have zeros."""
+    """Statistics of N images; zeros for unreadable ones."""
 
     pixels: Any
     """Keys of the decoded pixels, [N] uint64."""
     files: Any
-    """Keys of the files as they are, [N] uint64."""
+    """Keys of the file contents, [N] uint64."""
     hashes: Any
     """Perceptual hashes, [N, 16] uint8."""
     sizes: Any
-    """Width and height upright, in pixels, [N, 2] int32."""
+    """Width and height in pixels after EXIF rotation, [N, 2] int32."""
     kinds: Any
-    """Position in `KINDS`, [N] int8; -1 for none."""
-    spread: Any
-    """Standard deviation of grey values, [N] float32."""
+    """Index in `KINDS`, [N] int8; -1 for unreadable images."""
+    contrast: Any
+    """Standard deviation of gray values, [N] float32."""
     unreadable: dict[int, str]
     """Reasons by row number."""
 
 
 def inspect(rows: Dataset, column: str, split: str, max_pixels: int) -> ImageStats:
-    """Returns what is kept of every image of a split.
+    """Decodes every image of a split once and returns its statistics.
 
     Args:
         rows: Rows of the split.
-        column: The image column.
-        split: Its name, for the lines that say how far this is.
-        max_pixels: Larger images are unreadable.
+        column: Image column.
+        split: Name of the split, for progress lines.
+        max_pixels: Maximum pixels per image; larger images count as unreadable.
     """
     count = len(rows)
-    seen = ImageStats(
+    stats = ImageStats(
         np.zeros(count, np.uint64),
         np.zeros(count, np.uint64),
         np.zeros((count, 16), np.uint8),
@@ -79,92 +79,90 @@ def inspect(rows: Dataset, column: str, split: str, max_pixels: int) -> ImageSta
         np.zeros(count, np.float32),
         {},
     )
-    said = monotonic()
+    logged = monotonic()
     with quiet_pillow(), ThreadPoolExecutor(8) as pool:
         for start, images in _batches(rows, column):
-            if monotonic() - said > _SAY_EVERY:
-                log(f"check: {split}: looked at {start:,} of {count:,} images")
-                said = monotonic()
-            for row, found in enumerate(pool.map(lambda stored: _look(stored, max_pixels), images), start):
-                if isinstance(found, str):
-                    seen.unreadable[row] = found
+            if monotonic() - logged > _LOG_SECONDS:
+                log(f"check: {split}: scanned {start:,} of {count:,} images")
+                logged = monotonic()
+            for row, values in enumerate(pool.map(lambda stored: _image_stats(stored, max_pixels), images), start):
+                if isinstance(values, str):
+                    stats.unreadable[row] = values
                     continue
-                seen.pixels[row], seen.files[row], seen.hashes[row], seen.sizes[row] = found[:4]
-                seen.kinds[row], seen.spread[row] = found[4:]
-    return seen
+                stats.pixels[row], stats.files[row], stats.hashes[row], stats.sizes[row] = values[:4]
+                stats.kinds[row], stats.contrast[row] = values[4:]
+    return stats
 
 
-def pictures_at(rows: Dataset, column: str, numbers: Sequence[int]) -> list[Stored]:
-    """Returns the stored images of some rows, not decoded."""
+def stored_images(rows: Dataset, column: str, numbers: Sequence[int]) -> list[Stored]:
+    """Returns the stored images of some rows, without decoding."""
     from datasets import Image
 
     return rows.select_columns([column]).cast_column(column, Image(decode=False))[list(numbers)][column]
 
 
-def outlier_images(pictures: dict[str, ImageStats]) -> Finding:
-    """Returns the images that differ in channels, shape or size from the median over all splits."""
-    sizes = np.concatenate([seen.sizes for seen in pictures.values()]).astype(np.float64)
-    kinds = np.concatenate([seen.kinds for seen in pictures.values()])
-    spread = np.concatenate([seen.spread for seen in pictures.values()])
-    read = kinds >= 0
-    sentence = (
-        f"Read from the files. Odd is: other channels than most, where at most {_RARE:.0%} of the images have them; "
-        f"{_LONG:g} times longer in proportion, or {_SCALE:g} times larger or smaller in area, than the median image; "
-        f"of one colour (grey values spread by less than {FLAT:g} of 255)."
-    )
-    if not read.any():
-        return Finding("outlier_images", "No image could be read.", looked=False)
-    counts = np.bincount(kinds[read], minlength=len(KINDS))
-    usual = int(counts.argmax())
+def outlier_images(stats: dict[str, ImageStats]) -> Finding:
+    """Returns the images whose channels, aspect ratio or size differ from the median over all splits.
+
+    Args:
+        stats: Image statistics by split.
+    """
+    sizes = np.concatenate([split_stats.sizes for split_stats in stats.values()]).astype(np.float64)
+    kinds = np.concatenate([split_stats.kinds for split_stats in stats.values()])
+    contrast = np.concatenate([split_stats.contrast for split_stats in stats.values()])
+    readable = kinds >= 0
+    if not readable.any():
+        return Finding("outlier_images", "No image is readable.", checked=False)
+    counts = np.bincount(kinds[readable], minlength=len(KINDS))
+    common = int(counts.argmax())
     area = sizes.prod(1)
-    longer = np.divide(sizes.max(1), sizes.min(1), out=np.ones(len(sizes)), where=read)
-    middle_area, middle_longer = np.median(area[read]), np.median(longer[read])
-    width, height = np.median(sizes[read], axis=0)
-    about = ", ".join(f"{count:,} {kind}" for kind, count in zip(KINDS, counts, strict=True) if count)
-    sentence = f"Channels: {about}; median size {width:g} x {height:g} pixels. {sentence}"
+    aspect = np.divide(sizes.max(1), sizes.min(1), out=np.ones(len(sizes)), where=readable)
+    median_area, median_aspect = np.median(area[readable]), np.median(aspect[readable])
+    width, height = np.median(sizes[readable], axis=0)
+    channels = ", ".join(f"{count:,} {kind}" for kind, count in zip(KINDS, counts, strict=True) if count)
+    description = (
+        f"Channels: {channels}; median size {width:g} x {height:g} pixels. Outliers: channels of up to {_RARE:.0%} of "
+        f"the images; aspect ratio over {_LONG:g} times the median; area {_SCALE:g} times larger or smaller than the "
+        f"median; single-color images (standard deviation of gray values under {FLAT:g} of 255)."
+    )
     entries = []
-    starts = np.cumsum([0, *(len(seen.kinds) for seen in pictures.values())])
-    for split, start, end in zip(pictures, starts[:-1], starts[1:], strict=True):
-        for row in np.flatnonzero(read[start:end]).tolist():
+    starts = np.cumsum([0, *(len(split_stats.kinds) for split_stats in stats.values())])
+    for split, start, end in zip(stats, starts[:-1], starts[1:], strict=True):
+        for row in np.flatnonzero(readable[start:end]).tolist():
             number = start + row
             why = []
-            if kinds[number] != usual and counts[kinds[number]] <= _RARE * read.sum():
-                why.append(f"{list(KINDS)[kinds[number]]} where most are {list(KINDS)[usual]}")
-            if longer[number] > _LONG * middle_longer:
-                why.append("long and narrow")
-            if not middle_area / _SCALE <= area[number] <= middle_area * _SCALE:
-                why.append("large" if area[number] > middle_area else "small")
-            if spread[number] < FLAT:
-                why.append("of one colour")
+            if kinds[number] != common and counts[kinds[number]] <= _RARE * readable.sum():
+                why.append(f"{list(KINDS)[kinds[number]]}, most are {list(KINDS)[common]}")
+            if aspect[number] > _LONG * median_aspect:
+                why.append("aspect ratio")
+            if not median_area / _SCALE <= area[number] <= median_area * _SCALE:
+                why.append("large" if area[number] > median_area else "small")
+            if contrast[number] < FLAT:
+                why.append("single color")
             if why:
-                shape = f"{int(sizes[number, 0])} x {int(sizes[number, 1])} pixels"
-                entries.append(Entry(split, row, f"{', '.join(why)} ({shape})"))
-    return Finding("outlier_images", sentence, tuple(entries))
+                size = f"{int(sizes[number, 0])} x {int(sizes[number, 1])} pixels"
+                entries.append(Entry(split, row, f"{', '.join(why)} ({size})"))
+    return Finding("outlier_images", description, tuple(entries))
 
 
 def _batches(rows: Dataset, column: str) -> Iterator[tuple[int, list[Stored]]]:
     from datasets import Image
 
     images = rows.select_columns([column]).cast_column(column, Image(decode=False))
-    for start in range(0, len(rows), _AT_ONCE):
-        yield start, images[start : start + _AT_ONCE][column]
+    for start in range(0, len(rows), _BATCH):
+        yield start, images[start : start + _BATCH][column]
 
 
-def _look(stored: Stored, max_pixels: int) -> tuple[Any, ...] | str:
-    """Returns the fields of `ImageStats` for one image, or why it cannot be read."""
+def _image_stats(stored: Stored, max_pixels: int) -> tuple[Any, ...] | str:
+    """Returns the fields of `ImageStats` of one image, or the reason why it is unreadable."""
     try:
-        picture, mode = decode_with_mode(stored, "RGB", max_pixels)
+        image, mode = decode_with_mode(stored, "RGB", max_pixels)
     except DataError as error:
         return f"{error} ({place(stored)})"
     content = (stored or {}).get("bytes")
     content = Path((stored or {})["path"]).read_bytes() if content is None else content
-    grey = np.asarray(picture.convert("L").reduce(max(1, min(picture.size) // 64)))
-    kind = next((number for number, modes in enumerate(KINDS.values()) if mode in modes), 0)
-    size = f"{picture.width} {picture.height} ".encode()
-    key = key_of(size + picture.tobytes())
-    return key, key_of(content), perceptual_hash(picture), picture.size, kind, float(grey.std())
-
-
-def drawn(stored: Stored, max_pixels: int) -> Any:
-    """Returns the picture of an image that was read before, upright and in colour."""
-    return decode_image(stored, "RGB", max_pixels)
+    gray = np.asarray(image.convert("L").reduce(max(1, min(image.size) // 64)))
+    kind = next((index for index, modes in enumerate(KINDS.values()) if mode in modes), 0)
+    size = f"{image.width} {image.height} ".encode()
+    key = key_of(size + image.tobytes())
+    return key, key_of(content), perceptual_hash(image), image.size, kind, float(gray.std())

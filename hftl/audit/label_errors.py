@@ -1,7 +1,7 @@
-"""Labels that are likely wrong: a linear probe that has not seen a row is sure of another class.
+"""Label error detection by confident learning, with out-of-fold predictions of a linear probe.
 
-Confident learning: Northcutt, Jiang and Chuang (2021), "Confident Learning: Estimating Uncertainty in Dataset Labels",
-Journal of Artificial Intelligence Research 70, https://arxiv.org/abs/1911.00068.
+Source: Northcutt, Jiang and Chuang (2021), "Confident Learning: Estimating Uncertainty in Dataset Labels", Journal of
+Artificial Intelligence Research 70, https://arxiv.org/abs/1911.00068.
 """
 
 from __future__ import annotations
@@ -12,52 +12,52 @@ import numpy as np
 
 FOLDS = 5
 SLACK = 3.0
-"""The probe's L2 penalty: scikit-learn's C is this over D, since standardised features of D numbers have a squared
-length of D. The best of 0.2 to 380 for finding planted wrong labels in trec6 and cifar10_slice; a weaker penalty learns
-the wrong labels too."""
+"""Inverse L2 penalty of the probe: scikit-learn's C is SLACK / D, because standardized features of dimension D have
+squared norm D. The best of 0.2 to 380 at finding planted label errors in trec6 and cifar10_slice; with a weaker penalty
+the probe learns the label errors."""
 FITTED = 20_000
-"""Rows that each of the probes is fitted to at most; all others are predicted."""
+"""Maximum rows that each probe is fitted to; the probe predicts the others."""
 _BLOCK = 8_192
 
 
-def out_of_fold(features: Any, codes: Any, twins: Any, seed: int = 0) -> Any:
-    """Returns class probabilities [N, K] of every row from a probe that was fitted to the other folds.
+def out_of_fold(features: Any, codes: Any, first_duplicates: Any, seed: int = 0) -> Any:
+    """Returns out-of-fold class probabilities of every row, [N, K] float32.
 
-    The probe is a multinomial logistic regression on standardised features. Folds are stratified by class; rows that
-    are the same are in one fold, so that no row is predicted by its own copy.
+    The probe is a multinomial logistic regression on standardized features. Folds are stratified by class. Duplicates
+    are in the same fold, so that no row is predicted by a probe fitted to its copy.
 
     Args:
-        features: [N, D] float32, may be memory-mapped.
-        codes: Classes [N], 0..K-1, each with at least `FOLDS` different rows.
-        twins: Number of the first row that a row is the same as, [N]; its own position where there is none.
-        seed: Of the folds, and of the rows that probes are fitted to.
+        features: Features, [N, D] float32; may be memory-mapped.
+        codes: Classes in 0..K-1, [N], each with at least `FOLDS` distinct rows.
+        first_duplicates: Position of the first duplicate of each row, [N]; the row's own position without duplicates.
+        seed: Seed of the folds and of the sampling of rows that probes are fitted to.
     """
     from sklearn.model_selection import StratifiedKFold
 
     classes = int(codes.max()) + 1
     probabilities = np.zeros((len(codes), classes), np.float32)
-    firsts = np.flatnonzero(twins == np.arange(len(codes)))
+    firsts = np.flatnonzero(first_duplicates == np.arange(len(codes)))
     fold = np.zeros(len(codes), np.int64)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(firsts, codes[firsts])
-    for number, (_, held) in enumerate(folds):
-        fold[firsts[held]] = number
-    fold = fold[twins]
+    for index, (_, held_out) in enumerate(folds):
+        fold[firsts[held_out]] = index
+    fold = fold[first_duplicates]
     rng = np.random.default_rng(seed)
-    for number in range(FOLDS):
-        others = np.flatnonzero(fold != number)
-        if len(others) > FITTED:
-            others = _some(others, codes, rng)
-        predict = _fit_probe(features[others], codes[others])
-        held = np.flatnonzero(fold == number)
-        for start in range(0, len(held), _BLOCK):
-            block = held[start : start + _BLOCK]
+    for index in range(FOLDS):
+        fitted = np.flatnonzero(fold != index)
+        if len(fitted) > FITTED:
+            fitted = _sample_all_classes(fitted, codes, rng)
+        predict = _fit_probe(features[fitted], codes[fitted])
+        held_out = np.flatnonzero(fold == index)
+        for start in range(0, len(held_out), _BLOCK):
+            block = held_out[start : start + _BLOCK]
             present, values = predict(features[block])
             probabilities[np.ix_(block, present)] = values
     return probabilities
 
 
-def _some(rows: Any, codes: Any, rng: Any) -> Any:
-    """Returns `FITTED` of the rows at random, sorted; some of every class, or its rows would all look wrong."""
+def _sample_all_classes(rows: Any, codes: Any, rng: Any) -> Any:
+    """Samples `FITTED` rows with at least `FOLDS` of each class; all rows of an omitted class would look wrong."""
     order = rng.permutation(rows)
     by_class = order[np.argsort(codes[order], kind="stable")]
     _, starts, counts = np.unique(codes[by_class], return_index=True, return_counts=True)
@@ -67,7 +67,7 @@ def _some(rows: Any, codes: Any, rng: Any) -> Any:
 
 
 def _fit_probe(features: Any, codes: Any) -> Any:
-    """Returns a function features -> (classes that were seen, their probabilities)."""
+    """Returns a function from features to (fitted classes, their probabilities)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -78,14 +78,14 @@ def _fit_probe(features: Any, codes: Any) -> Any:
 
 
 def confident_joint(probabilities: Any, codes: Any) -> Any:
-    """Returns for each row the class that it is confidently of, [N]; -1 where there is none.
+    """Returns the confident class of each row, [N]; -1 for rows without one.
 
-    That is the most probable of the classes whose probability reaches the class's threshold: the mean probability of
-    class j over the rows labelled j (equation 2 of the paper).
+    The confident class is the most probable of the classes whose probability reaches the threshold of the class: the
+    mean probability of class j over the rows labeled j (equation 2 of the paper).
 
     Args:
-        probabilities: Out of fold, [N, K].
-        codes: Labels [N]; each of the K classes has rows.
+        probabilities: Out-of-fold class probabilities, [N, K].
+        codes: Labels in 0..K-1, [N]; each class has rows.
     """
     classes = probabilities.shape[1]
     sums = np.bincount(codes, probabilities[np.arange(len(codes)), codes], classes)
@@ -96,18 +96,18 @@ def confident_joint(probabilities: Any, codes: Any) -> Any:
 
 
 def likely_wrong(probabilities: Any, codes: Any) -> Any:
-    """Returns the positions of the rows whose labels are likely wrong, the likeliest first.
+    """Returns the positions of likely label errors, the most likely first.
 
-    How many: the rows that are confidently of another class than their label (the off-diagonal of the confident
-    joint). Which: those with the lowest probability of their label, which found more planted errors than these rows
-    themselves.
+    Their number is the off-diagonal sum of the confident joint: rows whose confident class differs from the label. The
+    returned rows are those with the lowest probability of the label; this ranking finds more planted errors than the
+    off-diagonal rows themselves.
 
     Args:
-        probabilities: Out of fold, [N, K].
-        codes: Labels [N].
+        probabilities: Out-of-fold class probabilities, [N, K].
+        codes: Labels in 0..K-1, [N].
     """
     confident = confident_joint(probabilities, codes)
     count = int(((confident >= 0) & (confident != codes)).sum())
-    given = probabilities[np.arange(len(codes)), codes]
-    order = np.argsort(given, kind="stable")
+    self_confidence = probabilities[np.arange(len(codes)), codes]
+    order = np.argsort(self_confidence, kind="stable")
     return order[probabilities[order].argmax(1) != codes[order]][:count]

@@ -1,4 +1,4 @@
-"""What takes a model to see: texts it would cut off, labels that contradict its features, rows far from all others."""
+"""Checks that require a model: truncated texts, label errors and outliers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from hftl.audit.class_balance import Labels
 from hftl.audit.finding import Entry, Finding, Numbering
 from hftl.audit.label_errors import FOLDS, likely_wrong, out_of_fold
-from hftl.audit.outliers import FENCE, NEIGHBOUR, REFERENCE, distances, far_limit, reference_rows
+from hftl.audit.outliers import FENCE, NEIGHBOR, REFERENCE, distance_limit, distances, reference_rows
 from hftl.audit.text_normalization import text_rows
 from hftl.config.schema import ModelConfig, RunConfig
 from hftl.data.splits import Splits
@@ -21,31 +21,31 @@ from hftl.models.build import build_model
 from hftl.models.task_model import HeadSpec, TaskModel
 from hftl.preprocessing.tokenization import token_limit
 from hftl.tasks.inputs import ImageInputs, TextInputs
-from hftl.tasks.targets.single_label.target import SingleLabel
+from hftl.tasks.targets.single_label.target import SingleLabelTarget
 from hftl.tasks.task import Inputs, SupervisedTask
 
 if TYPE_CHECKING:
     from hftl.features.cache import Features
 
 
-class _Unlabelled(SupervisedTask):
-    """Rows as inputs of a model, whatever their labels are."""
+class _InputTask(SupervisedTask):
+    """Task that encodes model inputs and ignores labels."""
 
     name = "features"
 
     def __init__(self, inputs: Inputs, model_class: str) -> None:
         self.model_class = model_class
-        super().__init__(inputs, SingleLabel("", ["0", "1"], [0, 1]))
+        super().__init__(inputs, SingleLabelTarget("", ["0", "1"], [0, 1]))
 
 
 class ModelChecks:
-    """A model and the rows it looks at.
+    """Pretrained model and the valid rows of all splits.
 
     Args:
         splits: All rows; lenient.
         name: As `model.name`.
-        images: Whether the rows are images.
-        unusable: Numbers of the rows that cannot be inputs, by split.
+        images: Whether the inputs are images.
+        unusable: Row numbers of invalid inputs, by split.
 
     Raises:
         ModelError: The model cannot be found or built.
@@ -57,27 +57,25 @@ class ModelChecks:
         model_class = "timm" if images else "AutoModelForSequenceClassification"
         self.splits, self.name = splits, name
         self.run = RunConfig(splits.config, ModelConfig(name=name))
-        self.task = _Unlabelled(inputs, model_class)
+        self.task = _InputTask(inputs, model_class)
         self.model: TaskModel = build_model(self.run, HeadSpec(model_class, 2))
         self.usable = {
             split: np.delete(np.arange(len(rows)), unusable.get(split, [])) for split, rows in splits.items()
         }
 
     def too_long(self) -> Finding:
-        """Returns the texts that have more tokens than the model reads."""
+        """Returns the texts with more tokens than the model accepts."""
         limit = token_limit(self.model.processor, self.splits.config.max_length)
-        entries, shares = [], []
+        entries, fractions = [], []
         for split, rows in self.splits.items():
             lengths = self._token_counts(split, rows)
             long = np.flatnonzero(lengths > limit)
-            shares.append(f"{len(long) / max(len(rows), 1):.1%} of {split} (longest {lengths.max(initial=0):,})")
+            fractions.append(f"{len(long) / max(len(rows), 1):.1%} of {split} (longest {lengths.max(initial=0):,})")
             entries += [
                 Entry(split, row, f"{lengths[row]:,} tokens", score=float(lengths[row])) for row in long.tolist()
             ]
-        sentence = (
-            f"{self.name} reads {limit:,} tokens of a row; what stands after them is cut off. Cut: {', '.join(shares)}."
-        )
-        return Finding("too_long", sentence, tuple(entries))
+        description = f"{self.name} truncates rows after {limit:,} tokens. Truncated: {', '.join(fractions)}."
+        return Finding("too_long", description, tuple(entries))
 
     def _token_counts(self, split: str, rows: Any) -> Any:
         counts, position = np.zeros(len(rows), np.int64), 0
@@ -89,113 +87,126 @@ class ModelChecks:
         return counts
 
     def features(self) -> dict[str, Any] | str:
-        """Returns the features of the usable rows of each split [n, D]; a sentence that says why where that failed."""
+        """Returns the features of the valid rows of each split, [n, D]; an error message if they cannot be computed."""
         accelerator = build_accelerator()
-        found: dict[str, Features] = {}
+        features: dict[str, Features] = {}
         model = self.model.to(accelerator.device)
         try:
             for split, rows in self.splits.items():
                 if len(self.usable[split]):
-                    chosen = rows.select(self.usable[split]) if len(self.usable[split]) < len(rows) else rows
-                    found[split] = compute_features(accelerator, model, self.task, chosen, self.run, split=split)
+                    valid = rows.select(self.usable[split]) if len(self.usable[split]) < len(rows) else rows
+                    features[split] = compute_features(accelerator, model, self.task, valid, self.run, split=split)
         except FeatureError as error:
             return str(error)
-        return {split: features.values for split, features in found.items()}
+        return {split: split_features.values for split, split_features in features.items()}
 
 
 def label_errors(
-    features: dict[str, Any], usable: dict[str, Any], labels: Labels, numbering: Numbering, twins: Any
+    features: dict[str, Any], usable: dict[str, Any], labels: Labels, numbering: Numbering, first_duplicates: Any
 ) -> Finding:
-    """Returns the rows whose labels are likely wrong, in all splits, the likeliest first.
+    """Returns likely label errors of all splits, the most likely first.
 
     Args:
-        features: Of the usable rows of each split [n, D].
-        usable: Row numbers of these [n].
-        labels: Of all rows.
-        numbering: Of all rows.
-        twins: The first row that each row is the same as, [N].
+        features: Features of the valid rows by split, [n, D].
+        usable: Row numbers of the valid rows by split, [n].
+        labels: Labels of all rows.
+        numbering: Row numbers over all splits.
+        first_duplicates: Number of the first duplicate of each row, [N].
     """
     if labels.why_not:
-        return Finding("label_errors", f"Not looked for: {labels.why_not}.", looked=False)
+        return Finding("label_errors", f"Not checked: {labels.why_not}.", checked=False)
     numbers = np.concatenate([usable[split] + numbering.of_split(split).start for split in features])
     codes = labels.codes[numbers]
-    different = np.unique(twins[numbers])  # copies are in one fold
-    counts = np.bincount(labels.codes[different][labels.codes[different] >= 0], minlength=len(labels.names))
-    judged = (codes >= 0) & (counts[codes] >= FOLDS)
-    present = np.unique(codes[judged])
+    distinct = np.unique(first_duplicates[numbers])  # duplicates are in one fold
+    counts = np.bincount(labels.codes[distinct][labels.codes[distinct] >= 0], minlength=len(labels.names))
+    scored = (codes >= 0) & (counts[codes] >= FOLDS)
+    present = np.unique(codes[scored])
     if len(present) < 2:
         return Finding(
             "label_errors",
-            f"Not looked for: it takes two classes with at least {FOLDS} different rows each.",
-            looked=False,
+            f"Not checked: requires two classes with at least {FOLDS} distinct rows each.",
+            checked=False,
         )
-    stacked = _Stacked([features[split] for split in features])
-    positions = np.flatnonzero(judged)
-    chosen = numbers[positions]
-    dense = np.searchsorted(present, codes[positions])
-    first = {int(number): place for place, number in reversed(list(enumerate(twins[chosen])))}
-    own = np.array([first[int(number)] for number in twins[chosen]])
-    probabilities = out_of_fold(_Rows(stacked, positions), dense, own)
+    stacked = _StackedArrays([features[split] for split in features])
+    positions = np.flatnonzero(scored)
+    scored_numbers = numbers[positions]
+    dense_codes = np.searchsorted(present, codes[positions])
+    duplicates = first_duplicates[scored_numbers]
+    first_position = {int(number): position for position, number in reversed(list(enumerate(duplicates)))}
+    first_positions = np.array([first_position[int(number)] for number in duplicates])
+    probabilities = out_of_fold(_RowSubset(stacked, positions), dense_codes, first_positions)
     entries = []
-    for place in likely_wrong(probabilities, dense).tolist():
-        guess, given = int(probabilities[place].argmax()), float(probabilities[place, dense[place]])
-        names = labels.names[present[dense[place]]], labels.names[present[guess]]
-        why = f"labelled '{names[0]}' ({given:.2f}), looks like '{names[1]}' ({probabilities[place, guess]:.2f})"
-        entries.append(Entry(*numbering.address(int(chosen[place])), why, score=round(given, 4)))
-    left = int((~judged).sum())
-    unjudged = f" {left:,} rows of rarer classes or without a label were not judged." if left else ""
-    sentence = (
-        "Ranked by the probability of the label as a logistic regression gives it that was fitted to other rows' "
-        f"features ({FOLDS} folds over all splits together); their number is estimated by confident learning. Look at "
-        f"them before you believe it.{unjudged}"
+    for position in likely_wrong(probabilities, dense_codes).tolist():
+        label, predicted = dense_codes[position], int(probabilities[position].argmax())
+        self_confidence = float(probabilities[position, label])
+        why = (
+            f"label '{labels.names[present[label]]}' ({self_confidence:.2f}), predicted "
+            f"'{labels.names[present[predicted]]}' ({probabilities[position, predicted]:.2f})"
+        )
+        address = numbering.address(int(scored_numbers[position]))
+        entries.append(Entry(*address, why, score=round(self_confidence, 4)))
+    unscored = int((~scored).sum())
+    skipped = f" Skipped {unscored:,} rows of rarer classes or without a label." if unscored else ""
+    description = (
+        "Ranked by the out-of-fold probability of the label, from a logistic regression on the features "
+        f"({FOLDS} folds over all splits). Confident learning estimates the number of errors. Review the rows before "
+        f"changing labels.{skipped}"
     )
-    return Finding("label_errors", sentence, tuple(entries))
+    return Finding("label_errors", description, tuple(entries))
 
 
 def outliers(features: dict[str, Any], usable: dict[str, Any]) -> Finding:
-    """Returns the rows far from the training rows, the farthest first."""
+    """Returns the rows far from the training rows, the most distant first.
+
+    Args:
+        features: Features of the valid rows by split, [n, D].
+        usable: Row numbers of the valid rows by split, [n].
+    """
     train = features.get("train")
-    if train is None or len(train) <= NEIGHBOUR:
-        return Finding("outliers", f"Not looked for: it takes more than {NEIGHBOUR} training rows.", looked=False)
-    chosen = reference_rows(len(train))
-    reference = np.asarray(train[chosen])
-    own = np.full(len(train), -1)
-    own[chosen] = np.arange(len(chosen))
-    far = {split: distances(rows, reference, own if split == "train" else None) for split, rows in features.items()}
-    limit = far_limit(far["train"])
+    if train is None or len(train) <= NEIGHBOR:
+        return Finding("outliers", f"Not checked: requires more than {NEIGHBOR} training rows.", checked=False)
+    sampled = reference_rows(len(train))
+    reference = np.asarray(train[sampled])
+    own_positions = np.full(len(train), -1)
+    own_positions[sampled] = np.arange(len(sampled))
+    by_split = {
+        split: distances(rows, reference, own_positions if split == "train" else None)
+        for split, rows in features.items()
+    }
+    limit = distance_limit(by_split["train"])
     entries = [
-        Entry(split, int(usable[split][place]), f"distance {found[place]:.3f}", score=round(float(found[place]), 4))
-        for split, found in far.items()
-        for place in np.flatnonzero(found > limit + 1e-6).tolist()
+        Entry(split, int(usable[split][row]), f"distance {values[row]:.3f}", score=round(float(values[row]), 4))
+        for split, values in by_split.items()
+        for row in np.flatnonzero(values > limit + 1e-6).tolist()
     ]
     entries.sort(key=lambda entry: -(entry.score or 0))
-    drawn = f" of {REFERENCE:,} drawn at random" if len(train) > REFERENCE else ""
-    sentence = (
-        f"Distance of a row's features, at unit length, to its {NEIGHBOUR}th nearest training row{drawn}; listed are "
-        f"those beyond {limit:.3f}, {FENCE:g} interquartile ranges above the third quartile of train."
+    sample = f" of {REFERENCE:,} sampled ones" if len(train) > REFERENCE else ""
+    description = (
+        f"Distance of L2-normalized features to the {NEIGHBOR}th nearest training row{sample}. Listed: distances above "
+        f"{limit:.3f}, {FENCE:g} interquartile ranges above the third quartile of train."
     )
-    return Finding("outliers", sentence, tuple(entries))
+    return Finding("outliers", description, tuple(entries))
 
 
-class _Stacked:
-    """Arrays one after the other without a copy in memory."""
+class _StackedArrays:
+    """Concatenated arrays, without a copy in memory."""
 
-    def __init__(self, parts: list[Any]) -> None:
-        self.parts = parts
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+    def __init__(self, arrays: list[Any]) -> None:
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *(len(array) for array in arrays)])
 
     def __getitem__(self, rows: Any) -> Any:
-        out = np.empty((len(rows), self.parts[0].shape[1]), np.float32)
-        for part, start, end in zip(self.parts, self.starts[:-1], self.starts[1:], strict=True):
+        values = np.empty((len(rows), self.arrays[0].shape[1]), np.float32)
+        for array, start, end in zip(self.arrays, self.starts[:-1], self.starts[1:], strict=True):
             inside = (rows >= start) & (rows < end)
-            out[inside] = part[rows[inside] - start]
-        return out
+            values[inside] = array[rows[inside] - start]
+        return values
 
 
-class _Rows:
-    """Some rows of stacked arrays, by position."""
+class _RowSubset:
+    """Rows of stacked arrays, by position."""
 
-    def __init__(self, stacked: _Stacked, positions: Any) -> None:
+    def __init__(self, stacked: _StackedArrays, positions: Any) -> None:
         self.stacked, self.positions = stacked, positions
 
     def __getitem__(self, rows: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The findings as one page: an overview, then a section for each finding with its rows shown."""
+"""HTML page of a data check: an overview, and a section with example rows per finding."""
 
 from __future__ import annotations
 
@@ -7,100 +7,98 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hftl.audit.class_balance import Labels
-from hftl.audit.finding import FINDINGS, Address, Entry, Finding, Numbering, format_counts
-from hftl.audit.image_stats import pictures_at
+from hftl.audit.finding import FINDINGS, Address, Entry, Finding, Numbering, format_counts, unchecked_by_reason
+from hftl.audit.image_stats import stored_images
 from hftl.data.splits import Splits
 from hftl.html.blocks import Card, ExampleGroup, ExampleGroups, Note, Section, Table, Tiles
 from hftl.html.page import write_page
 from hftl.reporting.examples import shortened, thumbnail
 
 SHOWN = 24
-"""Entries of a finding that are shown with their content."""
+"""Maximum entries of a finding that are rendered with their content."""
 LISTED = 500
-"""Entries that are listed; check.json has all."""
+"""Maximum entries of a finding that are listed; check.json contains all."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """The rows that a page shows."""
+class PageRows:
+    """Rows that the page renders."""
 
     splits: Splits
     columns: Sequence[str]
-    """The columns of inputs."""
+    """Input columns."""
     images: bool
+    """Whether the inputs are images."""
     labels: Labels
     numbering: Numbering
 
-    def where(self, place: Address) -> str:
-        """Returns split, row and label."""
-        code = self.labels.codes[self.numbering.of_split(place[0]).start + place[1]]
-        return f"{place[0]} row {place[1]}" + (f", {self.labels.names[code]}" if code >= 0 else "")
+    def caption(self, address: Address) -> str:
+        """Returns split, row number and label of a row."""
+        split, row = address
+        code = self.labels.codes[self.numbering.of_split(split).start + row]
+        return f"{split} row {row}" + (f", {self.labels.names[code]}" if code >= 0 else "")
 
 
-def write_findings(output: Path, shown: Shown, findings: Sequence[Finding], model: str | None) -> Path:
-    """Writes the page and returns where.
+def write_findings(output: Path, page_rows: PageRows, findings: Sequence[Finding], model: str | None) -> Path:
+    """Writes the HTML page and returns its path.
 
     Args:
-        output: The HTML file.
-        shown: The rows.
-        findings: In the order of the page.
-        model: The model that was asked, if any.
+        output: HTML file.
+        page_rows: Rows of all splits.
+        findings: Findings in the order of the page.
+        model: Model of the model checks; None without them.
     """
-    about = [shown.splits.config.source, f"features of {model}" if model else "without a model"]
-    sections = [_overview(shown.splits, findings)]
-    sections += [_section(finding, shown) for finding in findings if finding.found]
+    about = [page_rows.splits.config.source, f"features of {model}" if model else "without a model"]
+    sections = [_overview(page_rows.splits, findings)]
+    sections += [_section(finding, page_rows) for finding in findings if finding.found]
     return write_page(output, "Data check", about, sections)
 
 
 def _overview(splits: Splits, findings: Sequence[Finding]) -> Section:
     tiles = [(split, len(rows), "rows") for split, rows in splits.items()]
-    in_order = sorted(findings, key=lambda each: (not each.found, not each.looked))
-    rows = [(FINDINGS[each.name], each.name, each.said) for each in in_order]
-    unseen = [each for each in findings if not each.looked]
-    left = [
-        Note(f"{', '.join(FINDINGS[each.name] for each in unseen if each.sentence == sentence)}: {sentence}")
-        for sentence in dict.fromkeys(each.sentence for each in unseen)
+    ordered = sorted(findings, key=lambda finding: (not finding.found, not finding.checked))
+    rows = [(FINDINGS[finding.name], finding.name, finding.count_text) for finding in ordered]
+    notes = [
+        Note(f"{', '.join(FINDINGS[name] for name in names)}: {reason}")
+        for names, reason in unchecked_by_reason(findings).items()
     ]
-    return Section("Overview", [Tiles(tiles), Table("What was found", ["Finding", "Name", "Found"], rows), *left])
+    return Section("Overview", [Tiles(tiles), Table("Findings", ["Finding", "Name", "Rows"], rows), *notes])
 
 
-def _section(finding: Finding, rows: Shown) -> Section:
-    blocks: list[object] = [Note(finding.sentence)]
+def _section(finding: Finding, page_rows: PageRows) -> Section:
+    blocks: list[object] = [Note(finding.description)]
     blocks += [Note(problem, warning=True) for problem in finding.problems]
     if finding.entries:
-        shown = finding.entries[:SHOWN]
-        addresses = list(dict.fromkeys(place for entry in shown for place in _places(entry)))
-        cards = _cards(rows, addresses)
-        blocks.append(
-            ExampleGroups([ExampleGroup([cards[place] for place in _places(entry)], entry.why) for entry in shown])
-        )
+        examples = finding.entries[:SHOWN]
+        cards = _cards(page_rows, list(dict.fromkeys(address for entry in examples for address in _addresses(entry))))
+        groups = [ExampleGroup([cards[address] for address in _addresses(entry)], entry.why) for entry in examples]
+        blocks.append(ExampleGroups(groups))
         listed = finding.entries[:LISTED]
-        more = f"; the first {LISTED} of {len(finding.entries):,}, all are in check.json" * (
-            len(finding.entries) > LISTED
-        )
-        lines = [(rows.where((entry.split, entry.row)), entry.why) for entry in listed]
-        blocks.append(Table(f"{format_counts(finding.counts)}{more}", ["Row", "Why"], lines))
+        is_truncated = len(finding.entries) > LISTED
+        truncation = f"; first {LISTED} of {len(finding.entries):,}, all in check.json" if is_truncated else ""
+        lines = [(page_rows.caption((entry.split, entry.row)), entry.why) for entry in listed]
+        blocks.append(Table(f"{format_counts(finding.counts)}{truncation}", ["Row", "Reason"], lines))
     return Section(FINDINGS[finding.name], blocks)
 
 
-def _places(entry: Entry) -> list[Address]:
+def _addresses(entry: Entry) -> list[Address]:
     return [(entry.split, entry.row), *([entry.other] if entry.other else [])]
 
 
-def _cards(shown: Shown, places: Sequence[Address]) -> dict[Address, Card]:
+def _cards(page_rows: PageRows, addresses: Sequence[Address]) -> dict[Address, Card]:
     cards = {}
-    for split, rows in shown.splits.items():
-        here = [place for place in places if place[0] == split]
-        numbers = [row for _, row in here]
+    for split, rows in page_rows.splits.items():
+        in_split = [address for address in addresses if address[0] == split]
+        numbers = [row for _, row in in_split]
         if not numbers:
             continue
-        if shown.images:
-            limit = shown.splits.config.max_pixels
-            for place, image in zip(here, pictures_at(rows, shown.columns[0], numbers), strict=True):
-                cards[place] = Card(shown.where(place), thumbnail(image, limit))
+        if page_rows.images:
+            limit = page_rows.splits.config.max_pixels
+            for address, image in zip(in_split, stored_images(rows, page_rows.columns[0], numbers), strict=True):
+                cards[address] = Card(page_rows.caption(address), thumbnail(image, limit))
         else:
-            table = rows.select_columns(list(shown.columns))[numbers]
-            for number, place in enumerate(here):
-                texts = [(name, shortened(table[name][number])) for name in shown.columns]
-                cards[place] = Card(shown.where(place), None, texts)
+            table = rows.select_columns(list(page_rows.columns))[numbers]
+            for index, address in enumerate(in_split):
+                texts = [(name, shortened(table[name][index])) for name in page_rows.columns]
+                cards[address] = Card(page_rows.caption(address), None, texts)
     return cards

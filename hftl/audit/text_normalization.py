@@ -1,8 +1,8 @@
-"""Texts as keys: two texts have the same key when a person would say that they are the same.
+"""Normalization and hashing of texts, for duplicate detection.
 
-The key forgets how a text is encoded (Unicode NFKC), its case (`str.casefold`), blanks and punctuation (all of
-Unicode's P categories); signs that carry meaning stay (`+ $ = <`, emoji). A text of nothing but punctuation keeps it.
-Whether two rows are the same letter by letter is a second key, of the texts as they stand.
+Normalization removes differences of Unicode form (NFKC), case (`str.casefold`), whitespace and punctuation (Unicode
+categories P). Symbols stay (`+ $ = <`, emoji), and punctuation stays in texts without other characters. A second key
+of the texts without normalization detects exact copies.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BATCH = 1_000
-"""Rows in memory at a time."""
-_BETWEEN = "\x1f"
-"""Stands between the texts of a pair; ASCII's unit separator, which no text has."""
+"""Rows per batch."""
+_SEPARATOR = "\x1f"
+"""Separator of the texts of a pair: the ASCII unit separator, absent from natural text."""
 
 
-class _Blanked(dict[int, str]):
-    """For `str.translate`: punctuation -> blank, each character looked up once."""
+class _PunctuationTable(dict[int, str]):
+    """Table for `str.translate` that maps punctuation to spaces; caches each character."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -30,41 +30,41 @@ class _Blanked(dict[int, str]):
         return self[code]
 
 
-_BLANKED = _Blanked()
+_PUNCTUATION = _PunctuationTable()
 
 
-def normalise(text: str) -> str:
-    """Returns what is compared of a text: see above."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(plain.translate(_BLANKED).split()) or " ".join(plain.split())
+def normalize(text: str) -> str:
+    """Returns the normalized text (see the module docstring)."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(folded.translate(_PUNCTUATION).split()) or " ".join(folded.split())
 
 
 def key_of(text: str | bytes) -> int:
-    """Returns 64 bits of BLAKE2b: two of a million different texts agree with a probability of 3e-8."""
+    """Returns a 64-bit BLAKE2b hash; the collision probability among a million texts is 3e-8."""
     content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 def text_rows(rows: Dataset, columns: Sequence[str], numbers: Sequence[int] | None = None) -> Iterator[list[list[str]]]:
-    """Yields batches of rows as lists of their texts; what is no text is an empty one.
+    """Yields batches of rows as lists of texts; values that are not strings become empty texts.
 
     Args:
         rows: Rows of a split.
         columns: One text column, or two for pairs.
-        numbers: The rows to read, in this order; all of them without.
+        numbers: Row numbers to read, in this order; None reads all rows.
     """
-    chosen = rows.select_columns(list(columns))
+    texts = rows.select_columns(list(columns))
     for start in range(0, len(rows) if numbers is None else len(numbers), BATCH):
-        table = chosen[start : start + BATCH] if numbers is None else chosen[list(numbers[start : start + BATCH])]
-        values = zip(*(table[name] for name in columns), strict=True)
+        batch = texts[start : start + BATCH] if numbers is None else texts[list(numbers[start : start + BATCH])]
+        values = zip(*(batch[name] for name in columns), strict=True)
         yield [[value if isinstance(value, str) else "" for value in row] for row in values]
 
 
-def normalised_pair(texts: Sequence[str]) -> str:
-    """Returns the texts of a row as one normalised text; the order of a pair counts."""
-    return _BETWEEN.join(normalise(text) for text in texts)
+def normalized_pair(texts: Sequence[str]) -> str:
+    """Joins the normalized texts of a row; the order of a pair is significant."""
+    return _SEPARATOR.join(normalize(text) for text in texts)
 
 
 def verbatim_pair(texts: Sequence[str]) -> str:
-    """Returns the texts of a row as one, as they stand."""
-    return _BETWEEN.join(texts)
+    """Joins the texts of a row without normalization."""
+    return _SEPARATOR.join(texts)

@@ -1,4 +1,4 @@
-"""`hftl doctor`: what is installed, what it runs on, whether the hub answers."""
+"""`hftl doctor`: installed packages, devices and access to the Hub."""
 
 from __future__ import annotations
 
@@ -9,47 +9,49 @@ from types import ModuleType
 
 
 def examine() -> bool:
-    """Prints the findings; returns whether a training could start here."""
-    print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} processors")
-    fine = _packages()
+    """Prints packages, devices and access to the Hub; returns whether the installation can train."""
+    print(f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU cores")
+    is_complete = _packages()
     try:
         import torch
-        import torchvision  # noqa: F401  a wheel for another torch fails here, and timm would with it
+        import torchvision  # noqa: F401  fails for a wheel built for another torch, as timm would
     except Exception as error:
-        print(f"torch and torchvision do not load together: {type(error).__name__}: {error}")
-        print("  Install them as a pair: uv pip install torch torchvision")
+        print(f"torch and torchvision are incompatible: {type(error).__name__}: {error}")
+        print("  Install matching versions: uv pip install torch torchvision")
         return False
     _devices(torch)
     _hub()
-    return fine
+    return is_complete
 
 
 def _packages() -> bool:
     from packaging.requirements import Requirement
 
-    fine = True
+    is_complete = True
     try:
-        wanted = [Requirement(line) for line in requires("hftl") or []]
+        requirements = [Requirement(line) for line in requires("hftl") or []]
     except PackageNotFoundError:
-        print("hftl is not installed (pip install -e .)")
+        print("hftl is not installed. Run: pip install -e .")
         return False
-    for need in sorted(wanted, key=lambda need: need.name):
+    for requirement in sorted(requirements, key=lambda requirement: requirement.name):
         try:
-            found = version(need.name)
-            conclusion = "" if need.specifier.contains(found, prereleases=True) else f"  too old: {need.specifier}"
+            installed = version(requirement.name)
+            is_supported = requirement.specifier.contains(installed, prereleases=True)
+            problem = "" if is_supported else f"  unsupported version; required: {requirement.specifier}"
         except PackageNotFoundError:
-            found, conclusion = "missing", f"  needed: {need}"
-        fine = fine and not conclusion
-        print(f"  {need.name:<18} {found}{conclusion}")
-    return fine
+            installed, problem = "missing", f"  required: {requirement}"
+        is_complete = is_complete and not problem
+        print(f"  {requirement.name:<18} {installed}{problem}")
+    return is_complete
 
 
 def _devices(torch: ModuleType) -> None:
     if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(number)
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-            print(f"cuda:{number} {card.name}, {card.total_memory / 2**30:.0f} GiB; mixed_precision: {bf16} pays off")
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            memory = f"{device.total_memory / 2**30:.0f} GiB"
+            print(f"cuda:{index} {device.name}, {memory}; recommended mixed_precision: {precision}")
     elif torch.backends.mps.is_available():
         print("mps (Apple)")
     else:
@@ -60,7 +62,7 @@ def _hub() -> None:
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        print("hub: offline mode (HF_HUB_OFFLINE); only folders and cached models will load")
+        print("hub: offline mode (HF_HUB_OFFLINE); only local folders and cached models load")
         return
     import socket
     from urllib.parse import urlsplit
@@ -69,12 +71,12 @@ def _hub() -> None:
     try:
         socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
     except OSError as error:
-        print(f"hub: {constants.ENDPOINT} does not answer ({error}); use folders: local-dir:PATH, or a cached model")
+        print(f"hub: {constants.ENDPOINT} is unreachable ({error}). Use local-dir:PATH or a cached model.")
         return
     if get_token() is None:
-        print(f"hub: {constants.ENDPOINT} answers; no token (needed to push and for private models: hf auth login)")
+        print(f"hub: {constants.ENDPOINT} is reachable; no token. Run `hf auth login` to push or load private models.")
         return
     try:
-        print(f"hub: {constants.ENDPOINT} answers; logged in as {HfApi().whoami()['name']}")
+        print(f"hub: {constants.ENDPOINT} is reachable; logged in as {HfApi().whoami()['name']}")
     except Exception as error:
-        print(f"hub: {constants.ENDPOINT} answers, but refuses the token: {error}")
+        print(f"hub: {constants.ENDPOINT} is reachable but rejects the token: {error}")

@@ -1,4 +1,4 @@
-"""`hftl …`: everything around a training. Nothing heavy is imported before it is needed."""
+"""The `hftl` command line. Commands import heavy packages lazily."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from hftl.distributed import readable
 from hftl.errors import ConfigError, nearest
 from hftl.launcher import threads_option
 from hftl.logging import leave_process_group
+from hftl.renames import FLAGS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; a problem ends it with a message and the `exit_code` of its error."""
+    """Runs one command; errors of hftl print a message and exit with their `exit_code`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     try:
-        # everything after the recipe's name is the recipe's own, --help included
+        # arguments after the recipe, --help included, belong to the recipe
         if arguments[:1] == ["run"] and arguments[1:] not in ([], ["--help"], ["-h"]):
             run_with_launcher(arguments[1:])
             return
+        if renamed := [f"{old} was renamed to {new}." for old, new in FLAGS.items() if old in arguments]:
+            raise ConfigError(*renamed)
         options = parser.parse_args(arguments or ["--help"])
         options.act(options)
     except Exception as raised:
@@ -40,31 +43,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hftl",
-        description="Fine-tune pretrained vision and text models: full, frozen or LoRA; open them anywhere.",
+        prog="hftl", description="Fine-tune pretrained vision and text models: full, frozen, LoRA or probe."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    command = commands.add_parser("quickstart", help="see what transfer learning gives, in a minute, without a network")
+    command = commands.add_parser(
+        "quickstart", help="compare transfer learning with training from scratch, in a minute, offline"
+    )
     command.add_argument("--output_dir", default="runs/quickstart", help="run folder of the best model (%(default)s)")
-    command.add_argument("--num_seeds", type=positive_int, default=3, help="trainings of each method (%(default)s)")
+    command.add_argument("--num_seeds", type=positive_int, default=3, help="runs per method (%(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
     command.set_defaults(act=_quickstart)
 
     command = commands.add_parser("recipes", help="list the recipes")
     command.set_defaults(act=_recipes)
 
-    command = commands.add_parser("copy", help="copy a recipe here, to change it")
-    command.add_argument("recipe")
+    command = commands.add_parser("copy", help="copy a recipe for editing")
+    command.add_argument("recipe", help="name from `hftl recipes`, or file")
     command.add_argument("destination", nargs="?", default=".", help="folder or file (%(default)s)")
     command.set_defaults(act=_copy)
 
     command = commands.add_parser(
         "run",
-        help="train: `accelerate launch` of a recipe",
+        help="train with a recipe (`accelerate launch`)",
         usage="hftl run [launcher options] RECIPE [recipe options]",
         description="Runs `accelerate launch [launcher options] RECIPE [recipe options]`. RECIPE is a name from "
-        "`hftl recipes` or a file. Without --config_file, ./accelerate_config.yaml is used where it exists. "
+        "`hftl recipes` or a file. Default --config_file: ./accelerate_config.yaml, if it exists. "
         "`hftl run RECIPE --help` lists the recipe's options.",
     )
     command.set_defaults(act=lambda options, launch=command: launch.print_help())
@@ -72,100 +76,108 @@ def _parser() -> argparse.ArgumentParser:
     add_commands_on_data(commands)
     _add_commands_on_models(commands)
 
-    command = commands.add_parser("doctor", help="print versions and devices, and whether the hub answers")
+    command = commands.add_parser("doctor", help="print versions, devices and access to the Hub")
     command.set_defaults(act=_doctor)
     return parser
 
 
 def _add_commands_on_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    command = commands.add_parser("evaluate", help="measure a trained model on a labelled split")
-    command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
-    command.add_argument("--revision", help="branch, tag or commit of a hub id")
-    command.add_argument("--data", help="source as in data.source; by default the run's own data")
+    command = commands.add_parser("evaluate", help="evaluate a trained model on a labeled split")
+    command.add_argument("model", metavar="MODEL", help="run folder, its model/ folder, or Hub repo id")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub repo id")
+    command.add_argument("--data", help="source as in data.source; default: data of the run")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
-    command.add_argument("--batch_size", type=positive_int, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=positive_int, default=32, help="batch size (%(default)s)")
     command.add_argument("--output", help="write predictions to this .parquet, .csv or .jsonl file")
     command.set_defaults(act=_evaluate)
 
-    command = commands.add_parser("predict", help="apply a trained model to an image, a folder, a text or a table")
-    command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
-    command.add_argument("--revision", help="branch, tag or commit of a hub id")
+    command = commands.add_parser("predict", help="predict for an image, a folder, a text or a table")
+    command.add_argument("model", metavar="MODEL", help="run folder, its model/ folder, or Hub repo id")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub repo id")
     command.add_argument("input", metavar="INPUT", help="image file, folder of images, table, or a text in quotes")
     command.add_argument("--pair", help="second text, for models of text pairs")
-    command.add_argument("--batch_size", type=positive_int, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=positive_int, default=32, help="batch size (%(default)s)")
     command.add_argument(
-        "--output", help="write to this .parquet, .csv or .jsonl file, or folder (masks too), not the terminal"
+        "--output", help="write to this .parquet, .csv or .jsonl file, or folder (with masks), not to the terminal"
     )
-    command.add_argument("--labels", nargs="+", help="of a model of images and texts: which label each image gets")
-    command.add_argument("--template", help="text for each label, such as 'a photo of a {}'")
-    command.add_argument("--query", help="of such a model: list images by how near they are to this text")
+    command.add_argument("--labels", nargs="+", help="image-text models: candidate labels, zero-shot")
+    command.add_argument("--template", help="prompt per label, such as 'a photo of a {}'")
+    command.add_argument("--query", help="image-text models: rank images by similarity to this text")
     command.set_defaults(act=_predict)
 
-    command = commands.add_parser("push", help="upload a finished run to the hub, for the first time or again")
+    command = commands.add_parser("push", help="upload a completed run to the Hub")
     command.add_argument("run", metavar="RUN", help="run folder")
-    command.add_argument("repo", metavar="USER/NAME", help="repository; created where it does not exist")
-    command.add_argument("--private", action="store_true", help="create it private; refuse a public one")
-    command.add_argument("--no_verify", dest="verify", action="store_false", help="do not load the revision back")
+    command.add_argument("repo", metavar="USER/NAME", help="Hub repository; created if it does not exist")
+    command.add_argument("--private", action="store_true", help="create a private repository; reject a public one")
+    command.add_argument(
+        "--no_verify", dest="verify", action="store_false", help="skip reloading of the pushed revision"
+    )
     command.set_defaults(act=_push)
-    command = commands.add_parser("report", help="draw a run as one HTML page, or several side by side")
+    command = commands.add_parser("report", help="render an HTML report of a run, or a comparison of several")
     command.add_argument("runs", metavar="RUN", nargs="+", help="run folder; several are compared")
-    command.add_argument("--output", help="HTML file (RUN/report.html; of several runs compare.html)")
+    command.add_argument("--output", help="HTML file (RUN/report.html; for several runs compare.html)")
     command.set_defaults(act=_report)
-    command = commands.add_parser("export", help="write a trained model as ONNX (fp32, int8) or a torch.export program")
-    command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
-    command.add_argument("--revision", help="branch, tag or commit of a hub id")
+    command = commands.add_parser("export", help="export a trained model to ONNX (fp32, int8) or torch.export")
+    command.add_argument("model", metavar="MODEL", help="run folder, its model/ folder, or Hub repo id")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub repo id")
     command.add_argument("--format", default="onnx", choices=("onnx", "torch"), help="(%(default)s)")
-    command.add_argument("--output", help="folder to write; export/FORMAT in the run folder by default")
-    command.add_argument("--data", help="source as in data.source; by default the run's own data")
+    command.add_argument("--output", help="output folder; default: export/FORMAT in the run folder")
+    command.add_argument("--data", help="source as in data.source; default: data of the run")
     command.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(%(default)s)")
     command.add_argument(
-        "--rows", type=positive_int, default=100, help="rows to compare with the trained model (%(default)s)"
+        "--rows",
+        type=positive_int,
+        default=100,
+        help="rows on which to compare outputs with the trained model (%(default)s)",
     )
-    command.add_argument("--no_int8", action="store_true", help="write no quantized onnx file")
+    command.add_argument("--no_int8", action="store_true", help="skip the quantized ONNX file")
     command.set_defaults(act=_export)
 
-    command = commands.add_parser("demo", help="show a trained model as a page in the browser, on this machine")
-    command.add_argument("model", metavar="MODEL", help="run folder, model/ folder of one, or hub id")
-    command.add_argument("--revision", help="branch, tag or commit of a hub id")
+    command = commands.add_parser("demo", help="serve a local web demo of a trained model")
+    command.add_argument("model", metavar="MODEL", help="run folder, its model/ folder, or Hub repo id")
+    command.add_argument("--revision", help="branch, tag or commit of a Hub repo id")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for all")
-    command.add_argument("--port", type=positive_int, help="port to listen on; by default the first free one from 7860")
-    command.add_argument("--data", help="source of the examples, as in data.source; by default the run's own data")
+    command.add_argument("--port", type=positive_int, help="port to listen on; default: first free port from 7860")
+    command.add_argument("--data", help="source of the examples, as in data.source; default: data of the run")
     command.set_defaults(act=_demo)
 
 
 def recipes_folder() -> Path:
-    """Returns where the recipes are: inside an installed wheel, or at the top of a checkout."""
+    """Returns the folder of the recipes: inside an installed wheel, or at the top of a checkout."""
     package = Path(__file__).parents[1]
-    inside = package / "_recipes"
-    return inside if inside.is_dir() else package.parent / "recipes"
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe by name or path.
+    """Returns the file of a recipe.
+
+    Args:
+        name: Name from `hftl recipes`, or path to a .py file.
 
     Raises:
-        ConfigError: There is no such recipe.
+        ConfigError: The recipe does not exist.
     """
     if name.endswith(".py") and Path(name).is_file():
         return Path(name)
     names = sorted(file.stem for file in recipes_folder().glob("*.py"))
     if name not in names:
-        raise ConfigError(f"there is no recipe '{name}' (recipes: {', '.join(names)}).{nearest(name, names)}")
+        raise ConfigError(f"recipe: '{name}' does not exist; allowed: {', '.join(names)}.{nearest(name, names)}")
     return recipes_folder() / f"{name}.py"
 
 
 def run_with_launcher(arguments: list[str]) -> None:
-    """Becomes `accelerate launch [launcher options] RECIPE [recipe options]`."""
+    """Replaces this process by `accelerate launch [launcher options] RECIPE [recipe options]`."""
     names = {file.stem for file in recipes_folder().glob("*.py")}
-    position = next((i for i, word in enumerate(arguments) if word in names or word.endswith(".py")), None)
+    position = next((i for i, argument in enumerate(arguments) if argument in names or argument.endswith(".py")), None)
     if position is None:
-        words = [word for word in arguments if not word.startswith("-")]
-        if words:
-            find_recipe(next((word for word in words if nearest(word, names)), words[0]))
-        raise ConfigError("say which recipe to run: hftl run RECIPE … (`hftl recipes` lists them)")
+        candidates = [argument for argument in arguments if not argument.startswith("-")]
+        if candidates:
+            find_recipe(next((candidate for candidate in candidates if nearest(candidate, names)), candidates[0]))
+        raise ConfigError("recipe: is missing. Pass a name from `hftl recipes`: hftl run RECIPE …")
     before, recipe, after = arguments[:position], find_recipe(arguments[position]), arguments[position + 1 :]
     if not {"--help", "-h", "--print_config"}.isdisjoint(after):
-        command = [sys.executable, str(recipe), *after]  # no launcher is needed to print, and it costs seconds
+        command = [sys.executable, str(recipe), *after]  # skip the launcher: it takes seconds
     else:
         config = Path("accelerate_config.yaml")
         if "--config_file" not in before and config.is_file():
@@ -189,7 +201,7 @@ def _copy(options: argparse.Namespace) -> None:
     target = Path(options.destination)
     target = target if target.suffix == ".py" else target / recipe.name
     if target.exists():
-        raise ConfigError(f"'{target}' exists; name another destination.")
+        raise ConfigError(f"destination: '{target}' exists. Pass another path.")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(recipe, target)
     print(f"{target}\nRun it: hftl run {target} --data.source … --model.name …")
@@ -273,33 +285,38 @@ def _doctor(options: argparse.Namespace) -> None:
     sys.exit(0 if examine() else 1)
 
 
-_CONFIG = "YAML file whose data section names columns and the like, as for a recipe"
+_CONFIG = "YAML file with data settings, such as columns, as for a recipe"
 
 
 def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds check, rank, compare and features to the commands of `hftl`."""
-    command = commands.add_parser("check", help="audit data: duplicates, leaks, wrong labels, odd rows; one HTML page")
+    """Adds the commands check, rank, compare and features."""
+    command = commands.add_parser("check", help="audit data: duplicates, leaks, label errors, outliers; one HTML page")
     command.add_argument("data", metavar="DATA", help="source as in data.source")
-    command.add_argument("--model", help="backbone whose features find near duplicates, wrong labels and odd rows")
+    command.add_argument("--model", help="backbone for label errors, outliers and texts that are too long")
     command.add_argument("--output", default="check", help="folder for check.html and check.json (%(default)s)")
-    command.add_argument("--fail_on", nargs="*", metavar="FINDING", help="findings that make the exit code 1")
-    command.add_argument("--fix", metavar="FOLDER", help="write a cleaned copy of the data into this new folder")
+    command.add_argument(
+        "--fail_on",
+        nargs="*",
+        metavar="FINDING",
+        help="exit with status 1 if any of these is found; empty: the serious ones",
+    )
+    command.add_argument("--fix", metavar="FOLDER", help="write a cleaned copy of the data to this new folder")
     command.add_argument("--config", help=_CONFIG)
     command.set_defaults(act=_check)
 
-    command = commands.add_parser("rank", help="which backbone? candidates compared by features of this data")
+    command = commands.add_parser("rank", help="rank candidate backbones by transferability")
     command.add_argument("data", metavar="DATA", help="source as in data.source")
     command.add_argument(
-        "--models", nargs="+", metavar="MODEL", required=True, help="names, or one file that lists them"
+        "--models", nargs="+", metavar="MODEL", required=True, help="names, or one file with one name per line"
     )
-    command.add_argument("--rows", type=positive_int, default=10_000, help="training rows to use at most (%(default)s)")
-    command.add_argument("--by", default="linear probe", help="score that orders the table (%(default)s)")
+    command.add_argument("--rows", type=positive_int, default=10_000, help="maximum training rows (%(default)s)")
+    command.add_argument("--by", default="linear probe", help="score to rank by (%(default)s)")
     command.add_argument("--output", default="rank", help="folder for rank.html and rank.json (%(default)s)")
-    command.add_argument("--explain", action="store_true", help="say what each score assumes, and its source")
+    command.add_argument("--explain", action="store_true", help="print assumptions and source of each score")
     command.add_argument("--config", help=_CONFIG)
     command.set_defaults(act=_rank)
 
-    command = commands.add_parser("compare", help="did transfer help? ways of adapting on the same split and budget")
+    command = commands.add_parser("compare", help="compare training methods with the same split and budget")
     command.add_argument("data", metavar="DATA", help="source as in data.source")
     command.add_argument("--model", required=True, help="as model.name")
     command.add_argument(
@@ -307,29 +324,29 @@ def add_commands_on_data(commands: argparse._SubParsersAction[argparse.ArgumentP
         nargs="+",
         default=["scratch", "frozen", "lora", "full"],
         choices=("scratch", "frozen", "probe", "lora", "full"),
-        help="ways of adapting (scratch frozen lora full)",
+        help="training methods (scratch frozen lora full)",
     )
-    command.add_argument("--num_seeds", type=positive_int, default=3, help="trainings of each (%(default)s)")
-    command.add_argument("--config", help="YAML file with settings that all trainings share")
+    command.add_argument("--num_seeds", type=positive_int, default=3, help="runs per method (%(default)s)")
+    command.add_argument("--config", help="YAML file with settings shared by all runs")
     command.add_argument("--output_dir", default="runs/compare", help="folder of the runs (%(default)s)")
     command.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     command.set_defaults(act=_compare)
 
-    command = commands.add_parser("features", help="write what the head of a model sees, row by row, as Parquet")
+    command = commands.add_parser("features", help="extract backbone features to Parquet")
     command.add_argument("data", metavar="DATA", help="source as in data.source")
     command.add_argument("--model", required=True, help="as model.name")
-    layers = "input of the head, mean of the pooled layers of a text model, or all of them (%(default)s)"
+    layers = "head input, mean of the pooled layers of a text model, or all layers (%(default)s)"
     command.add_argument("--layers", default="head", choices=("head", "mean", "all"), help=layers)
-    command.add_argument("--batch_size", type=positive_int, default=32, help="rows at a time (%(default)s)")
+    command.add_argument("--batch_size", type=positive_int, default=32, help="batch size (%(default)s)")
     command.add_argument("--output", default="features", help="folder for SPLIT.parquet (%(default)s)")
     command.add_argument("--config", help=_CONFIG)
     command.set_defaults(act=_features)
 
 
 def positive_int(text: str) -> int:
-    """Returns a number of at least 1 from the command line."""
+    """Returns a positive integer from the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is invalid; allowed: integers, at least 1")
     return int(text)
 
 
@@ -343,30 +360,36 @@ def _data(options: argparse.Namespace) -> DataConfig:
 def _check(options: argparse.Namespace) -> None:
     from hftl.audit.check import check
 
-    found = check(_data(options), options.model, output=options.output, fix=options.fix, fail_on=options.fail_on)
-    sys.exit(1 if found.failed else 0)
+    result = check(_data(options), options.model, output=options.output, fix=options.fix, fail_on=options.fail_on)
+    sys.exit(1 if result.failed else 0)
 
 
 def _rank(options: argparse.Namespace) -> None:
     from hftl.selection.ranking import rank
 
-    chosen = {"rows": options.rows, "output": options.output, "explain": options.explain, "by": options.by}
-    rank(_data(options), options.models, **chosen)
+    rank(
+        _data(options),
+        options.models,
+        rows=options.rows,
+        output=options.output,
+        explain=options.explain,
+        by=options.by,
+    )
 
 
 def _compare(options: argparse.Namespace) -> None:
     from hftl.selection.comparison import compare
 
-    found = compare(
+    comparison = compare(
         options.data,
         options.model,
         options.methods,
-        seeds=options.num_seeds,
+        num_seeds=options.num_seeds,
         config=options.config,
         output_dir=options.output_dir,
         overwrite=options.overwrite,
     )
-    sys.exit(0 if found.conclusion else 1)
+    sys.exit(0 if comparison.conclusion else 1)
 
 
 def _features(options: argparse.Namespace) -> None:

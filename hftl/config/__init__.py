@@ -1,1 +1,1 @@
-"""What a run is told: one tree of frozen dataclasses, the same names in Python, YAML and flags."""
+"""Run configuration: frozen dataclasses with the same names in Python, YAML and flags."""

@@ -1,4 +1,4 @@
-"""Which values a setting may have."""
+"""Allowed values of settings."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 def _value_problems(values: dict[str, Any]) -> Iterator[str]:
     for name in ("data.source", "model.name"):
         if not values[name]:
-            yield f"{name} is empty: say --{name} …"
+            yield f"{name}: is empty. Set --{name}."
     for name, (low, high, allowed) in _RANGES.items():
         value = values[name]
         if value is None:
@@ -97,23 +97,24 @@ def _value_problems(values: dict[str, Any]) -> Iterator[str]:
     size = values["model.image_size"]
     sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
     if size is not None and not all(type(side) is int and side >= 8 for side in sides):
-        yield f"model.image_size: {size!r} is out of range; allowed: a side or [height, width], at least 8 pixels each."
+        yield f"model.image_size: {size!r} is out of range; allowed: side or [height, width], at least 8 pixels each."
     if values["model.detector.d_model"] < 32 or values["model.detector.d_model"] % 32:
         yield f"model.detector.d_model: {values['model.detector.d_model']} is out of range; allowed: 32, 64, 96, …"
     for name, (low, allowed) in _LISTS.items():
         value = values[name]
-        fine = isinstance(value, (list, tuple)) and bool(value)
-        fine = fine and all(isinstance(each, (int, float)) and low <= each < float("inf") for each in value or ())
-        if value is not None and not fine:
-            yield f"{name}: {value!r} is out of range; allowed: {allowed}."
+        is_valid = isinstance(value, (list, tuple)) and bool(value)
+        is_valid = is_valid and all(isinstance(each, (int, float)) and low <= each < float("inf") for each in value)
+        if value is not None and not is_valid:
+            yield f"{name}: {value!r} is invalid; allowed: {allowed}."
     if isinstance(values["model.fusion_dim"], int) and values["model.fusion_dim"] % 4:
-        yield f"model.fusion_dim: {values['model.fusion_dim']} is not a multiple of 4 (heads of the attention)."
+        yield f"model.fusion_dim: {values['model.fusion_dim']} is invalid; allowed: multiples of 4 (attention heads)."
     for name, allowed in _CHOICES.items():
         if values[name] not in allowed:
-            words = [choice for choice in allowed if choice is not None]
-            yield f"{name}: {values[name]!r} is not one of {', '.join(words)}.{nearest(str(values[name]), words)}"
+            choices = [choice for choice in allowed if choice is not None]
+            guess = nearest(str(values[name]), choices)
+            yield f"{name}: {values[name]!r} is invalid; allowed: {', '.join(choices)}.{guess}"
 
 
 def value_problems(run: RunConfig) -> list[str]:
-    """Returns one sentence for each value of `run` that is out of its range."""
+    """Returns one error message for each invalid value in `run`."""
     return list(_value_problems(leaves(run)))

@@ -1,4 +1,4 @@
-"""Defaults that depend on the way of adapting and on the modality, filled in and printed, never hidden."""
+"""Defaults that depend on adaptation method and modality; the run logs them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hftl.config.schema import AdaptConfig, RunConfig
 
-# How these came about, and what chose them, is in RESULTS.md.
+TaskDefaults = Mapping[str, Mapping[str, float]]
+# RESULTS.md documents the tuning of these values
 _DEFAULTS: dict[tuple[str, str], dict[str, float]] = {
     ("image", "full"): {"lr": 1e-5, "head_lr": 5e-3, "num_epochs": 8, "freeze_backbone_ratio": 0.5},
     ("image", "frozen"): {"lr": 0.0, "head_lr": 1e-2, "num_epochs": 8},
@@ -28,38 +29,38 @@ BY_STEPS = (
     "eval_steps",
     "early_stopping_patience",
 )
-"""Settings of `train` that say how steps are made, None where the method chooses."""
+"""Settings of `train` that control optimizer steps; None selects the default of the method."""
 
 
-def resolve(run: RunConfig, modality: str, own: Mapping[str, Mapping[str, float]] | None = None) -> RunConfig:
-    """Returns `run` with every open default filled in.
+def resolve(run: RunConfig, modality: str, task_defaults: TaskDefaults | None = None) -> RunConfig:
+    """Returns `run` with all unset defaults filled in.
 
     Args:
-        run: The configuration as given; None means "choose for me".
+        run: Configuration; None marks a value to fill in.
         modality: `image` or `text`, from the task.
-        own: The task's own settings by method (or `scratch`); they come before those of the modality.
+        task_defaults: Defaults of the task by method (or `scratch`); they override those of the modality.
     """
-    if run.adapt.method == "probe":  # nothing is trained by steps: no rate or length applies, so none is in the record
-        none = dict.fromkeys(BY_STEPS, None)
-        return replace(run, train=replace(run.train, **none), output_dir=run.output_dir or default_folder(run))
-    method = _strongest(run.adapt) if run.model.pretrained else "scratch"
-    table = (own or {}).get(method) or _DEFAULTS.get((modality, method)) or _DEFAULTS["text", "full"]
-    chosen = {name: value for name, value in table.items() if getattr(run.train, name) is None}
+    if run.adapt.method == "probe":  # a probe makes no optimizer steps: record no rate or length
+        unset = dict.fromkeys(BY_STEPS, None)
+        return replace(run, train=replace(run.train, **unset), output_dir=run.output_dir or default_folder(run))
+    method = _method_of_rates(run.adapt) if run.model.pretrained else "scratch"
+    defaults = (task_defaults or {}).get(method) or _DEFAULTS.get((modality, method)) or _DEFAULTS["text", "full"]
+    filled = {name: value for name, value in defaults.items() if getattr(run.train, name) is None}
     if run.train.lr is not None and run.train.head_lr is None:
-        # a backbone rate given by hand keeps the table's proportion between head and backbone
-        chosen["head_lr"] = run.train.lr * (table["head_lr"] / table["lr"] if table["lr"] else 1.0)
-    return replace(run, train=replace(run.train, **chosen), output_dir=run.output_dir or default_folder(run))
+        # scale the head rate with an explicit backbone rate
+        filled["head_lr"] = run.train.lr * (defaults["head_lr"] / defaults["lr"] if defaults["lr"] else 1.0)
+    return replace(run, train=replace(run.train, **filled), output_dir=run.output_dir or default_folder(run))
 
 
-def _strongest(config: AdaptConfig) -> str:
-    """Returns the way of adapting whose rates suit all encoders: those of full training are the smallest."""
-    ways = {config.image_method or config.method, config.text_method or config.method}
-    return next((way for way in ("full", "lora") if way in ways), config.method)
+def _method_of_rates(config: AdaptConfig) -> str:
+    """Returns the adaptation method whose learning rates suit all encoders: full training has the smallest."""
+    methods = {config.image_method or config.method, config.text_method or config.method}
+    return next((method for method in ("full", "lora") if method in methods), config.method)
 
 
-def default_epochs(method: str, modality: str, own: Mapping[str, Mapping[str, float]] | None = None) -> float | None:
-    """Returns how many passes `resolve` gives to a method (or `scratch`); None to one that does not train in passes."""
-    return ((own or {}).get(method) or _DEFAULTS.get((modality, method), {})).get("num_epochs")
+def default_epochs(method: str, modality: str, task_defaults: TaskDefaults | None = None) -> float | None:
+    """Returns the default epochs of a method (or `scratch`); None for methods that do not train in epochs."""
+    return ((task_defaults or {}).get(method) or _DEFAULTS.get((modality, method), {})).get("num_epochs")
 
 
 def default_folder(run: RunConfig) -> str:

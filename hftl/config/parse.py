@@ -1,8 +1,9 @@
-"""Defaults < --config YAML < flags. The only module that knows the parsing library (jsonargparse)."""
+"""Configuration parsing: flags override --config YAML, which overrides defaults. Wraps jsonargparse."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hftl.config.schema import NO_OPTIONS, RunConfig, leaves
 from hftl.errors import ConfigError, first_line, nearest
+from hftl.renames import renamed_setting, upgrade_settings
 
-# What `transformers.TrainingArguments` and others call them.
+# names in `transformers.TrainingArguments` and other libraries
 _ELSEWHERE = {
     "learning_rate": "lr",
     "epochs": "num_epochs",
@@ -22,6 +24,7 @@ _ELSEWHERE = {
     "rank": "r",
     "dataset": "source",
 }
+_TYPE_NAMES = {"NoneType": "null", "int": "an integer", "float": "a number", "bool": "true or false", "str": "a string"}
 
 
 def parse_config(
@@ -34,14 +37,14 @@ def parse_config(
     """Returns the configuration of a run.
 
     Args:
-        defaults: The recipe's own values; the lowest precedence.
-        argv: Flags, `sys.argv[1:]` by default. `--config FILE` may name any subset of the fields.
+        defaults: Defaults of the recipe; the lowest precedence.
+        argv: Flags; default `sys.argv[1:]`. A `--config FILE` may contain any subset of the settings.
         description: Text for `--help`.
-        defer: Do not raise: return what could be read, with the problems in `run.problems`, so that
-            `prepare` can report them together with those of data and model.
+        defer: Return the valid settings, with the errors in `run.problems`, instead of raising. `setup_run`
+            then reports them together with errors of data and model.
 
     Raises:
-        ConfigError: Unknown keys, values of the wrong type and unreadable files, all of them.
+        ConfigError: Unknown settings, values of the wrong type or unreadable files; lists all of them.
     """
     argv = _files_first(_spell_out_switches(sys.argv[1:] if argv is None else list(argv), leaves(defaults)))
     parser = _parser(defaults, description)
@@ -52,14 +55,14 @@ def parse_config(
         if problems and not defer:
             raise ConfigError(*problems) from None
         try:
-            # without problems: values that only the YAML reader minds, such as `revision: 1234567` for text
+            # without problems: values that only the YAML reader rejects, such as `revision: 1234567` for a string
             return replace(_build(parser, parser.parse_args(rest)), problems=tuple(problems))
         except _parse_errors():
             raise ConfigError(*problems, first_line(error)) from None
 
 
 def dump_config(run: RunConfig) -> str:
-    """Returns `run` as YAML that `parse_config` reads back to an equal configuration."""
+    """Returns `run` as YAML; `parse_config` reads it back to an equal configuration."""
     import yaml
 
     values = {name: value for name, value in asdict(run).items() if name not in NO_OPTIONS}
@@ -69,6 +72,42 @@ def dump_config(run: RunConfig) -> str:
 def load_config(path: str | Path) -> RunConfig:
     """Returns the configuration in a YAML file written by `dump_config`."""
     return parse_config(RunConfig(), ["--config", str(path)])
+
+
+def load_saved_config(path: str | Path) -> RunConfig:
+    """Returns the configuration in a file that `dump_config` wrote, also in the names of an earlier version."""
+    import yaml
+
+    before = dict(_yaml_values(path))
+    values = upgrade_settings(before)
+    if values == before:
+        return load_config(path)
+    with tempfile.TemporaryDirectory() as folder:
+        upgraded = Path(folder, "upgraded.yaml")
+        upgraded.write_text(yaml.safe_dump(_nested(values)), encoding="utf-8")
+        return load_config(upgraded)
+
+
+def _yaml_values(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Yields the entries of a YAML file by dotted name; nothing for a file that `load_config` will reject."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    yield from _flatten(content) if isinstance(content, dict) else ()
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        inner = out
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    return out
 
 
 def _parser(defaults: RunConfig, description: str) -> Any:
@@ -81,7 +120,7 @@ def _parser(defaults: RunConfig, description: str) -> Any:
         allow_abbrev=False,
         formatter_class=_help_formatter(),
     )
-    parser.add_argument("--config", action="config", help="YAML file with any subset of the fields below")
+    parser.add_argument("--config", action="config", help="YAML file with any subset of the settings below")
     parser.add_class_arguments(type(defaults), skip=set(NO_OPTIONS))
     parser.set_defaults(leaves(defaults))
     return parser
@@ -93,7 +132,7 @@ def _help_formatter() -> Any:
     import jsonargparse
 
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the recipe's header as it was written."""
+        """Help formatter that preserves the line breaks of the recipe's docstring."""
 
     return Formatter
 
@@ -111,41 +150,45 @@ def _build(parser: Any, namespace: Any) -> RunConfig:
 
 
 def _each_problem(parser: Any, argv: list[str], defaults: RunConfig) -> tuple[list[str], list[str]]:
-    """Tries every setting alone. Returns the problems, and the flags of the settings that were fine."""
+    """Parses every setting separately; returns the problems and the flags of the valid settings."""
     known = leaves(defaults)
     groups = {name[:dot] for name in known for dot, letter in enumerate(name) if letter == "."}
-    problems, fine = [], []
+    problems, valid = [], []
     for origin, key, value in _settings(argv, problems):
         if key in groups and value == "null":
-            continue  # a group whose lines are all commented out
+            continue  # all settings of the group are commented out
         if key not in known and key not in groups:
-            problems.append(f"{origin}: there is no setting '{key}'.{_nearest_setting(key, known)} --help lists all.")
+            renamed = renamed_setting(key)
+            hint = f"there is no setting '{key}'.{_nearest_setting(key, known)} --help lists all."
+            problems.append(f"{origin}: {renamed}." if renamed else f"{origin}: {hint}")
             continue
         flags = [f"--{key}={value}"]
         try:
             parser.parse_args(flags)
-            fine += flags
+            valid += flags
         except _parse_errors():
             if key in groups:
-                inside = ", ".join(name for name in known if name.startswith(f"{key}."))
-                problems.append(f"{origin}: '{key}' is a group of settings and cannot be {value!r}; it holds {inside}.")
+                members = ", ".join(name for name in known if name.startswith(f"{key}."))
+                problems.append(f"{origin}: '{key}' is a group of settings, not {value!r}. Set one of {members}.")
             else:
-                problems.append(f"{origin}: {key}: {value!r} is not allowed; expected {_expected(key)}.")
-    return problems, fine
+                hint = f"{key}: {value!r} is invalid; allowed: {_expected(key)}."
+                renamed = renamed_setting(key, value)
+                problems.append(f"{origin}: {renamed}." if renamed else f"{origin}: {hint}")
+    return problems, valid
 
 
 def _settings(argv: list[str], problems: list[str]) -> Iterator[tuple[str, str, str]]:
-    """Yields (where it stands, key, value as text) for every YAML entry and flag, in order of precedence."""
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("--"):
-            problems.append(f"command line: {word!r} does not belong to a flag.")
+    """Yields (origin, key, value as string) for every YAML entry and flag, in order of precedence."""
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--"):
+            problems.append(f"command line: {argument!r} follows no flag. Remove it.")
             continue
-        key, equals, value = word[2:].partition("=")
+        key, equals, value = argument[2:].partition("=")
         if not equals:
-            value = next(words, "")
+            value = next(arguments, "")
         if key == "config" and not value:
-            problems.append("--config: say which file, e.g. --config run.yaml")
+            problems.append("--config: is empty. Pass a file, such as --config run.yaml.")
         elif key == "config":
             yield from _yaml_settings(value, problems)
         elif key != "print_config":
@@ -169,7 +212,7 @@ def _yaml_settings(path: str, problems: list[str]) -> Iterator[tuple[str, str, s
         problems.append(f"{where}: not valid YAML ({getattr(error, 'problem', None) or first_line(error)}).")
         return
     if not isinstance(content, dict):
-        problems.append(f"{path}: expected settings by name, found a {type(content).__name__}.")
+        problems.append(f"{path}: is a {type(content).__name__}; allowed: a mapping of settings.")
         return
     for key, value in _flatten(content):
         yield path, key, "null" if value is None else str(value)
@@ -184,7 +227,7 @@ def _flatten(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _nearest_setting(key: str, known: Collection[str]) -> str:
-    """Looks for the same thing under another library's name or in another group, then for a like spelling."""
+    """Returns a suggestion: the name in other libraries, the same name in another group, or a similar spelling."""
     group, _, last = key.rpartition(".")
     last = _ELSEWHERE.get(last, last)
     exact = [name for name in known if name.rpartition(".")[2] == last]
@@ -197,45 +240,37 @@ def _nearest_setting(key: str, known: Collection[str]) -> str:
 
 
 def _expected(key: str) -> str:
-    """Returns the type of a setting as a reader would write it: "one of full, frozen, lora", "float or null"."""
-    kind: Any = RunConfig
+    """Returns the allowed values of a setting: "one of full, frozen, lora", "number or null"."""
+    annotation: Any = RunConfig
     for name in key.split("."):
-        kind = get_type_hints(kind)[name]
-    options = [option for option in (get_args(kind) if get_origin(kind) is not Literal else [kind])] or [kind]
-    words = []
-    for option in options if get_origin(kind) is not list else [kind]:
+        annotation = get_type_hints(annotation)[name]
+    is_single = get_origin(annotation) in (Literal, list)
+    allowed = []
+    for option in [annotation] if is_single else get_args(annotation) or [annotation]:
         if get_origin(option) is Literal:
-            words.append("one of " + ", ".join(get_args(option)))
+            allowed.append("one of " + ", ".join(get_args(option)))
         elif get_origin(option) is list:
-            words.append("a list like [a,b]")
+            allowed.append("a list such as [a,b]")
         else:
-            words.append(
-                {
-                    "NoneType": "null",
-                    "int": "a whole number",
-                    "float": "a number",
-                    "bool": "true or false",
-                    "str": "text",
-                }.get(option.__name__, option.__name__)
-            )
-    return " or ".join(words)
+            allowed.append(_TYPE_NAMES.get(option.__name__, option.__name__))
+    return " or ".join(allowed)
 
 
 def _spell_out_switches(argv: list[str], known: dict[str, Any]) -> list[str]:
-    """Lets `--overwrite` stand for `--overwrite=true`."""
-    out = []
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
-        is_bare_switch = isinstance(known.get(word[2:]), bool) and word.startswith("--") and after.startswith("--")
-        out.append(f"{word}=true" if is_bare_switch else word)
-    return out
+    """Expands a Boolean flag without a value: `--overwrite` to `--overwrite=true`."""
+    expanded = []
+    for flag, following in zip(argv, [*argv[1:], "--"], strict=True):
+        is_bare = isinstance(known.get(flag[2:]), bool) and flag.startswith("--") and following.startswith("--")
+        expanded.append(f"{flag}=true" if is_bare else flag)
+    return expanded
 
 
 def _files_first(argv: list[str]) -> list[str]:
-    """Puts --config before the flags: flags win over files wherever they stand on the line."""
-    files, flags, words = [], [], iter(argv)
-    for word in words:
-        if word == "--config":
-            files.append(f"--config={next(words, '')}")
+    """Moves --config before all flags, so that flags override files in any order."""
+    files, flags, arguments = [], [], iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            files.append(f"--config={next(arguments, '')}")
         else:
-            (files if word.startswith("--config=") else flags).append(word)
+            (files if argument.startswith("--config=") else flags).append(argument)
     return files + flags

@@ -1,9 +1,9 @@
-"""The configuration of a run.
+"""Run configuration.
 
-The path of a field is its name everywhere: `run.adapt.lora.r` is `adapt: {lora: {r: 8}}` in YAML and
-`--adapt.lora.r 8` on the command line.
+Names are equal in Python, YAML and on the command line: `run.adapt.lora.r` is `adapt: {lora: {r: 8}}` in YAML
+and `--adapt.lora.r 8` as a flag.
 
-Processes, devices and precision are not here: they belong to `accelerate_config.yaml` and the launcher.
+Processes, devices and precision are set in `accelerate_config.yaml` and by the launcher.
 """
 
 from __future__ import annotations
@@ -29,285 +29,285 @@ OnError = Literal["raise", "skip"]
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training images. Size, normalisation and interpolation are the backbone's own (timm)."""
+    """Augmentation of training images. The backbone (timm) defines size, normalization and interpolation."""
 
     crop_scale: float = 0.6
-    """Smallest share of the image area that the random crop keeps, in (0, 1]; 1 switches the crop off."""
+    """Smallest fraction of the image area in a random resized crop, in (0, 1]; 1 disables the crop."""
     hflip: float = 0.5
-    """Probability of a horizontal flip. Set 0 where left and right matter (digits, letters)."""
+    """Probability of a horizontal flip, in [0, 1]. Set 0 for images with a direction (digits, letters)."""
     color_jitter: float = 0.2
-    """Strength of brightness, contrast and saturation jitter, at least 0; 0 switches it off."""
+    """Strength of brightness, contrast and saturation jitter, at least 0; 0 disables it."""
     auto_augment: str | None = None
-    """A timm policy such as `rand-m9-mstd0.5-inc1`; none by default."""
+    """timm policy such as `rand-m9-mstd0.5-inc1`; default: none."""
 
     @property
     def any(self) -> bool:
-        """Whether anything is changed at random."""
+        """Whether any random augmentation is enabled."""
         return self.crop_scale < 1 or self.hflip > 0 or self.color_jitter > 0 or self.auto_augment is not None
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which rows, and which of their columns."""
+    """Dataset, columns and splits."""
 
     source: str = ""
-    """Hub id, folder of class folders, CSV/Parquet/JSONL file or a folder of them, or `embedded:digits`."""
+    """Hub repo id, folder of class folders, CSV/Parquet/JSONL file or a folder of them, or `embedded:digits`."""
     subset: str | None = None
-    """Configuration name of a hub data set that has several."""
+    """Configuration name of a Hub dataset with several configurations."""
     revision: str | None = None
-    """Branch, tag or commit of a hub data set."""
+    """Branch, tag or commit of a Hub dataset."""
     image_column: str | None = None
-    """Column with images; found by itself when there is one candidate."""
+    """Image column; detected automatically if there is one candidate."""
     text_column: str | None = None
-    """Column with texts; found by itself when there is one candidate."""
+    """Text column; detected automatically if there is one candidate."""
     text_pair_column: str | None = None
-    """Column with the second text of a pair."""
+    """Column with the second text of a pair of texts."""
     label_column: str | None = None
-    """Column with labels: classes, lists of labels, or numbers; found by itself when there is one candidate."""
+    """Label column: classes, lists of labels, or numbers; detected automatically if there is one candidate."""
     label_columns: list[str] | None = None
-    """Several columns with labels instead: zeros and ones for any number of labels a row, or numbers to predict."""
+    """Several label columns instead of one: 0 and 1 for multi-label classification, or regression targets."""
     label_separator: str | None = None
-    """What stands between the labels of a row in a column of texts, e.g. `|`."""
+    """Separator of the labels in a column of strings (multi-label classification), such as `|`."""
     problem_type: AnyProblem = "auto"
-    """What labels are. auto: texts and few whole numbers are classes, lists are any number of labels, numbers with
-    fractions a regression; what was chosen is said, and why."""
+    """Type of the labels. auto: strings and few distinct integers are classes, lists are multi-label, fractional
+    numbers are regression targets; the choice is logged."""
     ignore_index: int | None = None
-    """Value of pixels in masks that belong to no class; -1: there is none. By default 255, and classes named void."""
+    """Mask value of pixels without a class; -1: none. Default: 255 and classes named void."""
     text_template: str | None = None
-    """How several text columns become one text, such as `{title}. {body}`; by default each after its name."""
+    """Template that joins several text columns, such as `{title}. {body}`; default: each column after its name."""
     numeric_columns: list[str] | None = None
-    """Columns with numbers that a model of images and texts takes too; by default all that are left, [] for none."""
+    """Numeric columns in addition to images and texts; default: all remaining ones; []: none."""
     categorical_columns: list[str] | None = None
-    """Likewise columns with categories: by default texts of which train has few different ones."""
+    """Categorical columns in addition to images and texts; default: strings with few distinct values in train."""
     ignore_columns: list[str] = field(default_factory=list)
-    """Columns that a model of images and texts does not read."""
+    """Columns that models of images and texts ignore."""
     validation_fraction: float = 0.1
-    """Share of train cut off, stratified by label, when there is no validation split; in [0, 1). 0: no validation."""
+    """Fraction of train split off for validation if the data have no validation split, in [0, 1); stratified by
+    label. 0: no validation."""
     max_train_samples_per_class: int | None = None
-    """Keep only this many training rows of each class (few-label experiments)."""
+    """Maximum training rows per class (few-shot experiments)."""
     seed: int = 0
-    """Seed of the cuts above. Apart from `train.seed`, so that several training seeds see the same split."""
+    """Seed of the splits above. Independent of `train.seed`: all training seeds use the same split."""
     max_length: int | None = None
-    """Longest text in tokens, cut beyond; the tokenizer's own limit by default. Where words are tagged or answers
-    looked for: tokens of a window, of which a longer text has several."""
+    """Maximum tokens per text; longer texts are truncated. Default: the limit of the tokenizer. For token
+    classification and question answering: tokens per window; longer texts are split into overlapping windows."""
     stride: int | None = None
-    """Tokens that neighbouring windows of a long text share, at least; by default a quarter of a window."""
+    """Minimum tokens that adjacent windows of a long text share; default: a quarter of a window."""
     max_answer_length: int = 30
-    """Longest answer that is looked for in a context, in tokens."""
+    """Maximum tokens of a predicted answer (question answering)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     num_workers: int | None = None
-    """Processes that prepare batches; by default 0 on CPU and for text, up to 8 for images on an accelerator."""
+    """Data loader workers per process; default: 0 on CPU and for text, up to 8 for images on an accelerator."""
     worker_timeout: float = 300.0
-    """Seconds without a batch after which such a process is taken for hung and the run ends; 0 waits for ever."""
+    """Seconds without a batch after which a worker counts as hung and the run stops; 0: no limit."""
     max_pixels: int = 64_000_000
-    """Largest image, width x height, that is decoded; read from the header, before any memory is taken."""
+    """Maximum image size in pixels (width x height); read from the image header, before memory is allocated."""
     on_error: OnError = "raise"
-    """Rows that cannot be used (image, text or label). raise: refuse the data. skip: look at every row first, leave
-    the bad ones out and write them to quarantine.jsonl with the reason."""
+    """Invalid rows (image, text or label). raise: stop with an error. skip: validate all rows first, skip the invalid
+    ones and write them to quarantine.jsonl with the reason."""
     max_skipped_fraction: float = 0.05
-    """Share of the rows of a split that may be left out before the data are refused all the same, in [0, 1]."""
+    """Maximum fraction of skipped rows per split, in [0, 1]; more raise an error."""
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """RT-DETR's neck and decoder, which a timm backbone gets for object detection; a detector brings its own."""
+    """RT-DETR neck and decoder on a timm backbone (object detection). Detector checkpoints have their own."""
 
     d_model: int = 128
     """Channels of neck and decoder; a multiple of 32."""
     num_feature_levels: int = 2
-    """Feature maps of the backbone that are used, 1 to 3: of stride 32, then 16, then 8. Each finds smaller objects,
-    and has four times as many places."""
+    """Number of backbone feature maps, 1 to 3: stride 32, then 16, then 8. Each adds smaller objects and four times
+    as many spatial positions."""
     decoder_layers: int = 2
-    """Layers that refine the proposals, at least 1."""
+    """Decoder layers that refine the proposals, at least 1."""
     num_queries: int = 100
-    """Most objects that can be found in an image; at most (height / stride) x (width / stride) over the levels."""
+    """Maximum detected objects per image; at most (height / stride) x (width / stride), summed over the levels."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which pretrained model."""
+    """Pretrained model."""
 
     name: str = ""
-    """A timm name, `hf-hub:` id, `local-dir:` folder or `embedded:` name (vision); a hub id or folder (text)."""
+    """timm name, `hf-hub:` repo id, `local-dir:` folder or `embedded:` name (vision); Hub repo id or folder (text)."""
     pretrained: bool = True
-    """False builds the same architecture with random weights, the baseline that shows what transfer gave."""
+    """Load pretrained weights. False: the same architecture with random weights (baseline of transfer learning)."""
     pooling: Pooling = "auto"
-    """How text features are read. auto believes the checkpoint's `1_Pooling`, else takes the stock class."""
+    """Pooling of text features. auto: `1_Pooling` of the checkpoint, else default (the transformers class)."""
     revision: str | None = None
-    """Branch, tag or commit of a text checkpoint on the hub."""
+    """Branch, tag or commit of a text checkpoint on the Hub."""
     image_size: int | list[int] | None = None
-    """Side of the square input in pixels, or [height, width]; the backbone's own by default."""
+    """Side of the square input in pixels, or [height, width]; default: that of the backbone."""
     decoder_channels: int = 64
-    """Channels of the decoder that segmentation puts on the backbone; its time grows with their square."""
+    """Channels of the segmentation decoder; its compute grows quadratically with them."""
     dropout: float | None = None
-    """Dropout probability everywhere in the model, in [0, 1); the checkpoint's own by default."""
+    """Dropout probability in the whole model, in [0, 1); default: that of the checkpoint."""
     trust_remote_code: bool = False
-    """Run code that a hub repository brings along. Needs `revision` as a full commit: code that nobody can change."""
+    """Run code of the Hub repository. Requires `revision` as a full commit hash, so that the code cannot change."""
     text_name: str = ""
-    """The text encoder, a hub id or folder, where `name` is the image encoder (image and text together); `pooling` and
-    `revision` are then this one's."""
+    """Text encoder of image-text models, a Hub repo id or folder; `name` is the image encoder. `pooling` and `revision`
+    then apply to the text encoder."""
     fusion: Fusion = "concat"
-    """How image and text are joined. concat: both vectors, their product and difference. gated: a gate chooses between
-    them, feature by feature. cross_attention: the words look at the places of the image."""
+    """Fusion of image and text. concat: both vectors, their product and difference. gated: a gate per feature mixes
+    both. cross_attention: text tokens attend to the spatial positions of the image."""
     fusion_dim: int = 256
-    """Width of the fusion, a multiple of 4."""
+    """Hidden size of the fusion, a multiple of 4."""
     modality_dropout: float = 0.0
-    """Share of the training rows that lose their image or their text, in [0, 1): either may then be missing later."""
+    """Fraction of training rows without image or text, in [0, 1); allows a missing modality in prediction."""
     projection_dim: int = 256
-    """Size of the space that images and texts share (retrieval)."""
+    """Dimension of the joint embedding space of images and texts (retrieval)."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adaptation (Hu et al. 2021, https://arxiv.org/abs/2106.09685), by peft."""
+    """Low-rank adaptation with peft (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
     r: int = 8
-    """Rank of the update, at least 1."""
+    """Rank of the low-rank update, at least 1."""
     alpha: float = 16.0
-    """Scale: the update is multiplied by alpha / r."""
+    """Scaling of the update by alpha / r; above 0."""
     dropout: float = 0.0
-    """Dropout before the update, in [0, 1)."""
+    """Dropout probability of the update's input, in [0, 1)."""
     target_modules: list[str] | None = None
-    """Names, endings or regular expressions of backbone layers. By default every dense linear and convolution
-    of the backbone except its first layer."""
+    """Names, suffixes or regular expressions of backbone layers. Default: all dense linear and convolution layers of
+    the backbone except its first layer."""
 
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    """Training of the head alone, on features of the frozen backbone that are computed once."""
+    """Training of the head on cached features of the frozen backbone."""
 
     cache: bool = True
-    """Compute the features once. False runs the backbone again in every epoch, with new augmentation each time."""
+    """Compute the features once. False: run the backbone in every epoch, with new augmentation."""
     num_views: int = 0
-    """Augmented views of every training image whose features are computed; epoch e learns from view e modulo this.
-    0: the images as they are."""
+    """Augmented views per training image with cached features; epoch e uses view e modulo num_views. 0: images
+    without augmentation."""
     lr_factors: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0])
-    """Multiples of train.head_lr that are tried, all in one pass over the features; validation chooses."""
+    """Candidate multiples of train.head_lr, trained in parallel; the best on validation is selected."""
     weight_decays: list[float] | None = None
-    """Values of train.weight_decay that are tried with each of them; train.weight_decay, 0 and 0.1 by default."""
+    """Candidate values of train.weight_decay for each lr factor; default: train.weight_decay, 0 and 0.1."""
     num_seeds: int = 1
-    """Heads of each setting that are tried, from as many initialisations and orders (train.seed, train.seed + 1, …)."""
+    """Heads per candidate, with different initialization and data order (train.seed, train.seed + 1, …)."""
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """A classic head on the features of the frozen backbone (scikit-learn); its settings by cross-validation."""
+    """scikit-learn classifier on features of the frozen backbone; cross-validation selects its hyperparameters."""
 
     classifier: ProbeClassifier = "logistic"
-    """logistic, linear_svm, ridge and lda are linear and become the stock model's own head; svm, random_forest and knn
-    are saved beside the backbone."""
+    """scikit-learn classifier. logistic, linear_svm, ridge and lda are linear and become the head of the timm or
+    transformers model; svm, random_forest and knn are saved in addition to the backbone."""
     num_folds: int = 5
-    """Parts of the training rows for cross-validation, at least 2."""
+    """Folds of cross-validation on the training rows, at least 2."""
 
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """Which parameters learn."""
+    """Adaptation method."""
 
     method: Method = "full"
-    """full: everything. frozen: the new head only. lora: low-rank updates in the backbone, and the head. probe: a
-    classic head, fitted to the features."""
+    """Adaptation method. full: all parameters. frozen: the head only. lora: LoRA adapters in the backbone and the head.
+    probe: a scikit-learn classifier on backbone features."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     batch_norm: BatchNorm = "auto"
-    """Batch norms of the backbone in a full run. keep: as the checkpoint has them (statistics, scale and shift), so
-    that a step does not depend on how its rows are cut into batches. update: they learn. auto: keep, unless training
-    starts from random weights."""
+    """Batch normalization of the backbone with `full`. frozen: statistics, scale and shift of the checkpoint; a step
+    then does not depend on the micro-batch size. train: updated. auto: frozen, or train with random weights."""
     image_method: EncoderMethod | None = None
-    """Way for the image encoder alone, where there is a text encoder too; as `method` by default."""
+    """Adaptation method of the image encoder in image-text models; default: `method`."""
     text_method: EncoderMethod | None = None
-    """Likewise for the text encoder."""
+    """Adaptation method of the text encoder in image-text models; default: `method`."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How they learn. A *step* is one optimizer update, everywhere."""
+    """Training loop. A step is one optimizer update."""
 
     num_epochs: float | None = None
-    """Passes over the training rows; default by method and modality."""
+    """Epochs; default by method and modality."""
     max_steps: int | None = None
-    """Steps in all; takes precedence over num_epochs."""
+    """Total steps; takes precedence over num_epochs."""
     lr: float | None = None
-    """Peak learning rate of the backbone (or of the adapters); default by method and modality."""
+    """Peak learning rate of the backbone (or the adapters); default by method and modality."""
     head_lr: float | None = None
     """Peak learning rate of the head; default by method and modality."""
     freeze_backbone_ratio: float | None = None
-    """Share of the steps in which the head learns alone before the backbone joins, in [0, 1): a new head disturbs
-    pretrained features (LP-FT, https://arxiv.org/abs/2202.10054). Default by method and modality."""
+    """Fraction of steps with the backbone frozen, in [0, 1); protects pretrained features from a new head (LP-FT,
+    https://arxiv.org/abs/2202.10054). Default by method and modality."""
     weight_decay: float = 0.01
-    """AdamW's decay, on matrices only: biases and norms are left alone."""
+    """Weight decay of AdamW, on matrices only (not on biases and normalization layers)."""
     batch_size_per_device: int = 32
-    """Rows of one micro-batch, at most. Effective batch = this x processes x gradient_accumulation_steps."""
+    """Maximum examples per micro-batch and device. Effective batch = this x processes x gradient_accumulation_steps."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per step."""
     max_grad_norm: float = 1.0
-    """Gradient norm above which gradients are scaled down; 0 switches it off."""
+    """Maximum gradient norm; larger gradients are clipped. 0 disables clipping."""
     warmup_ratio: float = 0.1
-    """Share of the steps over which lr rises linearly from 0, in [0, 1]."""
+    """Fraction of steps with linear warmup from 0, in [0, 1]."""
     lr_scheduler_type: SchedulerType = "linear"
-    """How lr falls after the warm-up."""
+    """Learning rate schedule after the warmup."""
     seed: int = 0
-    """Seed of head initialisation, order, dropout and augmentation."""
+    """Seed of head initialization, data order, dropout and augmentation."""
     eval_steps: int | None = None
-    """Steps between evaluations on validation; by default once an epoch."""
+    """Steps between evaluations on validation; default: once per epoch."""
     logging_steps: int = 10
     """Steps between log lines."""
     pair_loss: PairLoss = "auto"
-    """Loss of pairs. Scored texts: cosine (squared error of the score) or cosent (order of the scores). Positive pairs:
-    infonce (in-batch negatives) or, for image-text pairs, siglip. auto: the first of each."""
+    """Loss of pair tasks. Text pairs with scores: cosine (squared error of the score) or cosent (order of the scores).
+    Positive pairs: infonce (in-batch negatives) or, for image-text pairs, siglip. auto: the first of each."""
     metric_for_best_model: str | None = None
-    """Metric on validation that chooses the weights to keep, e.g. `macro_f1`; the task's own by default."""
+    """Validation metric that selects the best checkpoint, such as `macro_f1`; default: that of the task."""
     metrics: list[str] = field(default_factory=list)
-    """Further metrics by the name that `evaluate.load` takes (hub id or local script)."""
+    """Additional metrics: names for `evaluate.load` (Hub repo id or local script)."""
     early_stopping_patience: int | None = None
-    """Evaluations without a better metric_for_best_model after which training stops; never by default."""
+    """Evaluations without improvement of metric_for_best_model before training stops; default: no early stopping."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Accelerate trackers that receive the history beside history.jsonl."""
+    """Accelerate trackers that receive the history, in addition to history.jsonl."""
     on_nonfinite: OnNonfinite = "stop"
-    """Loss or gradient that is NaN or infinite, seen before the optimizer uses it. stop: end with an error. skip: leave
-    the weights as they are in this step, at most max_nonfinite_steps times."""
+    """NaN or infinite loss or gradient, detected before the optimizer step. stop: end with an error. skip: skip the
+    optimizer step, at most max_nonfinite_steps times."""
     max_nonfinite_steps: int = 10
-    """Steps of a run that may be skipped so."""
+    """Maximum skipped optimizer steps per run with `on_nonfinite: skip`, at least 1."""
     on_oom: OnOutOfMemory = "halve"
-    """Out of memory. halve: run the same step again in micro-batches of half the rows (and exchange gradients after the
-    backward pass, so that no process waits for one that tries again). raise: end with an error."""
+    """Out of memory (OOM). halve: repeat the step with half the micro-batch size (gradients are then reduced after the
+    backward pass, so that no process waits for a repeating one). raise: end with an error."""
     num_threads: int | None = None
-    """CPU threads per process, at least 1. By default those of OMP_NUM_THREADS, or of `accelerate launch
-    --num_cpu_threads_per_process`, or the cores that the process may use, divided by the processes on the machine.
-    Results are bitwise equal for the same number only."""
+    """CPU threads per process, at least 1. Default: OMP_NUM_THREADS, or `accelerate launch
+    --num_cpu_threads_per_process`, or the available cores divided by the processes on the machine. Results are bitwise
+    identical only for the same number."""
     timeout_minutes: float = 10.0
-    """Time after which a process that waits for another one ends with an error."""
+    """Minutes that a process waits for another process before it ends with an error."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the full state of training is saved, to go on from after a stop. At its end and on a signal it always is."""
+    """Checkpoints of the full training state, for resuming. Also saved at the end of training and on a stop signal."""
 
     save_minutes: float | None = 15.0
-    """Minutes between saves; null: none by time."""
+    """Minutes between checkpoints; null: none by time."""
     save_steps: int | None = None
-    """Steps between saves; none by steps by default."""
+    """Steps between checkpoints; default: none by steps."""
     total_limit: int = 2
-    """Newest states that stay on disk. An older one is deleted when a newer one is complete."""
+    """Maximum checkpoints on disk. The oldest is deleted after a newer one is complete."""
 
 
 @dataclass(frozen=True)
 class HubConfig:
-    """Where the finished model goes, beside its folder."""
+    """Upload of the trained model to the Hub."""
 
     repo_id: str | None = None
-    """Hub repository `user/name` that receives the verified model; rights are checked before training."""
+    """Hub repository `user/name` for the verified model; write access is checked before training."""
     private: bool = False
-    """Make the repository private. One that is public already is refused then, not used."""
+    """Create a private repository. An existing public repository is rejected."""
     verify: bool = True
-    """Load the pushed revision back by its id and compare logits."""
+    """Reload the pushed revision from the Hub and compare logits."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a recipe is told."""
+    """Run configuration."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -316,31 +316,31 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     task: str = "auto"
-    """What is learnt: the name of a task (`hftl.tasks.registry.TASKS`), or auto: found from the columns and labels
-    of the data, and said. A recipe for one task has it already."""
+    """Name of a task (`hftl.tasks.registry.TASKS`). auto: detected from columns and labels; the choice is logged.
+    Recipes for one task set it."""
     output_dir: str | None = None
-    """The run folder; by default runs/DATA-MODEL-METHOD-sSEED."""
+    """Run folder; default: runs/DATA-MODEL-METHOD-sSEED."""
     overwrite: bool = False
     """Replace an existing run folder."""
     resume: Resume = "never"
-    """auto: begin, go on from the newest valid checkpoint in the run folder, or say that the run is complete."""
+    """auto: start the run, resume from its newest valid checkpoint, or exit if the run is complete. never: start it."""
     problems: tuple[str, ...] = field(default=(), repr=False, compare=False)
-    """Not an option: what the command line got wrong, kept so that it is reported with everything else."""
+    """Not an option: errors of the command line, reported later together with all other errors."""
     quarantine: tuple[dict[str, Any], ...] = field(default=(), repr=False, compare=False)
-    """Not an option: the rows that `prepare` left out, kept until `start` has a folder to write them to."""
+    """Not an option: rows that `setup_run` skipped, until `create_accelerator` writes them to the run folder."""
     restarts: bool = field(default=False, repr=False, compare=False)
-    """Not an option: whether `resume` auto begins at step 0, because the checkpoints were made with rows that
-    `prepare` left out."""
+    """Not an option: whether `resume: auto` restarts at step 0, because the checkpoints used rows that `setup_run`
+    skipped."""
 
 
 NO_OPTIONS = ("problems", "quarantine", "restarts")
-"""Fields of `RunConfig` that nobody sets."""
+"""Internal fields of `RunConfig`, not settable by users."""
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dataclasses to `{"train.lr": 3e-4, …}`, the spelling of flags and messages."""
-    out: dict[str, Any] = {}
+    """Flattens nested dataclasses to `{"train.lr": 3e-4, …}`, with the names of flags and error messages."""
+    values: dict[str, Any] = {}
     for item in fields(config):
         value, name = getattr(config, item.name), prefix + item.name
-        out |= leaves(value, name + ".") if is_dataclass(value) else {name: value}
-    return out if prefix else {name: value for name, value in out.items() if name not in NO_OPTIONS}
+        values |= leaves(value, name + ".") if is_dataclass(value) else {name: value}
+    return values if prefix else {name: value for name, value in values.items() if name not in NO_OPTIONS}

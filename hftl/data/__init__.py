@@ -1,1 +1,1 @@
-"""From a name to splits, columns, and batches."""
+"""Data sources: dataset splits, column detection, row validation, image and table decoding."""

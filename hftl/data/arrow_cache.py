@@ -1,4 +1,4 @@
-"""Rows written once to the cache of `datasets` as Arrow, by whichever process comes first, and mapped by all."""
+"""Arrow cache of `datasets`: the first process writes the rows, all processes memory-map them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from datasets.fingerprint import Hasher
 
 try:
     from datasets.builder import Key
-except ImportError:  # datasets 4.0 has plain keys
+except ImportError:  # datasets 4.0 uses integer keys
     Key = None
 
 
-class Written(ArrowBasedBuilder):
-    """Rows under a key: equal keys are equal rows. A lock of `datasets` lets one process write and others wait.
+class CachedRows(ArrowBasedBuilder):
+    """Dataset builder with a content key: equal keys return equal rows.
+
+    A file lock of `datasets` lets one process write while the others wait.
 
     Args:
-        key: What the rows depend on, hashable by `datasets`.
-        split: Their split.
-        cache_dir: In place of the cache of `datasets`.
+        key: Cache key, hashable by `datasets`; covers everything that the rows depend on.
+        split: Split name.
+        cache_dir: Cache folder; default: the cache of `datasets`.
     """
 
     batches: Callable[[], Iterable[pa.Table]]
-    """Makes the rows where they are not there yet; in the types of `info.features`."""
+    """Generates the rows on a cache miss, with the types of `info.features`."""
 
     def __init__(self, key: Any, split: str, cache_dir: str | None = None) -> None:
         self.split = split
@@ -36,7 +38,7 @@ class Written(ArrowBasedBuilder):
         return BuilderConfig("rows"), "rows"
 
     def rows(self) -> Dataset:
-        """Returns the rows."""
+        """Returns the memory-mapped rows; writes them on a cache miss."""
         self.download_and_prepare(verification_mode=VerificationMode.NO_CHECKS)
         return cast("Dataset", self.as_dataset(str(self.split)))
 
@@ -54,6 +56,6 @@ class Written(ArrowBasedBuilder):
             yield Key(0, number) if Key else number, table
 
 
-def is_written(maker: Written) -> bool:
-    """Whether the rows are in the cache already."""
-    return os.path.exists(os.path.join(maker.cache_dir, "dataset_info.json"))
+def is_cached(builder: CachedRows) -> bool:
+    """Whether the cache contains the rows of `builder`."""
+    return os.path.exists(os.path.join(builder.cache_dir, "dataset_info.json"))

@@ -1,4 +1,4 @@
-"""Which column is what: detected from types and names, always said aloud, never guessed between equals."""
+"""Column detection by type and name. Each choice is logged; ambiguity is an error."""
 
 from __future__ import annotations
 
@@ -15,71 +15,80 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask", "pixel_values")
-"""What models call their inputs; a label column of such a name would take the place of an input."""
+"""Reserved names of model inputs; a label column of such a name would replace an input."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column and why it was chosen."""
+    """Detected column with the reason of the choice (`why`), for the log."""
 
     name: str
     why: str
 
 
-def find_column(role: str, features: Features, given: str | None) -> Column:
-    """Returns the column that plays `role`.
+def find_column(role: str, features: Features, configured: str | None) -> Column:
+    """Returns the column for `role`.
 
     Args:
-        role: `image`, `text`, `label`; or what a task calls its texts and labels: `words`, `tags`, `question`,
+        role: Key in `ROLES`: `image`, `text`, `label`, or a task-specific role: `words`, `tags`, `question`,
             `context`, `answers`.
         features: Names and types of the columns.
-        given: The column named in the configuration, if any.
+        configured: Column name from the configuration, if any.
 
     Raises:
-        DataError: The named column does not exist; no column fits; or several fit equally well.
+        DataError: The configured column does not exist; no column matches; or several columns match equally well.
     """
     listing = ", ".join(f"{name} ({type_name(kind)})" for name, kind in features.items())
     flag = f"data.{ROLES[role].setting}"
-    if given is not None:
-        if ROLES[role].setting == "label_column" and given in INPUTS:
-            raise DataError(f"{flag}: '{given}' is what models call an input; rename the column.")
-        if given in features:
-            return Column(given, f"named by {flag}")
-        raise DataError(f"{flag}: there is no column '{given}'.{nearest(given, features)} Columns: {listing}.")
-    fitting = [name for name, kind in features.items() if ROLES[role].accepts(kind)]
-    if role == "text":  # a column of class names holds text too, but is spoken for
-        fitting = [name for name in fitting if not is_usual_name("label", name)]
-    typed = [name for name in fitting if type_name(features[name]) in ("Image", "ClassLabel")]
-    by_name = usual_column(role, {name: features[name] for name in fitting})
-    if role == "label" and by_name is None and not _has_images(features):  # there a score may describe an image
+    if configured is not None:
+        if ROLES[role].setting == "label_column" and configured in INPUTS:
+            raise DataError(f"{flag}: '{configured}' is a reserved name of model inputs. Rename the column.")
+        if configured in features:
+            return Column(configured, f"set by {flag}")
+        raise DataError(
+            f"{flag}: there is no column '{configured}'.{nearest(configured, features)} Columns: {listing}."
+        )
+    candidates = [name for name, kind in features.items() if ROLES[role].accepts(kind)]
+    if role == "text":  # a column of class names holds text too, but is the label column
+        candidates = [name for name in candidates if not is_usual_name("label", name)]
+    typed = [name for name in candidates if type_name(features[name]) in ("Image", "ClassLabel")]
+    by_name = usual_column(role, {name: features[name] for name in candidates})
+    if role == "label" and by_name is None and not _has_images(features):  # a score next to images may be metadata
         by_name = usual_column("score", features)
     if len(typed) == 1:
-        return Column(typed[0], f"the only {type_name(features[typed[0]])} column")
+        return Column(typed[0], f"only {type_name(features[typed[0]])} column")
     if by_name is not None:
-        return Column(by_name, "by its name")
-    if len(fitting) == 1 and role != "label":
-        held = {"image": "images", "words": "words", "tags": "tags", "answers": "answers"}.get(role, "text")
-        return Column(fitting[0], f"the only column that can hold {held}")
-    if not fitting or role == "label":
+        return Column(by_name, "by name")
+    if len(candidates) == 1 and role != "label":
+        content = {"image": "image", "words": "word list", "tags": "tag list", "answers": "answer"}.get(role, "text")
+        return Column(candidates[0], f"only {content} column")
+    if not candidates or role == "label":
         paths = "string" in listing and role == "image"
-        hint = (
-            " Texts are paths of images where they end in .png, .jpg …, relative to the data's folder." if paths else ""
+        hint = " String columns hold image paths if they end in .png, .jpg …, relative to the data folder."
+        raise DataError(
+            f"{flag}: no {role} column found. Columns: {listing}.{hint if paths else ''} Set --{flag} NAME."
         )
-        raise DataError(f"{flag}: no {role} column found. Columns: {listing}.{hint} Say --{flag} NAME.")
-    raise DataError(f"{flag}: {' and '.join(fitting)} could each be the {role}. Columns: {listing}. Say --{flag} NAME.")
+    raise DataError(
+        f"{flag}: {' and '.join(candidates)} could each be the {role} column. Columns: {listing}. Set --{flag} NAME."
+    )
 
 
 def find_text_columns(features: Features, text: str | None, pair: str | None) -> tuple[Column, Column | None]:
-    """Returns the text column, and the second one where rows are pairs.
+    """Returns the text column, and the second text column of text pairs or None.
+
+    Args:
+        features: Names and types of the columns.
+        text: Value of `data.text_column`.
+        pair: Value of `data.text_pair_column`.
 
     Raises:
-        DataError: As `find_column`.
+        DataError: A configured column does not exist, or the text column is missing or ambiguous.
     """
     if text is None and pair is None:
         names = usual_pair(features)
         if names is not None:
             first, second = names
-            why = f"'{first}' and '{second}' name a pair"
+            why = f"'{first}' and '{second}' are a text pair"
             return Column(first, why), Column(second, why)
     column = find_column("text", features, text)
     if pair is None:
@@ -89,48 +98,48 @@ def find_text_columns(features: Features, text: str | None, pair: str | None) ->
             f"data.text_pair_column: there is no column '{pair}'.{nearest(pair, features)} "
             f"Columns: {', '.join(features)}."
         )
-    return column, Column(pair, "named by data.text_pair_column")
+    return column, Column(pair, "set by data.text_pair_column")
 
 
 def arrow_column(rows: Dataset, column: str) -> pa.ChunkedArray:
-    """Returns the values of a column as Arrow holds them."""
+    """Returns a column as an Arrow array, without decoding."""
     table = cast("pa.Table", rows.select_columns([column]).with_format("arrow")[:])
     return table.column(column)
 
 
 def splits_without(splits: Mapping[str, Dataset], column: str) -> list[str]:
-    """Returns a sentence on each split that training needs and that lacks the labels; of others, that is only said."""
+    """Returns one problem per training or validation split without the label column; logs a test split without it."""
     problems = []
     for split, rows in splits.items():
         if column in rows.features:
             continue
         if split == "test":
-            log(f"data: test has no column '{column}'; its rows are predicted and not measured")
+            log(f"data: test has no column '{column}'; its rows are predicted without metrics")
         else:
             problems.append(
-                f"data.source: {split} has no column '{column}', which holds the labels of train. Columns: "
-                f"{', '.join(rows.features)}. Add it, or give no {split} split: then one is cut from train."
+                f"data.source: {split} has no column '{column}', the label column of train. Columns: "
+                f"{', '.join(rows.features)}. Add it, or remove {split}; validation is then split off train."
             )
     return problems
 
 
 def filled_columns(rows: Dataset, names: Iterable[str]) -> list[str]:
-    """Returns the columns of `names` that are there and not empty from top to bottom.
+    """Returns the columns of `names` that have values in all rows; skips columns that are absent or empty.
 
     Raises:
-        DataError: One has a value in some rows only.
+        DataError: A column has values in some rows only.
     """
-    found = []
+    filled = []
     for name in names:
         missing = arrow_column(rows, name).null_count if name in rows.column_names else len(rows)
         if 0 < missing < len(rows):
-            raise DataError(f"column '{name}' is empty in {missing} of {len(rows)} rows; give it for all or for none.")
-        found += [name] if missing < len(rows) else []
-    return found
+            raise DataError(f"column '{name}' is empty in {missing} of {len(rows)} rows. Fill all rows, or none.")
+        filled += [name] if missing < len(rows) else []
+    return filled
 
 
 def label_codes(rows: Dataset, column: str) -> Any:
-    """Returns each row's label as an integer code [N] (numpy int64), or None where labels are real numbers.
+    """Returns integer label codes [N] (numpy int64), or None if the labels are floating-point numbers or lists.
 
     Rows without a label get the highest code plus one.
     """

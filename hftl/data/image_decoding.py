@@ -1,6 +1,6 @@
-"""One image, in a file or in a table: judged by its header, then decoded to upright pixels of one mode.
+"""Image decoding: validates the header of a file or table cell, then decodes it to upright pixels of one mode.
 
-Images come from anywhere, so nothing that Pillow makes of one leaves this module but pixels or a `DataError`.
+Images are untrusted input: every Pillow error becomes a `DataError`.
 """
 
 from __future__ import annotations
@@ -25,106 +25,106 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pillow's names of what is opened. Not everything it can: its EPS reader runs Ghostscript, and rare readers are those
-that nobody has fuzzed."""
-_KINDS = "JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, JPEG 2000 or AVIF"
+"""Pillow names of the allowed formats. Others are excluded: the EPS reader runs Ghostscript, rare readers lack
+fuzzing."""
+_FORMAT_LIST = "JPEG, PNG, GIF, BMP, WebP, TIFF, PPM, JPEG 2000 or AVIF"
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
-"""Pillow's names of pixels that have a known black and white, beside grey of up to 16 bits."""
+"""Pillow modes with a defined black and white point, in addition to grayscale of up to 16 bits."""
 MAX_ASPECT = 200
-"""Longest side over shortest: resizing the shortest to what a model takes makes the longest as many times that."""
-_SIDEWAYS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"}
-_SIDEWAYS |= {7: "TRANSVERSE", 8: "ROTATE_90"}
+"""Largest aspect ratio (longest / shortest side); resizing the shortest side scales the longest by this factor."""
+_TRANSPOSES = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"}
+_TRANSPOSES |= {7: "TRANSVERSE", 8: "ROTATE_90"}
 _ORIENTATION, _BITS, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 274, 258, 262, 322, 323
-"""Numbers of EXIF and TIFF tags."""
+"""EXIF and TIFF tag numbers."""
 
 Stored = Mapping[str, Any] | None
-"""An image as `datasets.Image(decode=False)` gives it: `path` and `bytes`, one of which may be None."""
+"""Undecoded image of `datasets.Image(decode=False)`: `path` and `bytes`, one of which may be None."""
 
 
 def decode_image(stored: Stored, mode: str, max_pixels: int) -> Image:
-    """Returns the first picture in an image file, upright, in `mode`.
+    """Returns the first image of a file, upright, in `mode`.
 
-    Pixels are what `datasets`, torchvision and transformers' pipelines make of the same file: turned as EXIF says, the
-    first frame or page, colours under transparency kept and the transparency dropped. Grey of 16 bits differs: it is
-    scaled to 8 where Pillow would clip it to white. EXIF that cannot be read counts as none.
+    Pixels match those of `datasets`, torchvision and transformers pipelines: EXIF orientation is applied, the first
+    frame or page is used, and transparency is dropped without changing the colors. Exception: 16-bit grayscale is
+    scaled to 8 bits, where Pillow would clip it to white. Unreadable EXIF data are ignored.
 
     Args:
         stored: Path or bytes.
         mode: `RGB` or `L`.
-        max_pixels: Largest width x height; seen from the header, before memory is taken.
+        max_pixels: Largest width x height, checked in the header before memory is allocated.
 
     Raises:
-        DataError: A few words on the kind of damage, and after a colon the details. Nothing else is raised.
+        DataError: The image is missing, invalid or damaged; format `kind: details`. No other exception is raised.
     """
     return decode_with_mode(stored, mode, max_pixels)[0]
 
 
 def decode_with_mode(stored: Stored, mode: str, max_pixels: int) -> tuple[Image, str]:
-    """Returns what `decode_image` does, and Pillow's name of the pixels as they are stored (`L`, `RGBA`, `P`, ...).
+    """Returns the image of `decode_image`, and the Pillow mode of the file (`L`, `RGBA`, `P`, ...).
 
     Raises:
-        DataError: As `decode_image`.
+        DataError: The image is missing, invalid or damaged.
     """
-    with _opened(stored, max_pixels) as image:
+    with _open_image(stored, max_pixels) as image:
         stored_mode = image.mode
         image.load()
-        pixels = _eight_bits(image) if _top(image) > 255 else _without_transparency(image)
-        pixels = _upright(pixels, _orientation(image))
+        pixels = _to_8_bits(image) if _white_value(image) > 255 else _drop_transparency(image)
+        pixels = _apply_orientation(pixels, _orientation(image))
         return (pixels if pixels.mode == mode else pixels.convert(mode)), stored_mode
 
 
 def decode_indices(stored: Stored, max_pixels: int) -> np.ndarray:
-    """Returns the numbers in an image of one channel [H, W], upright: grey values or indices into its palette, int32.
+    """Returns the values of a single-channel image [H, W], upright: gray values or palette indices, int32.
 
     Raises:
-        DataError: As `decode_image`; there are several channels, whose colours are not numbers of classes; or the
-            image is a JPEG.
+        DataError: The image is missing, invalid or damaged; it has several channels; or it is a JPEG, whose lossy
+            compression changes class indices.
     """
-    with _opened(stored, max_pixels) as image:
+    with _open_image(stored, max_pixels) as image:
         if image.format in ("JPEG", "MPO"):
-            raise DataError("not a mask: JPEG changes class numbers, above all where classes meet; save it as PNG")
+            raise DataError("not a mask: JPEG changes class indices, above all at class borders; save it as PNG")
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
             raise DataError(
-                f"not a mask: its pixels are {image.mode}, and which colour is which class cannot be known; save it "
-                "with one channel (grey or palette) that holds class numbers"
+                f"not a mask: its mode is {image.mode}, and colors do not define class indices; save it with one "
+                "channel (grayscale or palette) of class indices"
             )
         image.load()
-        return np.asarray(_upright(image, _orientation(image))).astype(np.int32)
+        return np.asarray(_apply_orientation(image, _orientation(image))).astype(np.int32)
 
 
 def check_header(stored: Stored, max_pixels: int) -> tuple[int, int]:
-    """Returns width and height as stored, from the header of an image and nothing more.
+    """Returns width and height of the stored image (before EXIF rotation); reads the header only.
 
     Raises:
-        DataError: As `decode_image`, as far as the header tells.
+        DataError: The header is missing, invalid or above the limits.
     """
-    with _opened(stored, max_pixels) as image:
+    with _open_image(stored, max_pixels) as image:
         return image.size
 
 
 def upright_size(stored: Stored, max_pixels: int) -> tuple[int, int]:
-    """Returns height and width of what `decode_image` returns, from the header alone.
+    """Returns height and width of the image after EXIF rotation; reads the header only.
 
     Raises:
-        DataError: As `decode_image`, as far as the header tells.
+        DataError: The header is missing, invalid or above the limits.
     """
-    with _opened(stored, max_pixels) as image:
+    with _open_image(stored, max_pixels) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 def place(stored: Stored) -> str:
-    """Returns the path of an image, or says that it has none."""
+    """Returns the path of an image, or 'in the table' if the image is embedded."""
     return str((stored or {}).get("path") or "in the table")
 
 
 @contextmanager
-def _opened(stored: Stored, max_pixels: int) -> Iterator[Image]:
+def _open_image(stored: Stored, max_pixels: int) -> Iterator[Image]:
     from PIL import Image as PILImage
 
     head = b""
     try:
-        with quiet_pillow(), _stream(stored) as stream:
+        with quiet_pillow(), _open_stream(stored) as stream:
             head = stream.read(30)
             _check_size(_webp_size(head), max_pixels)
             stream.seek(0)
@@ -135,61 +135,57 @@ def _opened(stored: Stored, max_pixels: int) -> Iterator[Image]:
                 yield image
     except DataError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever the damage made of their arithmetic
-        raise DataError(_reason(error, head)) from error
+    except Exception as error:  # damaged files make Pillow's readers raise exceptions of any type
+        raise DataError(_decode_problem(error, head)) from error
 
 
-def _stream(stored: Stored) -> BinaryIO:
+def _open_stream(stored: Stored) -> BinaryIO:
     content, path = (stored or {}).get("bytes"), (stored or {}).get("path")
     if content is None and path is None:
         raise DataError("no image")
     if content is None:
         try:
-            info = os.stat(path or "")  # first: opening a pipe would wait for whoever writes to it
+            info = os.stat(path or "")  # before open(), which blocks on a pipe without a writer
             if not stat.S_ISREG(info.st_mode):
                 raise DataError(f"not a file: {'a folder' if stat.S_ISDIR(info.st_mode) else 'a pipe or a device'}")
-            empty, stream = info.st_size == 0, open(path or "", "rb")  # noqa: SIM115  closed by `_opened`
+            is_empty, stream = info.st_size == 0, open(path or "", "rb")  # noqa: SIM115  closed by `_open_image`
         except (OSError, ValueError) as error:
-            raise DataError(_unreachable(error)) from error
+            raise DataError(_open_problem(error)) from error
     else:
-        empty, stream = not content, BytesIO(content)
-    if empty:
+        is_empty, stream = not content, BytesIO(content)
+    if is_empty:
         stream.close()
         raise DataError("empty file")
     return stream
 
 
-def _unreachable(error: OSError | ValueError) -> str:
+def _open_problem(error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "no such file"
     if isinstance(error, PermissionError):
         return "no permission to read the file"
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
-        return "no such file: symbolic links that lead in a circle"
+        return "no such file: circular symbolic links"
     return f"no such file: {first_line(error)}"
 
 
-def _reason(error: Exception, head: bytes) -> str:
+def _decode_problem(error: Exception, head: bytes) -> str:
     from PIL import UnidentifiedImageError
 
     if isinstance(error, UnidentifiedImageError):
-        begins_well = any(_accepts(name, head) for name in _formats())
-        return "damaged image: its header is broken" if begins_well else f"not an image: no header of {_KINDS}"
-    if isinstance(error, OSError) and "truncated" in str(error):
-        return f"truncated image: {_shown(error)}"
-    return f"damaged image: {_shown(error)}"
+        has_signature = any(_matches_signature(name, head) for name in _formats())
+        return "damaged image: invalid header" if has_signature else f"not an image: no header of {_FORMAT_LIST}"
+    # the message may quote bytes of the file: keep one printable line
+    message = "".join(c if c.isprintable() else "?" for c in first_line(error))[:120]
+    is_truncated = isinstance(error, OSError) and "truncated" in str(error)
+    return f"{'truncated' if is_truncated else 'damaged'} image: {message}"
 
 
-def _accepts(name: str, head: bytes) -> bool:
+def _matches_signature(name: str, head: bytes) -> bool:
     from PIL import Image as PILImage
 
     accept = PILImage.OPEN[name][1]
     return accept is not None and accept(head.ljust(30, b"\0")) is True
-
-
-def _shown(error: Exception) -> str:
-    """Returns what an error says, on one line and printable: it may quote bytes of the file."""
-    return "".join(c if c.isprintable() else "?" for c in first_line(error))[:120]
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -197,20 +193,20 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     if width * height > max_pixels:
         raise DataError(f"too large: {width} x {height} pixels, the limit is {max_pixels:,} (data.max_pixels)")
     if width < 1 or height < 1:
-        raise DataError(f"damaged image: its header says {width} x {height} pixels")
+        raise DataError(f"damaged image: header with {width} x {height} pixels")
     if max(size) > MAX_ASPECT * min(size):
-        raise DataError(f"too narrow: {width} x {height} pixels, one side over {MAX_ASPECT} times the other")
+        raise DataError(f"too narrow: {width} x {height} pixels, the aspect ratio limit is {MAX_ASPECT}")
 
 
 def _check_mode(image: Image) -> None:
-    if image.mode not in MODES and _top(image) <= 255:
+    if image.mode not in MODES and _white_value(image) <= 255:
         raise DataError(
-            f"pixels without a known white: {image.format} of mode {image.mode}; save it with 8 or 16 bits a channel"
+            f"undefined white point: {image.format} of mode {image.mode}; save it with 8 or 16 bits per channel"
         )
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
-    """Returns the canvas of a WebP file, (1, 1) for any other: Pillow's reader takes memory for it when it opens one.
+    """Returns the canvas size of a WebP file, (1, 1) for other formats. Pillow allocates the canvas on open.
 
     Source: RFC 9649, sections 2.5 (VP8), 2.6 (VP8L) and 2.7 (VP8X).
     """
@@ -226,35 +222,35 @@ def _webp_size(head: bytes) -> tuple[int, int]:
 
 
 def _check_tile(image: Image, max_pixels: int) -> None:
-    """Refuses a TIFF whose tiles are larger than the image and than the limit."""
+    """Raises DataError if the tiles of a TIFF exceed the pixel limit."""
     tags = getattr(image, "tag_v2", {})
     width, length = int(tags.get(_TILE_WIDTH, 1)), int(tags.get(_TILE_LENGTH, 1))
     if width * length > max(max_pixels, 512 * 512):
         raise DataError(f"too large: tiles of {width} x {length} pixels, the limit is {max_pixels:,} (data.max_pixels)")
 
 
-def _top(image: Image) -> int:
-    """Returns the value of white in grey of more than 8 bits; 255 for everything else."""
+def _white_value(image: Image) -> int:
+    """Returns the value of white: 4095 or 65535 in grayscale of more than 8 bits, else 255."""
     if image.mode.startswith("I;16"):
         bits = getattr(image, "tag_v2", {}).get(_BITS, 16)
         return 4095 if (bits[0] if isinstance(bits, tuple) else bits) == 12 else 65535
-    # Pillow scales PGM to 16 bits, and its older versions open PNG so; 32 bits in a TIFF mean anything
+    # Pillow scales PGM (and, in older versions, PNG) to 16 bits; the range of 32-bit TIFF is undefined
     return 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else 255
 
 
-def _eight_bits(image: Image) -> Image:
-    """Returns grey of more than 8 bits as mode L, rounded."""
+def _to_8_bits(image: Image) -> Image:
+    """Converts grayscale of more than 8 bits to mode L, rounded."""
     from PIL import Image as PILImage
 
-    top = _top(image)
-    values = np.asarray(image).clip(0, top).astype(np.uint32)
+    white = _white_value(image)
+    values = np.asarray(image).clip(0, white).astype(np.uint32)
     if image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
-        values = top - values  # white is zero; Pillow turns only 8 bits
-    return PILImage.fromarray(((values * 255 + top // 2) // top).astype(np.uint8))
+        values = white - values  # WhiteIsZero; Pillow inverts 8-bit images only
+    return PILImage.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
 
 
-def _without_transparency(image: Image) -> Image:
-    image.info.pop("transparency", None)  # one colour that stands for "nothing"
+def _drop_transparency(image: Image) -> Image:
+    image.info.pop("transparency", None)  # the color key of transparent pixels
     return image.convert("RGBA") if image.mode in ("RGBa", "PA") else image
 
 
@@ -265,10 +261,10 @@ def _orientation(image: Image) -> int:
         return 1
 
 
-def _upright(image: Image, orientation: int) -> Image:
+def _apply_orientation(image: Image, orientation: int) -> Image:
     from PIL.Image import Transpose
 
-    return image.transpose(Transpose[_SIDEWAYS[orientation]]) if orientation in _SIDEWAYS else image
+    return image.transpose(Transpose[_TRANSPOSES[orientation]]) if orientation in _TRANSPOSES else image
 
 
 @cache
@@ -279,37 +275,37 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in PILImage.OPEN]
 
 
-_pillow = threading.Lock()
-_inside = 0
-_before: Any = None
+_pillow_lock = threading.Lock()
+_active_count = 0
+_saved_state: Any = None
 
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Switches off Pillow's own limit of pixels, its warnings and its log lines, in any number of threads at once.
+    """Disables Pillow's pixel limit, warnings and log lines; reentrant and thread-safe.
 
-    All three are state of the process: the first that enters changes it and the last that leaves puts it back. Reading
-    an image does this by itself; around many images it saves a tenth of a millisecond for each.
+    All three are process-wide: the first thread that enters changes them, the last that leaves restores them.
+    The decoding functions enter it themselves; entering it once around many images saves 0.1 ms per image.
     """
-    global _inside, _before
+    global _active_count, _saved_state
     from PIL import Image as PILImage
 
-    log = logging.getLogger("PIL")
-    with _pillow:
-        _inside += 1
-        if _inside == 1:
+    logger = logging.getLogger("PIL")
+    with _pillow_lock:
+        _active_count += 1
+        if _active_count == 1:
             filters = warnings.catch_warnings()
             filters.__enter__()
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            _before = filters, PILImage.MAX_IMAGE_PIXELS, log.level
+            _saved_state = filters, PILImage.MAX_IMAGE_PIXELS, logger.level
             PILImage.MAX_IMAGE_PIXELS = None
-            log.setLevel(logging.CRITICAL + 1)
+            logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        with _pillow:
-            _inside -= 1
-            if _inside == 0:
-                filters, PILImage.MAX_IMAGE_PIXELS, level = _before
-                log.setLevel(level)
+        with _pillow_lock:
+            _active_count -= 1
+            if _active_count == 0:
+                filters, PILImage.MAX_IMAGE_PIXELS, level = _saved_state
+                logger.setLevel(level)
                 filters.__exit__(None, None, None)

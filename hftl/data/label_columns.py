@@ -1,4 +1,4 @@
-"""What stands in label columns: several labels in a cell or over several columns, and numbers."""
+"""Label columns: multi-label cells, one column per label, and numeric targets."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 Form = Literal["list", "text", "flags"]
-"""How several labels are written. list: a list in each cell. text: a text with a separator. flags: a column of zeros
-and ones for each label."""
+"""Encoding of multi-label targets. list: a list per cell. text: a string with a separator. flags: a 0/1 column per
+label."""
 
 
 @dataclass(frozen=True)
 class LabelCells:
-    """Where the labels of a row stand, and how they are written.
+    """Columns and encoding of multi-label targets.
 
     Attributes:
-        columns: One column, or with `flags` the column of each label.
-        form: How they are written.
-        separator: Between labels in a text.
+        columns: One column, or with `flags` one column per label.
+        form: Encoding of the labels.
+        separator: Separator of the labels in a string.
     """
 
     columns: tuple[str, ...]
@@ -33,22 +33,22 @@ class LabelCells:
     separator: str | None = None
 
     def read(self, row: Mapping[str, Any]) -> list[Any]:
-        """Returns the labels of a row as the columns write them, each once; [] for a row that has none.
+        """Returns the unique raw labels of a row, in order; [] for a row without labels.
 
         Raises:
-            ValueError: What stands there is neither 0 nor 1 (`flags`), or no text.
+            ValueError: A cell is neither 0 nor 1 (`flags`), or not a string (`text`).
         """
         if self.form == "flags":
             return [name for name in self.columns if _flag(row[name])]
         cell = row[self.columns[0]]
         if self.form == "text":
             if cell is not None and not isinstance(cell, str):
-                raise ValueError(f"{cell!r} is no text")
-            cell = [part.strip() for part in (cell or "").split(self.separator)]
+                raise ValueError(f"{cell!r} is not a string")
+            cell = [label.strip() for label in (cell or "").split(self.separator)]
         return list(dict.fromkeys(label for label in cell or () if label not in (None, "", -1)))
 
     def rows(self, dataset: Dataset) -> Iterator[tuple[list[Any], str]]:
-        """Yields the labels of every row, and why they cannot be read; the reason is empty where they can."""
+        """Yields (labels, problem) per row; the problem is empty for valid rows."""
         values = [arrow_column(dataset, name).to_pylist() for name in self.columns]
         for cells in zip(*values, strict=True):
             try:
@@ -58,34 +58,34 @@ class LabelCells:
 
 
 def _flag(cell: Any) -> bool:
-    if cell in (0, 1):  # True and 1.0 too
+    if cell in (0, 1):  # includes True and 1.0
         return bool(cell)
     raise ValueError("no value" if cell is None or cell != cell else f"{cell!r} is neither 0 nor 1")
 
 
 def named_columns(features: Features, names: Sequence[str]) -> None:
-    """Checks that the columns of `data.label_columns` are there.
+    """Validates the columns of `data.label_columns`.
 
     Raises:
-        DataError: One is not, or stands there twice, or is called as an input of models is.
+        DataError: A column does not exist, is listed twice, or has a reserved name of model inputs.
     """
     problems = []
     for name in dict.fromkeys(names):
         if name in INPUTS:
-            problems.append(f"data.label_columns: '{name}' is what models call an input; rename the column.")
+            problems.append(f"data.label_columns: '{name}' is a reserved name of model inputs. Rename the column.")
         elif name not in features:
             problems.append(
                 f"data.label_columns: there is no column '{name}'.{nearest(name, features)} "
                 f"Columns: {', '.join(features)}."
             )
         elif list(names).count(name) > 1:
-            problems.append(f"data.label_columns: '{name}' stands there more than once.")
+            problems.append(f"data.label_columns: '{name}' is listed more than once. Remove the duplicate.")
     if problems:
         raise DataError(*problems)
 
 
 def read_numbers(dataset: Dataset, columns: Sequence[str]) -> Any:
-    """Returns the numbers in some columns [N, K] float64; NaN where a cell is empty or holds no number."""
+    """Returns the values of K columns [N, K] float64; NaN for empty and non-numeric cells."""
     import numpy as np
 
     return np.array(
@@ -94,10 +94,10 @@ def read_numbers(dataset: Dataset, columns: Sequence[str]) -> Any:
 
 
 def parse_number(cell: Any) -> float:
-    """Returns a cell as a number; NaN where it is none."""
+    """Converts a cell to float; NaN for non-numeric cells."""
     return float(cell) if isinstance(cell, (int, float)) else math.nan
 
 
 def unusable(rows: Sequence[tuple[int, str]]) -> str:
-    """Returns numbers of rows, each with what stands there, as the end of a sentence."""
+    """Formats (row number, value) pairs for an error message, at most five."""
     return shorten([f"row {row} ({why})" for row, why in rows], 5)

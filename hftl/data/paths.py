@@ -1,9 +1,8 @@
-"""Where images may lie: every path that comes from data stays in the folder of the data, and is never an address.
+"""Validation of image paths in data: paths must stay inside the data folder; URLs are rejected.
 
-`datasets` opens whatever a cell names: `/etc/passwd`, `../../key.png`, `http://169.254.169.254/…`, `zip://a::b`. A cell
-is written by whoever made the table, so here it is looked at first, before anything is opened. A link that stands in a
-folder of images is another matter: the owner of the folder put it there, and folders of links into a common store are
-usual, so these are followed; a link that a *cell* names is not.
+`datasets` opens any path in a cell: `/etc/passwd`, `../../key.png`, `http://169.254.169.254/…`, `zip://a::b`. Cells are
+untrusted input, so they are validated before any file is opened. Symbolic links inside an image folder are followed,
+because the folder's owner created them and links into a common store are usual. Links in cells are not followed.
 """
 
 from __future__ import annotations
@@ -25,74 +24,87 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_LOOKED_AT = 100
-"""Cells whose endings decide whether a column of texts holds paths of images."""
+_SAMPLE_SIZE = 100
+"""Number of cells whose extensions decide whether a string column holds image paths."""
 
 
 def path_problem(value: str, root: str, start: str | None = None, follow: bool = False) -> str | None:
-    """Returns why a path from data may not be opened; None where it stays under `root`.
+    """Returns the reason to reject a path, or None if the path stays inside `root`.
 
     Args:
-        value: As it stands in the data, relative or absolute.
-        root: Folder of the data, without links in it (`os.path.realpath`).
-        start: What relative paths are relative to; `root` by default.
-        follow: Whether links under `root` may lead out of it.
+        value: Path in the data, relative or absolute.
+        root: Data folder with links resolved (`os.path.realpath`).
+        start: Base of relative paths; default: `root`.
+        follow: Whether links inside `root` may point outside of it.
     """
     if "\0" in value:
-        return "has a NUL in it"
+        return "contains a NUL character"
     if "://" in value or "::" in value or re.match("[A-Za-z][A-Za-z0-9+.-]+:", value):
-        return "is an address, not a file of the data"
+        return "is a URL, not a file of the data"
     if value.startswith("~"):
-        return "begins with ~"
+        return "starts with ~"
     joined = os.path.join(start or root, value)
-    full = os.path.normpath(joined) if follow else _real(joined)
-    inside = full == root or full.startswith(root.rstrip(os.sep) + os.sep)
-    return None if inside else "leads out of the folder of the data"
+    full = os.path.normpath(joined) if follow else _real_path(joined)
+    is_inside = full == root or full.startswith(root.rstrip(os.sep) + os.sep)
+    return None if is_inside else "is outside the data folder"
 
 
-def with_images(
+def cast_path_columns(
     sets: Mapping[str, Dataset], config: DataConfig, root: Path | None, within: Path | None = None
 ) -> dict[str, Dataset]:
-    """Returns the rows with columns of image paths as image columns, their paths absolute.
+    """Converts columns of image paths to image columns with absolute paths.
 
-    A column of texts holds paths where `data.image_column` names it, or where its name or its place as the only text
-    says so and its cells end like image files. Images that hold a path instead of their bytes are checked too.
+    A string column holds image paths if it is `data.image_column`, or if its cells have image file extensions.
+    Paths in image columns without embedded bytes are validated too.
 
     Args:
         sets: Rows by split.
-        config: Names the image column, if anyone does.
-        root: Folder that the paths are relative to and stay in; None where there is none, as on the hub.
-        within: A larger folder to stay in.
+        config: Data section of the configuration.
+        root: Base folder of relative paths; None for Hub datasets.
+        within: Folder that contains all allowed paths; default: `root`.
 
     Raises:
-        DataError: A path leaves `root`; names rows. In a table that is used for its texts, the column is left alone.
+        DataError: A path is outside of `within`; lists the rows. If the table has text columns, the image path column
+            is left unchanged instead.
     """
     within = within or root
     out = dict(sets)
     for column in dict.fromkeys(name for rows in sets.values() for name in rows.features):
-        having = [rows for rows in sets.values() if column in rows.features]
-        first = next((rows for rows in having if not _is_empty(rows, column)), having[0])
+        with_column = [rows for rows in sets.values() if column in rows.features]
+        first = next((rows for rows in with_column if not _is_empty(rows, column)), with_column[0])
         kind = first.features[column]
-        given = column == config.image_column
+        is_configured = column == config.image_column
+        problems: list[str] = []
         if type(kind).__name__ == "Image":
-            _refuse(check_stored(out, column, within, follow=False))
-        elif getattr(kind, "dtype", "") in ("string", "large_string") and (given or _holds_paths(first, column)):
-            problems = _problems(out, column, root, within)
-            if problems and not given and _has_texts(first, config, column):
-                log(f"data: column '{column}' is not used: {problems[0].partition(': ')[2]}")
+            problems = stored_path_problems(out, column, within, follow=False)
+        elif getattr(kind, "dtype", "") in ("string", "large_string") and (
+            is_configured or _holds_paths(first, column)
+        ):
+            problems = _column_problems(out, column, root, within)
+            if problems and not is_configured and _has_texts(first, config, column):
+                log(f"data: column '{column}' is ignored: {problems[0].partition(': ')[2]}")
                 continue
-            _refuse(problems)
-            out = {split: _cast(rows, column, str(root)) for split, rows in out.items()}
+            if not problems:
+                out = {split: _cast_to_image(rows, column, str(root)) for split, rows in out.items()}
+        if problems:
+            raise DataError(*problems)
     return out
 
 
-def check_stored(sets: Mapping[str, Dataset], column: str, root: Path | None, follow: bool) -> list[str]:
-    """Returns a sentence for each split whose image column holds paths, in place of bytes, that leave `root`."""
+def stored_path_problems(sets: Mapping[str, Dataset], column: str, root: Path | None, follow: bool) -> list[str]:
+    """Returns one problem per split whose image column has paths (without embedded bytes) outside of `root`.
+
+    Args:
+        sets: Rows by split.
+        column: The image column.
+        root: Folder that contains all allowed paths; None allows the caches of `datasets` and huggingface_hub.
+        follow: Whether links inside `root` may point outside of it.
+    """
     import pyarrow as pa
     from pyarrow import compute
 
-    pc: Any = compute  # whose functions are made at run time
-    roots = [os.path.realpath(root)] if root else _caches()
+    pc: Any = compute  # its functions are created at run time
+    roots = [os.path.realpath(root)] if root else _hub_caches()
     problems = []
     for split, rows in sets.items():
         if column not in rows.features:
@@ -101,67 +113,61 @@ def check_stored(sets: Mapping[str, Dataset], column: str, root: Path | None, fo
         for table in rows.select_columns([column]).with_format("arrow").iter(1000):
             images: Any = pa.table(table).column(0).combine_chunks()  # pyright: ignore[reportArgumentType]
             images = images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
-            stored = pc.is_valid(pc.struct_field(images, "bytes")).to_pylist()
+            embedded = pc.is_valid(pc.struct_field(images, "bytes")).to_pylist()
             paths = pc.struct_field(images, "path").to_pylist()
-            for offset, (path, has_bytes) in enumerate(zip(paths, stored, strict=True)):
+            for offset, (path, has_bytes) in enumerate(zip(paths, embedded, strict=True)):
                 if path and not has_bytes:
-                    found = [path_problem(path, each, follow=follow) for each in roots]
-                    bad += [f"row {start + offset} ({path!r}) {found[0]}"] if all(found) else []
+                    reasons = [path_problem(path, allowed, follow=follow) for allowed in roots]
+                    bad += [f"row {start + offset} ({path!r}) {reasons[0]}"] if all(reasons) else []
             start += len(images)
-        problems += _sentence(split, column, bad, root)
+        problems += _format_problem(split, column, bad, root)
     return problems
 
 
-def _problems(sets: Mapping[str, Dataset], column: str, root: Path | None, within: Path | None) -> list[str]:
+def _column_problems(sets: Mapping[str, Dataset], column: str, root: Path | None, within: Path | None) -> list[str]:
     if root is None or within is None:
         return [
-            f"data.source: column '{column}' holds paths, and there is no folder that they could be relative to; "
-            "use data with the images in them (an image feature)."
+            f"data.source: column '{column}' has image paths, but Hub datasets have no base folder. "
+            "Use a dataset with embedded images (an Image feature)."
         ]
-    start_at, stay_in = os.path.realpath(root), os.path.realpath(within)
+    base, allowed = os.path.realpath(root), os.path.realpath(within)
     problems = []
     for split, rows in sets.items():
         bad, start = [], 0
         for batch in rows.select_columns([column]).iter(10_000) if column in rows.features else ():
             for offset, value in enumerate(batch[column]):  # pyright: ignore[reportArgumentType, reportCallIssue]
-                why = path_problem(value, stay_in, start_at) if value else None
-                bad += [f"row {start + offset} ({value[:200]!r}) {why}"] if why else []
+                reason = path_problem(value, allowed, base) if value else None
+                bad += [f"row {start + offset} ({value[:200]!r}) {reason}"] if reason else []
             start += len(batch[column])  # pyright: ignore[reportArgumentType, reportCallIssue]
-        problems += _sentence(split, column, bad, root)
+        problems += _format_problem(split, column, bad, root)
     return problems
 
 
-def _sentence(split: str, column: str, bad: Sequence[str], root: Path | None) -> list[str]:
+def _format_problem(split: str, column: str, bad: Sequence[str], root: Path | None) -> list[str]:
     if not bad:
         return []
-    where = f"'{root}'" if root else "the cache of the hub"
+    folder = f"'{root}'" if root else "the Hub cache"
     return [
-        f"data.source: {split} column '{column}' has {len(bad)} path(s) that may not be opened: {shorten(bad, 5)}. "
-        f"Images of a table lie in its own folder ({where}), and cells name them relative to it."
+        f"data.source: {split} column '{column}' has {len(bad)} invalid path(s): {shorten(bad, 5)}; allowed: paths "
+        f"relative to the data folder ({folder}). Move the images there."
     ]
 
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise DataError(*problems)
-
-
 def _is_empty(rows: Dataset, column: str) -> bool:
-    """Whether a column of texts has nothing in its first cells, as a test table may have no labels."""
-    texts = getattr(rows.features[column], "dtype", "") in ("string", "large_string")
-    return texts and not any(rows.select_columns([column])[:_LOOKED_AT][column])
+    """Whether the first cells of a string column are empty, as in a test table without labels."""
+    is_text = getattr(rows.features[column], "dtype", "") in ("string", "large_string")
+    return is_text and not any(rows.select_columns([column])[:_SAMPLE_SIZE][column])
 
 
 def _holds_paths(rows: Dataset, column: str) -> bool:
-    """Whether all of the first cells of a column end as image files do."""
-    cells = [value for value in rows.select_columns([column])[:_LOOKED_AT][column] if value]
-    endings = [value.partition("?")[0].lower().endswith(IMAGES) and len(value) < 1024 for value in cells]
-    named = is_usual_name("image", column)
-    return bool(cells) and (all(endings) or named and any(endings))
+    """Whether all of the first cells of a column (any cell, if its name is usual) have image file extensions."""
+    cells = [value for value in rows.select_columns([column])[:_SAMPLE_SIZE][column] if value]
+    is_path = [value.partition("?")[0].lower().endswith(IMAGES) and len(value) < 1024 for value in cells]
+    return bool(cells) and (all(is_path) or is_usual_name("image", column) and any(is_path))
 
 
 def _has_texts(rows: Dataset, config: DataConfig, column: str) -> bool:
-    """Whether there are texts in other columns, so that the rows may be meant for these."""
+    """Whether other columns hold texts: the table may be a text dataset."""
     labels = {config.label_column, *ROLES["label"].usual_names}
     features = {name: kind for name, kind in rows.features.items() if name != column and name.lower() not in labels}
     try:
@@ -171,7 +177,7 @@ def _has_texts(rows: Dataset, config: DataConfig, column: str) -> bool:
     return True
 
 
-def _cast(rows: Dataset, column: str, root: str) -> Dataset:
+def _cast_to_image(rows: Dataset, column: str, root: str) -> Dataset:
     from datasets import Features, Image
     from datasets.fingerprint import Hasher
 
@@ -179,11 +185,11 @@ def _cast(rows: Dataset, column: str, root: str) -> Dataset:
         return rows
     folder = os.path.realpath(root)
 
-    def absolute(cells: list[str | None]) -> dict[str, list[Any]]:
+    def make_absolute(cells: list[str | None]) -> dict[str, list[Any]]:
         return {column: [{"path": os.path.join(folder, cell), "bytes": None} if cell else None for cell in cells]}
 
     return rows.map(
-        absolute,
+        make_absolute,
         batched=True,
         input_columns=column,
         features=Features({**rows.features, column: Image()}),
@@ -192,8 +198,8 @@ def _cast(rows: Dataset, column: str, root: str) -> Dataset:
     )
 
 
-def _caches() -> list[str]:
-    """Returns the folders where the hub's libraries keep what they have fetched."""
+def _hub_caches() -> list[str]:
+    """Returns the cache folders of `datasets` and huggingface_hub."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -205,8 +211,8 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _real(path: str) -> str:
-    """As `os.path.realpath`, with the folder looked up once for all of its files."""
+def _real_path(path: str) -> str:
+    """Resolves links as `os.path.realpath`; caches the folder, shared by many files."""
     folder, name = os.path.split(path)
     if name in ("", ".", "..") or os.path.islink(path):
         return os.path.realpath(path)

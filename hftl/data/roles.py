@@ -1,6 +1,6 @@
-"""Table of column roles: the types that a role accepts, the usual names of its columns, and the setting that names one.
+"""Table of column roles: accepted types, usual column names, and the setting that selects a column.
 
-Readers of columns and `task: auto` share this table, so both find the same columns.
+Column detection and `task: auto` share this table and therefore find the same columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ OBJECT_FIELDS: dict[str, tuple[str, ...]] = {
     "category": ("category", "categories", "category_id", "label", "labels", "class", "name"),
     "crowd": ("iscrowd", "is_crowd", "crowd"),
 }
-"""Usual names of the fields of a column of objects, in order of precedence."""
+"""Usual field names of an objects column (bounding boxes), in order of precedence."""
 TEXT_PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -34,13 +34,13 @@ _LABEL_ITEMS = ("ClassLabel", *_STRINGS, "int32", "int64")
 
 @dataclass(frozen=True)
 class Role:
-    """What a column is used for.
+    """Role of a column.
 
     Attributes:
         name: Key in `ROLES`.
-        accepts: Whether a column of a type (an item of `datasets.Features`) can have the role.
-        usual_names: In lower case, in order of precedence.
-        setting: Field of `data` that names the column.
+        accepts: Whether a column type (a value of `datasets.Features`) can have the role.
+        usual_names: Usual column names in lower case, in order of precedence.
+        setting: Field of `data` that selects the column.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Role:
 
 
 def usual_columns(role: str, features: Mapping[str, Any]) -> list[str]:
-    """Returns the columns with a usual name of a role, whatever its case, and a type that the role accepts.
+    """Returns the columns with a usual name of a role (case-insensitive) and an accepted type.
 
     Args:
         role: Key in `ROLES`.
@@ -59,12 +59,11 @@ def usual_columns(role: str, features: Mapping[str, Any]) -> list[str]:
     Returns:
         Names in order of precedence.
     """
-    known = ROLES[role]
-    fitting: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for name, kind in features.items():
-        if known.accepts(kind):
-            fitting.setdefault(name.lower(), name)
-    return [fitting[usual] for usual in known.usual_names if usual in fitting]
+        if ROLES[role].accepts(kind):
+            by_name.setdefault(name.lower(), name)
+    return [by_name[usual] for usual in ROLES[role].usual_names if usual in by_name]
 
 
 def usual_column(role: str, features: Mapping[str, Any]) -> str | None:
@@ -73,12 +72,12 @@ def usual_column(role: str, features: Mapping[str, Any]) -> str | None:
 
 
 def is_usual_name(role: str, name: str) -> bool:
-    """Whether columns of `role` are usually called `name`, whatever its case."""
+    """Whether `name` is a usual name of columns of `role` (case-insensitive)."""
     return name.lower() in ROLES[role].usual_names
 
 
 def usual_pair(features: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Returns the first two columns whose names are usual for text pairs, whatever their case."""
+    """Returns the first two columns with usual names of text pairs (case-insensitive), or None."""
     names: dict[str, str] = {}
     for name in features:
         names.setdefault(name.lower(), name)
@@ -86,19 +85,19 @@ def usual_pair(features: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def type_name(kind: Any) -> str:
-    """Returns a column's type in one word: a dtype, the name of a feature class, or `nested`."""
+    """Returns a one-word column type: a dtype, the name of a feature class, or `nested`."""
     if isinstance(kind, (list, Mapping)):
         return "nested"
     return str(kind.dtype) if type(kind).__name__ == "Value" else type(kind).__name__
 
 
 def item_type(kind: Any) -> Any:
-    """Returns the type of a list's items; None for other types."""
+    """Returns the item type of a list, None for other types."""
     return kind[0] if isinstance(kind, list) and kind else getattr(kind, "feature", None)
 
 
 def _is_image(kind: Any) -> bool:
-    return type_name(kind) == "Image"  # columns of paths are images by now, where their paths may be opened
+    return type_name(kind) == "Image"  # `load_splits` has already converted columns of valid paths to images
 
 
 def _is_text(kind: Any) -> bool:
@@ -111,8 +110,8 @@ def _is_text_or_list(kind: Any) -> bool:
 
 def _is_label(kind: Any) -> bool:
     name = type_name(kind)
-    plain = name in ("ClassLabel", *_STRINGS, "bool", "float32", "float64") or "int" in name
-    return plain or type_name(getattr(kind, "feature", None)) in _LABEL_ITEMS
+    is_scalar = name in ("ClassLabel", *_STRINGS, "bool", "float32", "float64") or "int" in name
+    return is_scalar or type_name(getattr(kind, "feature", None)) in _LABEL_ITEMS
 
 
 def _is_words(kind: Any) -> bool:
@@ -124,14 +123,14 @@ def _is_tags(kind: Any) -> bool:
 
 
 def _is_answers(kind: Any) -> bool:
-    inner = getattr(kind, "feature", kind)
-    return isinstance(inner, Mapping) and {"text", "answer_start"} <= set(inner)
+    fields = getattr(kind, "feature", kind)
+    return isinstance(fields, Mapping) and {"text", "answer_start"} <= set(fields)
 
 
 def _is_objects(kind: Any) -> bool:
     fields = kind if isinstance(kind, Mapping) else item_type(kind)
-    needed = (OBJECT_FIELDS["box"], OBJECT_FIELDS["category"])
-    return isinstance(fields, Mapping) and all(any(name in fields for name in names) for names in needed)
+    required = (OBJECT_FIELDS["box"], OBJECT_FIELDS["category"])
+    return isinstance(fields, Mapping) and all(any(name in fields for name in names) for names in required)
 
 
 _TEXTS = ("text", "sentence", "content", "document", "review", "question", "utterance", "tweet", "comment")
@@ -157,10 +156,10 @@ ROLES: dict[str, Role] = {
         Role("question", _is_text, ("question", "query", "question_text"), "text_column"),
         Role("context", _is_text, ("context", "passage", "paragraph", "document", "text"), "text_pair_column"),
         Role("answers", _is_answers, ("answers", "answer"), "label_column"),
-        # how similar the texts of a pair are
+        # similarity of a text pair
         Role("score", _is_label, _SCORES, "label_column"),
         Role("captions", _is_text_or_list, _CAPTIONS, "text_column"),
-        # whether image and caption of a row belong together, 1 or 0
+        # 1 for positive image-caption pairs, 0 for negative ones
         Role("match", _is_label, ("label", "match", "matches"), "label_column"),
     )
 }

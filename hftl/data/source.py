@@ -1,4 +1,4 @@
-"""Hub id, folder or file -> a `Splits` of memory-mapped rows named train, validation and test."""
+"""Data sources: opens a repo id, folder or file as memory-mapped train, validation and test splits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from hftl.config.schema import DataConfig
 from hftl.data.class_names import FILES as LABELS
-from hftl.data.class_names import check_labels, read_class_names
+from hftl.data.class_names import check_class_names, read_class_names
 from hftl.data.layouts.detection_folders import open_detection_folders
 from hftl.data.layouts.in_memory import GIVEN, dataset_from_rows
 from hftl.data.layouts.mask_folders import open_mask_folders
-from hftl.data.paths import IMAGES, check_stored, with_images
-from hftl.data.splits import SPLIT_NAMES, Splits, cut_validation, first_word, keep_few, split_folders, split_of
-from hftl.data.tables.table_files import TABLES, files_of_split, open_tables
-from hftl.data.validation import without
+from hftl.data.paths import IMAGES, cast_path_columns, stored_path_problems
+from hftl.data.splits import (
+    SPLIT_NAMES,
+    Splits,
+    first_word,
+    limit_samples_per_class,
+    parse_split_name,
+    split_folders,
+    split_off_validation,
+)
+from hftl.data.tables.table_files import TABLES, open_tables, select_split_files
+from hftl.data.validation import drop_rows
 from hftl.errors import DataError, first_line, nearest, shorten
 from hftl.logging import log
 
@@ -35,52 +43,50 @@ def load_splits(
     rows: Any = None,
     leave_out: Mapping[str, Mapping[int, Any]] | None = None,
 ) -> Splits:
-    """Returns the rows that `config` names, cut into splits; nothing is copied into memory.
+    """Opens `config.source` as splits; rows are memory-mapped.
 
-    A missing validation split is cut from train: stratified by label where there is one, seeded by
-    `config.seed`. Test is only ever what the source calls test.
+    If the source has no validation split, one is split off train, stratified by label where possible and seeded by
+    `config.seed`. The test split is never created.
 
     Args:
-        config: The data section of a run.
-        training: Whether training rows are needed; a model can be evaluated on a source that has none.
-        rows: Rows from Python in place of `config.source`, as `dataset_from_rows` takes them; their image paths are
-            the caller's own.
-        leave_out: Numbers of rows that are not used, by split; they count the rows of the source's own splits.
+        config: Data section of the configuration.
+        training: Whether training rows are required; evaluation accepts sources without them.
+        rows: Rows from Python in place of `config.source`; see `dataset_from_rows`. Their image paths may point
+            anywhere on this machine.
+        leave_out: Row numbers to skip, by split, counted in the original splits of the source.
 
     Raises:
-        DataError: The source does not exist, holds nothing readable, names files outside of it, or has no training
-            rows.
+        DataError: The source does not exist, has no readable files, has paths outside of its folder, or has no
+            training rows.
     """
-    _bars_on_terminals_only()
+    _disable_bars_in_log_files()
     try:
-        opened = _open(config) if rows is None else _given(rows, config)
-        sets = without({name: part for name, part in opened.items() if len(part)}, leave_out or {})
+        opened = _open(config) if rows is None else _from_python(rows, config)
+        sets = drop_rows({name: dataset for name, dataset in opened.items() if len(dataset)}, leave_out or {})
     except OSError as error:
-        raise DataError(f"data.source: '{config.source}' cannot be read: {error.strerror or error}.") from error
+        raise DataError(f"data.source: cannot read '{config.source}': {error.strerror or error}.") from error
     if not sets or training and "train" not in sets:
-        wanted, found = "training rows" if sets else "rows", shorten(list(sets)) or "none"
-        raise DataError(f"data.source: '{config.source}' has no {wanted} (splits found: {found}).")
-    folder = _folder_of(config.source)
+        missing, names = "training rows" if sets else "rows", shorten(list(sets)) or "none"
+        raise DataError(f"data.source: '{config.source}' has no {missing} (splits found: {names}).")
+    folder = _local_folder(config.source)
     splits = Splits(sets, config, read_class_names(folder) if folder else None)
-    given = set(sets)
+    original = set(sets)
     if "train" in sets:
-        check_labels(sets["train"], config.label_column, splits.class_names)
-    if "train" in sets:
-        sets = cut_validation(splits)
-        sets["train"] = keep_few(sets["train"], config)
+        check_class_names(sets["train"], config.label_column, splits.class_names)
+        sets = split_off_validation(splits)
+        sets["train"] = limit_samples_per_class(sets["train"], config)
     order = [name for name in SPLIT_NAMES if name in sets]
     log("data: " + ", ".join(f"{name} {len(sets[name])}" for name in order) + f" rows from {config.source}")
-    cut = "validation" in {*sets} - given
+    cut = "validation" in {*sets} - original
     return Splits({name: sets[name] for name in order}, config, splits.class_names, cut)
 
 
-def _bars_on_terminals_only() -> None:
-    """A bar in a log file is thousands of lines of noise."""
+def _disable_bars_in_log_files() -> None:
     import sys
 
     from datasets import disable_progress_bars
 
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty():  # a bar writes thousands of lines to a file
         disable_progress_bars()
 
 
@@ -91,77 +97,77 @@ def _open(config: DataConfig) -> Mapping[str, Dataset]:
     path = Path(source).expanduser()
     if source.startswith(GIVEN):
         raise DataError(
-            f"data.source: '{source}' are rows that were given from Python; they cannot be opened again by name. "
-            "Give other data by a file, folder or hub id."
+            f"data.source: '{source}' are rows passed from Python and cannot be reopened by name. "
+            "Pass a file, folder or repo id."
         )
     if path.is_file():
         if path.suffix.lower() not in TABLES:
-            raise DataError(
-                f"data.source: '{source}' is a {path.suffix or 'nameless'} file; allowed: {', '.join(TABLES)}."
-            )
-        return with_images(open_tables({"train": [path]}), config, path.parent)
+            file_type = f"a {path.suffix} file" if path.suffix else "a file without extension"
+            raise DataError(f"data.source: '{source}' is {file_type}; allowed: {', '.join(TABLES)}.")
+        return cast_path_columns(open_tables({"train": [path]}), config, path.parent)
     if path.is_dir():
-        return _folder(path, config)
+        return _open_folder(path, config)
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.parent.is_dir() and "/" in source:
         parent = path.parent if path.parent.is_dir() else Path(".")
         guess = nearest(path.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
         raise DataError(f"data.source: '{source}' does not exist.{guess}")
-    return _hub(config)
+    return _open_hub(config)
 
 
-def _given(rows: Any, config: DataConfig) -> Mapping[str, Dataset]:
-    """Opens rows from Python, whose paths are those of the code that gives them: only addresses are refused."""
-    opened = _named(dataset_from_rows(rows))
-    return with_images(opened, config, Path.cwd(), within=Path("/")) if opened else {}
+def _from_python(rows: Any, config: DataConfig) -> Mapping[str, Dataset]:
+    """Opens rows from Python; the caller is trusted, so image paths are unrestricted, but URLs are rejected."""
+    opened = _rename_splits(dataset_from_rows(rows))
+    return cast_path_columns(opened, config, Path.cwd(), within=Path("/")) if opened else {}
 
 
-def _hub(config: DataConfig) -> Mapping[str, Dataset]:
+def _open_hub(config: DataConfig) -> Mapping[str, Dataset]:
     from datasets import load_dataset
 
     try:
         loaded = load_dataset(config.source, config.subset, revision=config.revision)
-    except Exception as error:  # every library below raises its own kinds; the reader needs one sentence
-        here = [entry.name for entry in Path(".").iterdir()]
+    except Exception as error:  # the libraries raise many types
+        local = [entry.name for entry in Path(".").iterdir()]
         raise DataError(
-            f"data.source: '{config.source}' is not a local folder or file, and as a hub id it failed: "
-            f"{type(error).__name__}: {first_line(error)}.{nearest(config.source, here)}"
+            f"data.source: '{config.source}' is not a local folder or file, and loading it as a repo id failed: "
+            f"{type(error).__name__}: {first_line(error)}.{nearest(config.source, local)}"
         ) from error
-    return with_images(_named(loaded), config, None)
+    return cast_path_columns(_rename_splits(loaded), config, None)
 
 
-def _named(loaded: Mapping[Any, Dataset]) -> dict[str, Dataset]:
-    """Renames splits to our three names; others (e.g. `unsupervised`) are left out, and that is said."""
+def _rename_splits(loaded: Mapping[Any, Dataset]) -> dict[str, Dataset]:
+    """Renames splits to train, validation and test; logs and skips others (e.g. `unsupervised`)."""
     out: dict[str, Dataset] = {}
     for name, rows in loaded.items():
-        ours = split_of(str(name))
-        if ours is None or ours in out:
-            log(f"data: split '{name}' is not used")
+        split = parse_split_name(str(name))
+        if split is None or split in out:
+            log(f"data: split '{name}' is ignored")
         else:
-            out[ours] = rows
+            out[split] = rows
     return out
 
 
-def _folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
+def _open_folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
     from datasets import DatasetDict, load_from_disk
 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         try:
             loaded = load_from_disk(str(path))
         except Exception as error:
-            raise DataError(f"data.source: cannot read the saved data set '{path}': {first_line(error)}") from error
-        return with_images(_named(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}, config, path)
-    with_boxes = open_detection_folders(path, config)
-    if with_boxes:
-        return with_boxes
-    with_masks = open_mask_folders(path)
-    if with_masks:
-        return with_masks
+            raise DataError(f"data.source: cannot read the saved dataset '{path}': {first_line(error)}") from error
+        sets = _rename_splits(loaded) if isinstance(loaded, DatasetDict) else {"train": loaded}
+        return cast_path_columns(sets, config, path)
+    detection = open_detection_folders(path, config)
+    if detection:
+        return detection
+    segmentation = open_mask_folders(path)
+    if segmentation:
+        return segmentation
     tables: dict[str, dict[str, list[Path]]] = {}
     others: list[Path] = []
     for file in sorted(path.iterdir()):
-        beside = file.name in (*LABELS, *METADATA)
-        if file.is_file() and file.suffix.lower() in TABLES and not beside:
-            split, word = split_of(file.stem), first_word(file.stem)
+        is_auxiliary = file.name in (*LABELS, *METADATA)
+        if file.is_file() and file.suffix.lower() in TABLES and not is_auxiliary:
+            split, word = parse_split_name(file.stem), first_word(file.stem)
             if split:
                 tables.setdefault(split, {}).setdefault(word, []).append(file)
             else:
@@ -170,77 +176,81 @@ def _folder(path: Path, config: DataConfig) -> Mapping[str, Dataset]:
         if not tables and len(others) > 1:
             names = shorten([file.name for file in others])
             raise DataError(
-                f"data.source: no table in '{path}' is named after a split ({names}); name one train, or give one file."
+                f"data.source: no table in '{path}' has the name of a split ({names}). Rename one to train, or pass a "
+                "single file."
             )
-        found = {split: files_of_split(path, split, files) for split, files in tables.items()}
-        left = {file for files in tables.values() for several in files.values() for file in several}
-        for file in sorted({*others, *left} - {file for files in found.values() for file in files} if found else ()):
-            log(f"data: '{file.name}' is not used")
-        return with_images(open_tables(found or {"train": others}), config, path)
-    return _images(path)
+        selected = {split: select_split_files(path, split, files) for split, files in tables.items()}
+        candidates = {*others, *(file for words in tables.values() for files in words.values() for file in files)}
+        for file in sorted(candidates - {file for files in selected.values() for file in files} if selected else ()):
+            log(f"data: '{file.name}' is ignored")
+        return cast_path_columns(open_tables(selected or {"train": others}), config, path)
+    return _open_image_folder(path)
 
 
-def _images(path: Path) -> Mapping[str, Dataset]:
+def _open_image_folder(path: Path) -> Mapping[str, Dataset]:
     from datasets import load_dataset
 
     folders = split_folders(path)
     for sub in sorted(path.iterdir()):
         if folders and sub.is_dir() and sub not in folders.values():
-            log(f"data: folder '{sub.name}' is not used")
+            log(f"data: folder '{sub.name}' is ignored")
     folders = folders or {"train": path}
     for folder in folders.values():
         if not any(file.suffix.lower() in IMAGES for file in folder.rglob("*")):
-            found = shorten(sorted({file.suffix or file.name for file in folder.rglob("*") if file.is_file()}))
-            raise DataError(f"data.source: no images in {folder} (file types found: {found or 'none'}).")
-    patterns = {split: _patterns(folder) for split, folder in folders.items()}
-    # the library leaves labels out of a split until it has seen two classes; folders of classes have them for sure
-    class_folders = all(_has_class_folders(folder) for folder in folders.values())
-    labels: dict[str, Any] = {"drop_labels": False} if class_folders else {}
+            types = shorten(sorted({file.suffix or file.name for file in folder.rglob("*") if file.is_file()}))
+            raise DataError(f"data.source: no images in '{folder}' (file types found: {types or 'none'}).")
+    patterns = {split: _file_patterns(folder) for split, folder in folders.items()}
+    # imagefolder drops the labels of a split with a single class folder
+    has_labels = all(_has_class_folders(folder) for folder in folders.values())
+    labels: dict[str, Any] = {"drop_labels": False} if has_labels else {}
     try:
-        # one call, because classes are numbered over all the splits that are read together
+        # one call for all splits: class indices are shared
         loaded = load_dataset("imagefolder", data_files=patterns, **labels)
-    except Exception as error:  # of metadata files, mostly
+    except Exception as error:  # mostly invalid metadata files
         raise DataError(f"data.source: cannot read '{path}': {first_line(error.__cause__ or error)}") from error
-    named = any("metadata." in pattern for patterns_of in patterns.values() for pattern in patterns_of)
+    has_metadata = any("metadata." in pattern for by_split in patterns.values() for pattern in by_split)
     for split, folder in folders.items():
         columns = [name for name, kind in loaded[split].features.items() if type(kind).__name__ == "Image"]
         for column in columns:
-            problems = check_stored({split: loaded[split]}, column, folder, follow=not named)
+            problems = stored_path_problems({split: loaded[split]}, column, folder, follow=not has_metadata)
             if problems:
                 raise DataError(*problems)
     return loaded
 
 
-def _patterns(folder: Path) -> list[str]:
-    """Returns patterns for the images of a folder, and for the tables that describe them.
+def _file_patterns(folder: Path) -> list[str]:
+    """Returns glob patterns of the images and metadata tables of a folder.
 
-    The library would also unpack what zip files it finds.
+    Without patterns, imagefolder would also unpack zip files.
     """
     root = glob.escape(str(folder.resolve()))
-    seen = [file for file in folder.rglob("*") if not file.name.startswith(".")]
-    endings = sorted({file.suffix for file in seen if file.suffix.lower() in IMAGES})
-    beside = sorted({file.name for file in seen if file.name in METADATA})
-    return [f"{root}/**/*{ending}" for ending in endings] + [f"{root}/**/{name}" for name in beside]
+    files = [file for file in folder.rglob("*") if not file.name.startswith(".")]
+    extensions = sorted({file.suffix for file in files if file.suffix.lower() in IMAGES})
+    metadata = sorted({file.name for file in files if file.name in METADATA})
+    return [f"{root}/**/*{extension}" for extension in extensions] + [f"{root}/**/{name}" for name in metadata]
 
 
 def _has_class_folders(folder: Path) -> bool:
-    """Whether all files are exactly one folder down, and no metadata file says otherwise."""
+    """Whether all files are in direct subfolders, without metadata tables."""
     if any(entry.is_file() and not entry.name.startswith(".") for entry in os.scandir(folder)):
         return False
-    inside = (entry for sub in os.scandir(folder) if sub.is_dir() for entry in os.scandir(sub))
-    return not any(entry.is_dir() or entry.name.startswith("metadata.") for entry in inside)
+    entries = (entry for sub in os.scandir(folder) if sub.is_dir() for entry in os.scandir(sub))
+    return not any(entry.is_dir() or entry.name.startswith("metadata.") for entry in entries)
 
 
 def _embedded(name: str) -> Mapping[str, Dataset]:
     if name not in EMBEDDED:
-        raise DataError(f"data.source: embedded data are {', '.join(EMBEDDED)}, not '{name}'.{nearest(name, EMBEDDED)}")
+        raise DataError(
+            f"data.source: 'embedded:{name}' does not exist; allowed: "
+            f"{', '.join(f'embedded:{known}' for known in EMBEDDED)}.{nearest(name, EMBEDDED)}"
+        )
     from hftl.data.layouts.digits import load_digits
 
     return load_digits()
 
 
-def _folder_of(source: str) -> Path | None:
-    """Returns the folder of local data: where labels.json stands, and where images of tables lie."""
+def _local_folder(source: str) -> Path | None:
+    """Returns the folder of local data, which contains labels.json and table images; None for other sources."""
     path = Path(source).expanduser()
     if source.startswith("embedded:") or not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Which split a file or folder is: train, validation and test under the names that people give them."""
+"""Dataset splits: names of files and folders, the validation split, and few-shot subsets."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def split_of(name: str) -> str | None:
-    """Returns the split a folder or file name stands for: `val` -> validation, `train-00000-of-00002` -> train."""
+def parse_split_name(name: str) -> str | None:
+    """Returns the split of a file or folder name, or None: `val` -> validation, `train-00000-of-00002` -> train."""
     first = first_word(name)
-    return next((ours for ours, names in SPLIT_NAMES.items() if first in names), None)
+    return next((split for split, names in SPLIT_NAMES.items() if first in names), None)
 
 
 def first_word(name: str) -> str:
-    """Returns the letters that a name begins with, in lower case."""
+    """Returns the leading letters of a name, in lower case."""
     return re.split(r"[^a-z]+", name.lower())[0]
 
 
 def split_folders(path: Path) -> dict[str, Path]:
-    """Returns the folders named after splits; of `train` and `train_old` the first."""
+    """Returns the folders with split names; the first in sorted order (`train` before `train_old`)."""
     out: dict[str, Path] = {}
     for sub in sorted(path.iterdir()):
-        split = split_of(sub.name)
+        split = parse_split_name(sub.name)
         if split and sub.is_dir():
             out.setdefault(split, sub)
     return out
@@ -47,22 +47,22 @@ def split_folders(path: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Splits(Mapping[str, "Dataset"]):
-    """Rows by split name (`train`, `validation`, `test`; the last two may be absent), and how they were asked for."""
+    """Rows by split name (`train`, optional `validation` and `test`), with the configuration they were loaded from."""
 
     sets: dict[str, Dataset]
     config: DataConfig
     class_names: list[str] | None = None
-    """Names of integer labels where they stand beside the tables (labels.json), else None."""
+    """Names of integer labels from labels.json next to the data, else None."""
     cut: bool = False
-    """Whether the source has no validation split, so that it was cut from train."""
+    """Whether the validation split was split off train."""
     pair_loss: PairLoss = "auto"
-    """Setting `train.pair_loss`, for targets of pairs."""
+    """Setting `train.pair_loss`, for targets of text pairs."""
     lenient: bool = False
-    """Rows that cannot be used are no reason for a task to refuse these: they will be looked for and left out."""
+    """Whether tasks accept invalid rows: with `data.on_error skip` they are detected and skipped later."""
 
     @property
     def labelled_by_source(self) -> tuple[str, ...]:
-        """The splits whose labels are those to learn: a rare one may stand in the validation cut alone."""
+        """Splits that define the classes; includes a validation split that was split off train (rare classes)."""
         return ("train", "validation") if self.cut else ("train",)
 
     def __getitem__(self, split: str) -> Dataset:
@@ -75,8 +75,12 @@ class Splits(Mapping[str, "Dataset"]):
         return len(self.sets)
 
 
-def cut_validation(splits: Splits) -> dict[str, Dataset]:
-    """Returns the splits with a validation part cut from train where it was missing."""
+def split_off_validation(splits: Splits) -> dict[str, Dataset]:
+    """Returns the splits with a validation split; splits off `config.validation_fraction` of train if missing.
+
+    Raises:
+        DataError: Train has too few rows.
+    """
     import numpy as np
     from sklearn.model_selection import train_test_split
 
@@ -85,37 +89,39 @@ def cut_validation(splits: Splits) -> dict[str, Dataset]:
         return sets
     rows = sets["train"]
     codes = _label_codes(rows, config)
-    # a class with a single row cannot stand on both sides
+    # scikit-learn cannot stratify a class with a single row
     stratify = codes if codes is not None and np.unique(codes, return_counts=True)[1].min() > 1 else None
     size = max(round(len(rows) * config.validation_fraction), 1 if stratify is None else len(np.unique(stratify)))
     try:
-        kept, cut = train_test_split(np.arange(len(rows)), test_size=size, random_state=config.seed, stratify=stratify)
+        train, validation = train_test_split(
+            np.arange(len(rows)), test_size=size, random_state=config.seed, stratify=stratify
+        )
     except ValueError as error:
         raise DataError(
-            f"data.validation_fraction: {len(rows)} training rows are too few to cut a validation split ({error}). "
-            "Give a validation split, or --data.validation_fraction 0 to train without one."
+            f"data.validation_fraction: {len(rows)} training rows are too few for a validation split ({error}). "
+            "Add a validation split, or set --data.validation_fraction 0 to train without one."
         ) from error
     how = "stratified by label" if stratify is not None else "at random"
-    log(f"data: no validation split; {size} of {len(rows)} training rows cut off {how} (data.seed {config.seed})")
-    return {**sets, "train": rows.select(np.sort(kept)), "validation": rows.select(np.sort(cut))}
+    log(f"data: no validation split; split off {size} of {len(rows)} training rows {how} (data.seed {config.seed})")
+    return {**sets, "train": rows.select(np.sort(train)), "validation": rows.select(np.sort(validation))}
 
 
-def keep_few(rows: Dataset, config: DataConfig) -> Dataset:
-    """Returns at most `config.max_train_samples_per_class` rows of each class."""
+def limit_samples_per_class(rows: Dataset, config: DataConfig) -> Dataset:
+    """Returns at most `config.max_train_samples_per_class` rows per class, sampled with `config.seed`."""
     import numpy as np
 
     codes = _label_codes(rows, config)
     if config.max_train_samples_per_class is None or codes is None:
         return rows
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    kept = [order[codes[order] == code][: config.max_train_samples_per_class] for code in np.unique(codes)]
-    return rows.select(np.sort(np.concatenate(kept)))
+    sampled = [order[codes[order] == code][: config.max_train_samples_per_class] for code in np.unique(codes)]
+    return rows.select(np.sort(np.concatenate(sampled)))
 
 
 def _label_codes(rows: Dataset, config: DataConfig) -> Any:
-    """Returns the label of each row as an integer [N], or None where the labels are not classes."""
+    """Returns integer label codes [N], or None without class labels."""
     try:
         column = find_column("label", rows.features, config.label_column)
     except DataError:
-        return None  # said later, by the task, with everything else
+        return None  # the task reports it together with its other problems
     return label_codes(rows, column.name)

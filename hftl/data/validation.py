@@ -1,7 +1,7 @@
-"""Rows that cannot be used: found before training, left out, and written down with the reason (`data.on_error skip`).
+"""Row validation and quarantine: invalid rows are skipped before training, with a reason (`data.on_error skip`).
 
-Nothing takes the place of a row that is left out. The rest is what the source would be without it: the validation cut,
-few-label choices, order of training, counts and metrics are functions of the rows that remain.
+Skipped rows are not replaced. The validation split, few-shot subsets, training order, counts and metrics depend only
+on the rows that remain, as if the source had no invalid rows.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from hftl.data.splits import Splits
 
 FILE = "quarantine.jsonl"
-"""Name in the run folder. Row numbers there are those of the source's own splits, from 0, before any cut; in
-predictions.parquet and in messages they count the rows that remain."""
-_SHOWN = 80
-"""Characters of a value that are written down."""
+"""File name in the run folder. Its row numbers refer to the original splits of the source, from 0, before validation
+rows are split off; those in predictions.parquet and in messages refer to the rows that remain."""
+_MAX_VALUE_LENGTH = 80
+"""Number of characters of a value in the file."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """Why a row cannot be used."""
+    """Invalid row with the reason."""
 
     reason: str
-    """The kind of reason, and after a colon the details."""
+    """Format: `kind: details`."""
     column: str
-    """Where it was seen."""
+    """Column of the invalid value."""
     value: str = ""
-    """What stands there."""
+    """The invalid value."""
     path: str | None = None
-    """File that the row is read from, if it has one of its own."""
+    """File of the row (an image, for example), if any."""
 
     @property
     def kind(self) -> str:
-        """The reason without its details: rows are counted by it."""
+        """The reason without details; messages count rows by kind."""
         return self.reason.partition(":")[0]
 
 
@@ -54,101 +54,105 @@ InvalidRows = Mapping[str, Mapping[int, BadRow]]
 
 @runtime_checkable
 class RowValidator(Protocol):
-    """Inputs, targets and tasks that can tell which rows are of no use; one that cannot does not have this method."""
+    """Inputs, targets and tasks with row validation."""
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows that cannot be used; numbers count the rows of `splits`."""
+        """Returns the invalid rows; row numbers refer to `splits`."""
         ...
 
 
-def validate_rows(splits: Splits, judges: Sequence[Any]) -> dict[str, dict[int, BadRow]]:
-    """Returns what the judges find; each sees only the rows that those before it let pass.
+def validate_rows(splits: Splits, validators: Sequence[Any]) -> dict[str, dict[int, BadRow]]:
+    """Returns the invalid rows of all validators; each validates only the rows that the previous ones accept.
 
-    So a class whose training images are all broken is one that train lacks.
+    So a class whose training images are all damaged is missing in train for the label validator.
 
     Args:
         splits: All rows.
-        judges: Those of them that are no `RowValidator` find nothing.
+        validators: Inputs and targets; those without `invalid_rows()` are skipped.
     """
     import numpy as np
 
-    found: dict[str, dict[int, BadRow]] = {split: {} for split in splits}
-    for judge in judges:
-        if not isinstance(judge, RowValidator):
+    invalid: dict[str, dict[int, BadRow]] = {split: {} for split in splits}
+    for validator in validators:
+        if not isinstance(validator, RowValidator):
             continue
-        rest = replace(splits, sets=without(splits, found))
-        for split, bad in judge.invalid_rows(rest).items():
-            numbers = np.delete(np.arange(len(splits[split])), list(found[split]))
-            found[split] |= {int(numbers[row]): why for row, why in bad.items()}
-    return found
+        remaining = replace(splits, sets=drop_rows(splits, invalid))
+        for split, rows in validator.invalid_rows(remaining).items():
+            numbers = np.delete(np.arange(len(splits[split])), list(invalid[split]))
+            invalid[split] |= {int(numbers[row]): problem for row, problem in rows.items()}
+    return invalid
 
 
-def without(sets: Mapping[str, Dataset], rows: Mapping[str, Mapping[int, Any]]) -> dict[str, Dataset]:
-    """Returns the splits without the rows of the given numbers, in their order.
+def drop_rows(sets: Mapping[str, Dataset], numbers: Mapping[str, Mapping[int, Any]]) -> dict[str, Dataset]:
+    """Returns the splits without the rows of `numbers`, in their original order.
+
+    Args:
+        sets: Rows by split.
+        numbers: Row numbers to drop, by split.
 
     Raises:
-        DataError: A split has no row of such a number: the data are not those that were judged.
+        DataError: A row number is out of range: the data changed since the rows were validated.
     """
     import numpy as np
 
-    for split, held in sets.items():
-        beyond = [row for row in rows.get(split, ()) if not 0 <= row < len(held)]
+    for split, rows in sets.items():
+        beyond = [row for row in numbers.get(split, ()) if not 0 <= row < len(rows)]
         if beyond:
             raise DataError(
-                f"data.source: {split} has {len(held)} rows now, but row {beyond[0]} was left out in training; the "
-                "data are others than then."
+                f"data.source: {split} has {len(rows)} rows, but training skipped row {beyond[0]}; the data changed. "
+                "Restore the training data."
             )
 
     return {
-        split: held.select(np.delete(np.arange(len(held)), list(rows[split]))) if rows.get(split) else held
-        for split, held in sets.items()
+        split: rows.select(np.delete(np.arange(len(rows)), list(numbers[split]))) if numbers.get(split) else rows
+        for split, rows in sets.items()
     }
 
 
-def check_skipped_fraction(bad: InvalidRows, sizes: Mapping[str, int], most: float) -> None:
-    """Checks that few enough rows are left out.
+def check_skipped_fraction(invalid: InvalidRows, sizes: Mapping[str, int], max_fraction: float) -> None:
+    """Checks the fraction of invalid rows per split.
 
     Args:
-        bad: The rows by split.
-        sizes: Rows of each split.
-        most: Largest share of a split that may be left out, in [0, 1].
+        invalid: Invalid rows by split.
+        sizes: Number of rows by split.
+        max_fraction: Largest fraction of a split that may be skipped, in [0, 1].
 
     Raises:
-        DataError: More are, or a whole split is.
+        DataError: A split exceeds the fraction, or has no valid rows.
     """
     problems = []
-    for split, rows in bad.items():
-        if not rows or len(rows) <= most * sizes[split] and len(rows) < sizes[split]:
+    for split, rows in invalid.items():
+        if not rows or len(rows) <= max_fraction * sizes[split] and len(rows) < sizes[split]:
             continue
-        first = [f"row {row} ({why.path or why.column}): {why.reason}" for row, why in sorted(rows.items())[:5]]
-        more = f" Data with more than {most:g} of such rows (data.max_skipped_fraction) are refused."
+        first = [f"row {row} ({bad.path or bad.column}): {bad.reason}" for row, bad in sorted(rows.items())[:5]]
+        limit = f"; allowed: a fraction of {max_fraction:g} (data.max_skipped_fraction)"
         problems.append(
-            f"data.source: {len(rows)} of {sizes[split]} rows of {split} cannot be used ({_counted(rows)}). First: "
-            f"{shorten(first, 5)}.{more if len(rows) < sizes[split] else ''} Repair the data."
+            f"data.source: {len(rows)} of {sizes[split]} rows of {split} are invalid ({_count_kinds(rows)}). First: "
+            f"{shorten(first, 5)}{limit if len(rows) < sizes[split] else ''}. Repair the data."
         )
     if problems:
         raise DataError(*problems)
 
 
-def records(bad: InvalidRows) -> tuple[dict[str, Any], ...]:
-    """Returns a JSON object for each row: split, row, path, column, value and reason."""
+def records(invalid: InvalidRows) -> tuple[dict[str, Any], ...]:
+    """Returns one JSON object per row with split, row, path, column, value and reason."""
     return tuple(
-        {"split": split, "row": row, **asdict(replace(why, value=why.value[:_SHOWN]))}
-        for split, rows in bad.items()
-        for row, why in sorted(rows.items())
+        {"split": split, "row": row, **asdict(replace(bad, value=bad.value[:_MAX_VALUE_LENGTH]))}
+        for split, rows in invalid.items()
+        for row, bad in sorted(rows.items())
     )
 
 
-def announce(bad: InvalidRows, sizes: Mapping[str, int], folder: Path | None) -> None:
-    """Says how many rows of each split are left out, and why."""
-    for split, rows in bad.items():
+def log_skipped_rows(invalid: InvalidRows, sizes: Mapping[str, int], folder: Path | None) -> None:
+    """Logs the number of skipped rows per split and reason."""
+    for split, rows in invalid.items():
         if rows:
             listed = f", listed in {folder / FILE}" if folder else ""
-            log(f"data: {split}: {len(rows)} of {sizes[split]} rows left out ({_counted(rows)}){listed}")
+            log(f"data: {split}: skipped {len(rows)} of {sizes[split]} rows ({_count_kinds(rows)}){listed}")
 
 
 def write_quarantine(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `records` into a run folder, whole or not at all; without rows the file of an earlier run goes."""
+    """Writes `records` atomically into a run folder; without rows, removes the file of an earlier run."""
     if rows:
         write_text(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
     else:
@@ -156,28 +160,28 @@ def write_quarantine(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_quarantine(folder: Path) -> dict[str, dict[int, Any]]:
-    """Returns what a run left out, by split and row number; nothing where it left out nothing.
+    """Returns the skipped rows of a run by split and row number; {} without quarantine.jsonl.
 
     Raises:
         DataError: The file is damaged.
     """
-    found: dict[str, dict[int, Any]] = {}
+    skipped: dict[str, dict[int, Any]] = {}
     path = folder / FILE
     if not path.is_file():
-        return found
+        return skipped
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            found.setdefault(row["split"], {})[int(row["row"])] = row
+            skipped.setdefault(row["split"], {})[int(row["row"])] = row
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not the list of rows that hftl wrote ({type(error).__name__}).") from error
-    return found
+        raise DataError(f"{path}: the file is damaged ({type(error).__name__}). Restore or remove it.") from error
+    return skipped
 
 
 def left_out(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Returns how many rows of each split are in `records`."""
+    """Returns the number of rows in `records` by split."""
     return dict(Counter(row["split"] for row in rows))
 
 
-def _counted(rows: Mapping[int, BadRow]) -> str:
-    return ", ".join(f"{count} x {kind}" for kind, count in Counter(why.kind for why in rows.values()).most_common())
+def _count_kinds(rows: Mapping[int, BadRow]) -> str:
+    return ", ".join(f"{count} x {kind}" for kind, count in Counter(bad.kind for bad in rows.values()).most_common())

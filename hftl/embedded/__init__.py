@@ -1,4 +1,4 @@
-"""The default that needs no network: a small model trained by this project on letters, shown on handwritten digits."""
+"""Embedded models that need no network access: a small network pretrained by this project on images of letters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ MODELS = ("letters",)
 
 
 def model_folder(name: str) -> Path:
-    """Returns the folder of an embedded model, in timm's `local-dir:` layout.
+    """Returns the folder of an embedded model, in the format of timm's `local-dir:`.
 
     Raises:
-        ModelError: There is no such model.
+        ModelError: The model does not exist.
     """
     if name not in MODELS:
-        raise ModelError(f"model.name: embedded models are {', '.join(MODELS)}, not '{name}'.{nearest(name, MODELS)}")
+        allowed = ", ".join(MODELS)
+        raise ModelError(
+            f"model.name: embedded model '{name}' does not exist; allowed: {allowed}.{nearest(name, MODELS)}"
+        )
     return Path(__file__).parent / name

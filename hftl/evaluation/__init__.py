@@ -1,1 +1,1 @@
-"""Exact numbers: sums divided once, over any number of processes."""
+"""Evaluation with exact metrics on any number of processes, and calibration."""

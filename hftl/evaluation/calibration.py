@@ -1,4 +1,4 @@
-"""Whether confidences mean what they say: reliability, expected calibration error, temperature scaling."""
+"""Calibration of predicted probabilities: reliability, expected calibration error, temperature scaling."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from typing import Any
 import numpy as np
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
-"""Probabilities come from float32 and may have underflowed to 0; the log needs something above."""
+"""Lower bound of probabilities in logarithms, since float32 probabilities may underflow to 0."""
 _TEMPERATURES = (0.05, 20.0)
 
 
 class Calibration:
-    """Reliability bins, NLL and Brier score as sums: `update` with rows, `compute` once at the end.
+    """Reliability bins, NLL and Brier score, accumulated as sums by `update`.
 
     Args:
-        temperature: Logits are divided by it (Guo et al. 2017, section 4.2); 1 leaves probabilities alone.
-        bins: Number of equally wide bins of confidence; 15 as in Guo et al.
+        temperature: Divisor of the logits (Guo et al. 2017, section 4.2); 1 keeps the probabilities.
+        bins: Number of confidence bins of equal width; 15 as in Guo et al.
+
+    Attributes:
+        counts: Rows per bin.
+        right: Correct predictions per bin.
+        confidence: Sum of the confidences per bin.
     """
 
     def __init__(self, temperature: float = 1.0, bins: int = 15) -> None:
@@ -33,29 +38,29 @@ class Calibration:
             probabilities: [N, K], each row summing to 1.
             labels: True classes [N], integers 0..K-1.
         """
-        shares = soften(probabilities, self.temperature)
-        each, labels = np.arange(len(shares)), np.asarray(labels, dtype=np.int64)
-        predicted = shares.argmax(1)
-        confidence = shares[each, predicted]
+        probabilities = soften(probabilities, self.temperature)
+        rows, labels = np.arange(len(probabilities)), np.asarray(labels, dtype=np.int64)
+        predicted = probabilities.argmax(1)
+        confidence = probabilities[rows, predicted]
         bins = len(self.counts)
-        place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # bin m is ((m-1)/M, m/M]
-        self.counts += np.bincount(place, minlength=bins)
-        self.right += np.bincount(place[predicted == labels], minlength=bins)
-        self.confidence += np.bincount(place, confidence, minlength=bins)
-        self.nll -= float(np.log(np.maximum(shares[each, labels], _SMALLEST)).sum())
-        self.brier += float((shares**2).sum() + (1 - 2 * shares[each, labels]).sum())
+        index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # bin m is ((m-1)/M, m/M]
+        self.counts += np.bincount(index, minlength=bins)
+        self.right += np.bincount(index[predicted == labels], minlength=bins)
+        self.confidence += np.bincount(index, confidence, minlength=bins)
+        self.nll -= float(np.log(np.maximum(probabilities[rows, labels], _SMALLEST)).sum())
+        self.brier += float((probabilities**2).sum() + (1 - 2 * probabilities[rows, labels]).sum())
 
     @property
     def rows(self) -> int:
-        """Rows seen so far."""
+        """Number of rows added so far."""
         return int(self.counts.sum())
 
     def compute(self) -> dict[str, float]:
         """Returns `ece`, `nll` and `brier`; NaN without rows.
 
-        `ece` is the mean distance of accuracy and confidence over bins, weighted by rows (Guo et al. 2017, equation 3,
-        https://arxiv.org/abs/1706.04599); `brier` the squared distance of the probabilities from the true class,
-        summed over classes (Brier 1950), 0..2.
+        `ece` is the mean absolute difference of accuracy and confidence over bins, weighted by rows (Guo et al. 2017,
+        equation 3, https://arxiv.org/abs/1706.04599). `brier` is the squared difference of the probabilities and the
+        one-hot label, summed over classes (Brier 1950), in [0, 2].
         """
         if not self.rows:
             return dict.fromkeys(("ece", "nll", "brier"), float("nan"))
@@ -64,37 +69,37 @@ class Calibration:
 
 
 def soften(probabilities: Any, temperature: float) -> Any:
-    """Returns softmax(logits / temperature) [N, K] of the logits that gave `probabilities`.
+    """Returns softmax(logits / temperature) [N, K] for the logits of `probabilities`.
 
-    Logits are known from log-probabilities up to a constant a row, which softmax does not see.
+    Log-probabilities equal the logits up to a constant per row, to which softmax is invariant.
     """
-    shares = np.asarray(probabilities, dtype=np.float64)
+    probabilities = np.asarray(probabilities, dtype=np.float64)
     if temperature == 1.0:
-        return shares
-    return _softmax(np.log(np.maximum(shares, _SMALLEST)) / temperature)
+        return probabilities
+    return _softmax(np.log(np.maximum(probabilities, _SMALLEST)) / temperature)
 
 
 def fit_temperature(probabilities: Any, labels: Any) -> float | None:
-    """Returns the temperature with the least NLL on these rows, within [0.05, 20]; None where there is no best one.
+    """Returns the temperature in [0.05, 20] with the lowest NLL, or None if there is no minimum.
 
-    NLL is convex in 1/temperature, so the minimum is the only one. Where every row is right it falls without end as
-    the temperature goes to 0.
+    NLL is convex in 1/temperature, so the minimum is unique. If every prediction is correct, NLL decreases without
+    bound as the temperature approaches 0.
 
     Args:
-        probabilities: [N, K] of rows that did not train the model, and that will not measure it.
+        probabilities: [N, K] of rows used neither for training nor for the reported metrics.
         labels: True classes [N].
     """
     from scipy.optimize import minimize_scalar
 
-    shares, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.int64)
-    if not len(shares) or (shares.argmax(1) == labels).all():
+    probabilities, labels = np.asarray(probabilities, dtype=np.float64), np.asarray(labels, dtype=np.int64)
+    if not len(probabilities) or (probabilities.argmax(1) == labels).all():
         return None
-    logits, each = np.log(np.maximum(shares, _SMALLEST)), np.arange(len(shares))
+    logits, rows = np.log(np.maximum(probabilities, _SMALLEST)), np.arange(len(probabilities))
 
     def nll(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
         scaled -= scaled.max(1, keepdims=True)
-        return float((np.log(np.exp(scaled).sum(1)) - scaled[each, labels]).mean())
+        return float((np.log(np.exp(scaled).sum(1)) - scaled[rows, labels]).mean())
 
     low, high = np.log(_TEMPERATURES)
     best = minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-5})

@@ -1,4 +1,4 @@
-"""evaluate(): each row counted once, on any number of processes, in bounded memory; predictions in the rows' order."""
+"""Evaluation: counts each row once on any number of processes, in bounded memory; predictions in row order."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _GATHER_EVERY = 16
-"""Batches between two gathers of predictions to the main process, and between two looks for an interruption."""
+"""Batches between gathers of predictions to the main process, and between checks for interruption."""
 
 
 class Interrupted(Exception):
-    """An evaluation was broken off because somebody asked for it."""
+    """Evaluation interrupted by a stop signal."""
 
 
 @row_advice(ROW_ADVICE, RESUME_ADVICE)
@@ -42,15 +42,15 @@ def evaluate(
     run: RunConfig,
     predictions: Path | None = None,
 ) -> dict[str, float]:
-    """Returns the metrics of every held-out split, as `validation/accuracy` or `test/loss`.
+    """Returns the metrics of every held-out split, with keys such as `validation/accuracy` and `test/loss`.
 
     Args:
-        accelerator: From `start`.
-        model: In eval mode for the duration, put back after.
-        task: Says loss, metrics and how outputs read.
-        splits: `validation` and `test` are used, as far as they exist.
-        run: Uses batch size, workers, text length and extra metrics.
-        predictions: Parquet file to write, one row for each evaluated row, in order.
+        accelerator: From `create_accelerator`.
+        model: Set to eval mode; its previous mode is restored.
+        task: Computes loss and metrics and decodes outputs.
+        splits: `validation` and `test` are evaluated if they exist.
+        run: Uses batch size, workers, text length and additional metrics.
+        predictions: Parquet file to write, one row per evaluated row, in order.
 
     Raises:
         RowError: A row cannot be read.
@@ -61,14 +61,14 @@ def evaluate(
             if split not in splits:
                 continue
             rows = task.encode(splits[split], model.processor, None, run.data.max_length)
-            labelled = _Labelled(writer, split) if writer else None
+            split_writer = _SplitWriter(writer, split) if writer else None
             tune_thresholds = split == "validation" and isinstance(task, ThresholdTuning)
-            found = evaluate_rows(
-                accelerator, model, task, rows, run, labelled, bool(predictions), tune_thresholds=tune_thresholds
+            values = evaluate_rows(
+                accelerator, model, task, rows, run, split_writer, bool(predictions), tune_thresholds=tune_thresholds
             )
-            metrics |= {f"{split}/{name}": value for name, value in found.items()}
-            shown = " ".join(f"{name} {value:.4f}" for name, value in found.items() if is_logged(name, task))
-            log(f"{split}: {shown or 'no labels, so predictions only'}")
+            metrics |= {f"{split}/{name}": value for name, value in values.items()}
+            logged = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if is_logged(name, task))
+            log(f"evaluate: {split}: {logged or 'predictions only, since there are no labels'}")
     accelerator.wait_for_everyone()
     return metrics
 
@@ -84,32 +84,32 @@ def evaluate_rows(
     interrupted: Callable[[], bool] = lambda: False,
     tune_thresholds: bool = False,
 ) -> dict[str, float]:
-    """Returns the metrics of one encoded split, the same on all processes; none where no row has labels.
+    """Returns the metrics of one encoded split, the same on all processes; empty without labels.
 
     Args:
-        accelerator: From `start`.
-        model: In eval mode for the duration, put back after.
-        task: Says loss, metrics and how outputs read.
-        rows: From `task.encode`, without anything random.
-        run: Uses batch size, workers and extra metrics.
-        writer: Takes predictions on the main process: `write(list of rows)`.
-        collect: Whether predictions are gathered at all (the same on all processes).
-        interrupted: Asked after every few batches, by all processes together: whether to break off.
-        tune_thresholds: Whether these rows select the task's thresholds (`ThresholdTuning`) before its metrics are
-            computed.
+        accelerator: From `create_accelerator`.
+        model: Set to eval mode; its previous mode is restored.
+        task: Computes loss and metrics and decodes outputs.
+        rows: From `task.encode`, without augmentation.
+        run: Uses batch size, workers and additional metrics.
+        writer: Receives predictions on the main process by `write(list of rows)`.
+        collect: Whether predictions are gathered (the same on all processes).
+        interrupted: Called every few batches by all processes; returns whether to interrupt the evaluation.
+        tune_thresholds: Whether the thresholds of the task (`ThresholdTuning`) are tuned on these rows before metrics
+            are computed.
 
     Raises:
-        Interrupted: `interrupted` said so.
+        Interrupted: `interrupted` returned true.
         RowError: A row cannot be read; the same error on all processes.
     """
     loss = MeanLoss()
     metrics = all_metrics(task.metrics(), run.train.metrics)
-    in_order = _InOrder(writer)
+    ordered = _OrderedWriter(writer)
     pending: list[tuple[int, dict[str, Any]]] = []
-    problems: list[RowError] = []
+    row_errors: list[RowError] = []
     count = -(-len(rows) // (run.train.batch_size_per_device * accelerator.num_processes))
     with evaluation_batches(accelerator, task, rows, run) as batches:
-        predicted = _up_to_problem(predict(accelerator, model, batches), count, problems)
+        predicted = _until_row_error(predict(accelerator, model, batches), count, row_errors)
         for number, (outputs, batch) in enumerate(predicted, start=1):
             if "labels" in batch and len(batch["index"]):
                 loss.update_losses(task.loss(outputs, batch))
@@ -119,29 +119,29 @@ def evaluate_rows(
                 decoded = labeled_rows(task, outputs, batch) if len(batch["index"]) else []
                 pending += zip(batch["index"].tolist(), decoded, strict=True)
                 if number % _GATHER_EVERY == 0:
-                    in_order.add(_gather(accelerator, pending))
+                    ordered.add(_gather(accelerator, pending))
                     pending = []
             if number % _GATHER_EVERY == 0 and interrupted():
                 raise Interrupted
     if collect:
-        in_order.add(_gather(accelerator, pending))
-    problem = shared_row_error(problems)
-    if problem:
-        raise problem
-    wholes = [_merged(_gather(accelerator, [mine])) for mine in [loss, *metrics]]
-    if not wholes[0].count:
+        ordered.add(_gather(accelerator, pending))
+    row_error = shared_row_error(row_errors)
+    if row_error:
+        raise row_error
+    merged = [_merged(_gather(accelerator, [metric])) for metric in [loss, *metrics]]
+    if not merged[0].count:
         return {}
     if tune_thresholds:
-        cast(ThresholdTuning, task).tune_thresholds(wholes[1:])
-    return {name: value for whole in wholes for name, value in whole.compute().items()}
+        cast(ThresholdTuning, task).tune_thresholds(merged[1:])
+    return {name: value for metric in merged for name, value in metric.compute().items()}
 
 
-def _up_to_problem(
-    pairs: Iterator[tuple[Outputs, Batch]], count: int, problems: list[RowError]
+def _until_row_error(
+    pairs: Iterator[tuple[Outputs, Batch]], count: int, errors: list[RowError]
 ) -> Iterator[tuple[Outputs, Batch]]:
-    """Yields `count` pairs; after a row that cannot be used, which goes into `problems`, empty ones.
+    """Yields `count` pairs; after a `RowError`, which is appended to `errors`, the remaining ones are empty.
 
-    So this process still joins what all processes exchange after every few batches.
+    The process thus still takes part in the collectives that all processes run every few batches.
     """
     number = 0
     try:
@@ -149,20 +149,20 @@ def _up_to_problem(
             number += 1
             yield pair
     except RowError as error:
-        problems.append(error)
+        errors.append(error)
         for _ in range(number, count):
             yield {}, {"index": torch.empty(0, dtype=torch.long)}
 
 
-def _merged(parts: list[Any]) -> Any:
-    whole, *others = parts
-    for other in others:
-        whole.merge(other)
-    return whole
+def _merged(metrics: list[Any]) -> Any:
+    first, *rest = metrics
+    for metric in rest:
+        first.merge(metric)
+    return first
 
 
 def evaluation_batches(accelerator: Accelerator, task: Task, rows: Examples, run: RunConfig) -> Batches:
-    """Returns this process's share of one pass over `rows`; every process has as many batches."""
+    """Returns the batches of this process for one pass over `rows`; all processes have the same number."""
     share = Share(accelerator.process_index, accelerator.num_processes, run.train.batch_size_per_device)
     device, workers = accelerator.device.type, run.data.num_workers
     workers = default_workers(task.modality, device, accelerator.num_processes) if workers is None else workers
@@ -175,7 +175,7 @@ def evaluation_batches(accelerator: Accelerator, task: Task, rows: Examples, run
 
 
 def predict(accelerator: Accelerator, model: TaskModel, batches: Batches) -> Iterator[tuple[Outputs, Batch]]:
-    """Yields float32 outputs and batch for each of `batches`, filler rows removed."""
+    """Yields float32 outputs and batch for each of `batches`, without padding rows."""
     from accelerate.utils import convert_to_fp32, send_to_device
 
     limit = model.evaluation_limit
@@ -191,20 +191,20 @@ def predict(accelerator: Accelerator, model: TaskModel, batches: Batches) -> Ite
 
             outputs = limit.retrying(forward, lambda batch=batch: len(batch["index"]))
             if not bool(batch["weight"].all()):
-                outputs, batch = _without_filler(outputs, batch)
+                outputs, batch = _without_padding_rows(outputs, batch)
             yield outputs, batch
     finally:
         model.train(was_training)
 
 
-def _without_filler(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
-    # filler comes alone, in a batch of its own (`eval_batches`): nothing of that batch counts
-    none, count = slice(0, 0), len(batch["weight"])
-    return rows_of(dict(outputs), none, count), rows_of(batch, none, count)
+def _without_padding_rows(outputs: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
+    # padding rows form a separate batch (`eval_batches`), so the whole batch is dropped
+    empty, count = slice(0, 0), len(batch["weight"])
+    return rows_of(dict(outputs), empty, count), rows_of(batch, empty, count)
 
 
 def labeled_rows(task: Task, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
-    """Adds the true label, in the words of the task, to each decoded row."""
+    """Returns the decoded rows with the name of the true class, for single-label classification."""
     decoded = task.decode(outputs, batch)
     names = task.head.labels
     labels = batch.get("labels")
@@ -219,8 +219,8 @@ def _gather(accelerator: Accelerator, items: list[Any]) -> list[Any]:
     return gather_object(items) if accelerator.num_processes > 1 else items
 
 
-class _InOrder:
-    """Passes rows on in the order of their index, holding back only what came too early."""
+class _OrderedWriter:
+    """Writes rows in the order of their index; buffers rows that arrive early."""
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
@@ -239,8 +239,8 @@ class _InOrder:
             self.writer.write(ready)
 
 
-class _Labelled:
-    """Adds the name of the split to each row."""
+class _SplitWriter:
+    """Writer that adds the name of the split to each row."""
 
     def __init__(self, writer: TableWriter, split: str) -> None:
         self.writer, self.split = writer, split
@@ -249,48 +249,48 @@ class _Labelled:
         self.writer.write([{"split": self.split} | row for row in rows])
 
 
-def _typed(schema: Any) -> Any:
-    """Returns a schema in which lists of nothing are lists of texts."""
+def _with_string_lists(schema: Any) -> Any:
+    """Returns the schema with lists of null replaced by lists of strings."""
     import pyarrow as pa
 
     return pa.schema([pa.field(f.name, pa.list_(pa.string())) if f.type == pa.list_(pa.null()) else f for f in schema])
 
 
 class TableWriter:
-    """Writes rows to Parquet, CSV or JSON lines (by the ending of the file) as they come.
+    """Streaming writer of rows to Parquet, CSV or JSON lines, by file extension.
 
-    The file is whole or absent: it takes its name in `close`.
+    The file is written atomically: it is renamed to `path` in `close`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.aside = path.with_name(path.name + PARTIAL)
+        self.temporary = path.with_name(path.name + PARTIAL)
         self.writer: Any = None
         self.schema: Any = None
-        self.held: list[Any] = []
-        """Tables of the first rows, as long as a list that was empty in all of them has no type."""
+        self.buffered: list[Any] = []
+        """Tables of the first rows, until every list column has a type."""
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Adds rows with the same keys as the first ones."""
+        """Adds rows, all with the same keys."""
         if self.path.suffix != ".parquet":
             return self._write_text(rows)
         import pyarrow as pa
 
-        self.held.append(pa.Table.from_pylist(rows, schema=self.schema if self.writer else None))
+        self.buffered.append(pa.Table.from_pylist(rows, schema=self.schema if self.writer else None))
         if self.writer is None:
-            schemas = [self.schema or self.held[0].schema, self.held[-1].schema]
+            schemas = [self.schema or self.buffered[0].schema, self.buffered[-1].schema]
             self.schema = pa.unify_schemas(schemas, promote_options="permissive")
-        if _typed(self.schema) == self.schema:
-            self._write_held()
+        if _with_string_lists(self.schema) == self.schema:
+            self._write_buffered()
 
-    def _write_held(self) -> None:
+    def _write_buffered(self) -> None:
         from pyarrow.parquet import ParquetWriter
 
-        self.schema = _typed(self.schema)
-        self.writer = self.writer or ParquetWriter(self.aside, self.schema)
-        for table in self.held:
+        self.schema = _with_string_lists(self.schema)
+        self.writer = self.writer or ParquetWriter(self.temporary, self.schema)
+        for table in self.buffered:
             self.writer.write_table(table.cast(self.schema))
-        self.held = []
+        self.buffered = []
 
     def _write_text(self, rows: list[dict[str, Any]]) -> None:
         import csv
@@ -298,7 +298,7 @@ class TableWriter:
 
         first = self.writer is None
         if first:
-            self.writer = self.aside.open("w", newline="", encoding="utf-8")
+            self.writer = self.temporary.open("w", newline="", encoding="utf-8")
         if self.path.suffix == ".csv":
             table = csv.DictWriter(self.writer, rows[0])
             if first:
@@ -311,22 +311,22 @@ class TableWriter:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Finishes the file, or removes what there is of it after an error."""
+        """Closes the file, or removes it after an error."""
         if error is None:
             self.close()
         else:
-            with suppress(OSError):  # a full disk may fail in closing too
+            with suppress(OSError):  # closing may fail too on a full disk
                 if self.writer is not None:
                     self.writer.close()
-            self.aside.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Finishes the file, once."""
-        if self.held:
-            self._write_held()
+        """Writes buffered rows and renames the file to `path`; later calls do nothing."""
+        if self.buffered:
+            self._write_buffered()
         if self.writer is not None:
             writer, self.writer = self.writer, None
             writer.close()
-            sync(self.aside)
-            self.aside.replace(self.path)
+            sync(self.temporary)
+            self.temporary.replace(self.path)
             sync(self.path.parent)

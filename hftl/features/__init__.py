@@ -1,1 +1,1 @@
-"""What a frozen backbone says of every row, computed once: for heads, for choosing a backbone, for looking at data."""
+"""Cached features of frozen backbones, for head training, backbone ranking and data checks."""

@@ -1,4 +1,4 @@
-"""What determines features, as hashes: the backbone, and the code of a task that is not ours."""
+"""Cache key of features: hashes of the backbone, of custom task code and of JSON values."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from hftl.models.task_model import TaskModel
 from hftl.tasks.task import Task
 
 
-def code_identity(task: Task) -> list[str] | None:
-    """Returns what tells the code of a task that is not hftl's own from another version; None where it has no file."""
-    found = []
-    for part in (task, getattr(task, "inputs", None), getattr(task, "target", None)):
-        kind = type(part)
-        if part is None or kind.__module__.split(".")[0] == "hftl":
+def hash_task_code(task: Task) -> list[str] | None:
+    """Returns names and source hashes of the classes of a custom task, [] for tasks of hftl; None without a file."""
+    hashes = []
+    for component in (task, getattr(task, "inputs", None), getattr(task, "target", None)):
+        cls = type(component)
+        if component is None or cls.__module__.split(".")[0] == "hftl":
             continue
-        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
         if file is None or not Path(file).is_file():
             return None
-        found.append(f"{kind.__qualname__} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}")
-    return found
+        hashes.append(f"{cls.__qualname__} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}")
+    return hashes
 
 
-def backbone_identity(model: TaskModel) -> str:
-    """Returns a hash of the backbone: every weight and buffer, and how the network is built and wired.
+def hash_backbone(model: TaskModel) -> str:
+    """Returns a hash of the backbone: all weights and buffers, modules and configuration.
 
-    The head is left out, and so is dropout: neither plays a part in features.
+    Excludes head and dropout, which do not change features.
     """
-    from xxhash import xxh3_128  # SHA-256 would take as long as the forward passes of a hundred rows
+    from xxhash import xxh3_128  # SHA-256 would take as long as the forward passes of 100 rows
 
     digest = xxh3_128()
     net = model.net
@@ -44,10 +44,10 @@ def backbone_identity(model: TaskModel) -> str:
         if not model.in_head(name) and not isinstance(module, nn.modules.dropout._DropoutNd)
     ]
     config: Any = getattr(net, "config", None)
-    # timm's networks have no configuration; how they pool is not in their modules
-    wiring = [getattr(net, name, None) for name in ("hftl_build_args", "pretrained_cfg", "global_pool")]
-    described = [modules, wiring if config is None else _without_head(config.to_dict())]
-    digest.update(json.dumps([type(net).__qualname__, described], default=repr, sort_keys=True).encode())
+    # timm networks have no configuration, and their pooling is not visible in their modules
+    attributes = [getattr(net, name, None) for name in ("hftl_build_args", "pretrained_cfg", "global_pool")]
+    architecture = [modules, attributes if config is None else _without_head(config.to_dict())]
+    digest.update(json.dumps([type(net).__qualname__, architecture], default=repr, sort_keys=True).encode())
     tensors = [*net.named_parameters(), *net.named_buffers()]
     for name, tensor in sorted(tensors, key=lambda entry: entry[0]):
         if not model.in_head(name):
@@ -58,15 +58,15 @@ def backbone_identity(model: TaskModel) -> str:
 
 
 def _without_head(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a transformers configuration without what is about the head, dropout, or where it came from."""
-    about = ("label", "problem_type", "dropout", "_name_or_path", "transformers_version", "architectures", "dtype")
+    """Returns a transformers configuration without the entries of head, dropout and origin."""
+    excluded = ("label", "problem_type", "dropout", "_name_or_path", "transformers_version", "architectures", "dtype")
     return {
         key: _without_head(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if not any(word in key for word in about)
+        if not any(word in key for word in excluded)
     }
 
 
-def hashed(value: Any) -> str:
-    """Returns a short name for JSON values."""
+def hash_json(value: Any) -> str:
+    """Returns a hash of a JSON value, 32 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]

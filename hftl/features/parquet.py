@@ -1,4 +1,4 @@
-"""`hftl features`: what the head of a model sees, row by row, as Parquet for other tools."""
+"""Export of backbone features to Parquet (`hftl features`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _ROWS = 10_000
-"""Rows of one row group."""
+"""Rows per row group."""
 
 
 def write_features(
@@ -38,68 +38,68 @@ def write_features(
     output: str | Path = "features",
     task: Callable[[Splits], Task] | None = None,
 ) -> dict[str, Path]:
-    """Writes OUTPUT/SPLIT.parquet for every split of some data; works under a launcher too.
+    """Extracts features of all splits to OUTPUT/SPLIT.parquet; also runs under a launcher.
 
-    Columns: `row`, `label` (the name of the class; whatever the task makes of it otherwise) where there is one, and
-    `features`, a list of D float32 numbers; for all layers `layer_1`, `layer_2`, … instead.
+    Columns: `row`; `label` if rows are labeled (class name, or the encoded label of other tasks); and `features`, a
+    list of D float32 values, or `layer_1`, `layer_2`, … for `layers` all.
 
     Args:
-        source: As `data.source`, or a whole data section.
-        model: As `model.name`.
-        layers: head: the input of the head. mean: the mean of the pooled layers. all: each of them (texts).
-        batch_size: Rows at a time.
-        output: Folder.
-        task: Makes the task; by default image or text classification, by the columns.
+        source: `data.source`, or a complete data section.
+        model: `model.name`.
+        layers: head: input of the head. mean: mean over the pooled layers (text). all: all pooled layers (text).
+        batch_size: Batch size per device.
+        output: Output folder.
+        task: Builds the task from the splits; None: image or text classification, detected from the columns.
 
     Returns:
-        The file of each split.
+        The file of each split by name.
 
     Raises:
-        ConfigError: `output` cannot be a folder.
-        DataError: The data do not open, or do not fit the task.
-        ModelError: The model does not.
-        FeatureError: Features cannot be computed or kept.
+        ConfigError: `output` cannot be created as a folder.
+        DataError: The data cannot be loaded, or do not fit the task.
+        ModelError: The model cannot be built for the task.
+        FeatureError: Features cannot be computed or cached.
     """
     data = source if isinstance(source, DataConfig) else DataConfig(source)
     run = RunConfig(data, ModelConfig(model), train=TrainConfig(batch_size_per_device=batch_size))
     folder = output_folder(output)
     accelerator = build_accelerator()
-    make: Callable[[Splits], Task] = task or (lambda splits: infer_task(splits)(splits))
-    splits, _ = load_usable_splits(run.data, make)
-    made = make(splits)
-    net = build_model(run, made.head)
+    build_task: Callable[[Splits], Task] = task or (lambda splits: infer_task(splits)(splits))
+    splits, _ = load_usable_splits(run.data, build_task)
+    built_task = build_task(splits)
+    net = build_model(run, built_task.head)
     files = {}
     for split, rows in splits.items():
-        found = compute_features(accelerator, net, made, rows, run, split=split, layers=layers)
+        features = compute_features(accelerator, net, built_task, rows, run, split=split, layers=layers)
         files[split] = folder / f"{split}.parquet"
         with heartbeat_barrier("write features"):
             if accelerator.is_main_process:
-                _write(found, made, files[split])
-        log(f"features: {files[split]}")
+                _write(features, built_task, files[split])
+        log(f"features: wrote {files[split]}")
     return files
 
 
-def _write(found: Features, task: Task, file: Path) -> None:
+def _write(features: Features, task: Task, file: Path) -> None:
     from pyarrow.parquet import ParquetWriter
 
-    with atomic_write(file) as aside:
-        first = _table(found, task, 0)
-        with ParquetWriter(aside, first.schema) as writer:
+    with atomic_write(file) as temporary:
+        first = _row_group(features, task, 0)
+        with ParquetWriter(temporary, first.schema) as writer:
             writer.write_table(first)
-            for start in range(_ROWS, len(found.values), _ROWS):
-                writer.write_table(_table(found, task, start))
+            for start in range(_ROWS, len(features.values), _ROWS):
+                writer.write_table(_row_group(features, task, start))
 
 
-def _table(found: Features, task: Task, start: int) -> pa.Table:
+def _row_group(features: Features, task: Task, start: int) -> pa.Table:
     import pyarrow as pa
 
-    values = np.array(found.values[start : start + _ROWS])
+    values = np.array(features.values[start : start + _ROWS])
     columns: dict[str, Any] = {"row": pa.array(np.arange(start, start + len(values)))}
-    if found.labels is not None:
-        labels = np.array(found.labels[start : start + _ROWS])
+    if features.labels is not None:
+        labels = np.array(features.labels[start : start + _ROWS])
         names = task.head.labels
-        classes = names and labels.ndim == 1 and labels.dtype.kind == "i"
-        columns["label"] = pa.array([names[label] for label in labels] if classes else labels.tolist())
+        are_classes = names and labels.ndim == 1 and labels.dtype.kind == "i"
+        columns["label"] = pa.array([names[label] for label in labels] if are_classes else labels.tolist())
     layers = (
         {"features": values} if values.ndim == 2 else {f"layer_{n + 1}": values[:, n] for n in range(len(values[0]))}
     )

@@ -1,1 +1,1 @@
-"""Heads fitted on cached features."""
+"""Heads trained or fitted on cached features."""

@@ -1,4 +1,4 @@
-"""A fitted scikit-learn classifier as the last layer of a network, saved without pickle (skops)."""
+"""Fitted scikit-learn classifier as the last layer of a network, saved without pickle (skops)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from hftl.errors import ArtifactError, first_line
 
 FILE = "head.skops"
-"""In a model folder, beside the backbone."""
-KINDS = ("svm", "random_forest", "knn")
-"""Classic heads that are not linear, so that no stock class can hold them."""
-_SMALLEST = 1e-12
-"""Of an output that no training row had: the log needs something above 0."""
+"""File name in a model folder."""
+NONLINEAR_CLASSIFIERS = ("svm", "random_forest", "knn")
+"""Classifiers that are not linear, so that no timm or transformers class can represent them as a head."""
+_MIN_PROBABILITY = 1e-12
+"""Lower bound of probabilities, and probability of classes without training rows: keeps logarithms finite."""
 
-# Every type that a head of ours consists of. The private modules are scikit-learn's, as skops writes them down.
+# All types in a head saved by hftl. The private modules are scikit-learn's, as recorded by skops.
 _TYPES = frozenset({
     "builtins.dict", "builtins.list", "builtins.str", "builtins.tuple",
     "numpy.float32", "numpy.float64", "numpy.int32", "numpy.int64", "numpy.ndarray",
@@ -33,19 +33,19 @@ _TYPES = frozenset({
     "sklearn.ensemble._forest.RandomForestClassifier", "sklearn.tree._classes.DecisionTreeClassifier",
     "sklearn.tree._tree.Tree",
 })  # fmt: skip
-# How skops builds them. Others of its loaders call functions that a file names.
+# Loaders of skops for these types. Other loaders call functions named in the file.
 _LOADERS = frozenset({
     "DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "NdArrayNode", "ObjectNode", "TreeNode",
 })  # fmt: skip
 
 
 class SklearnHead(nn.Module):
-    """Features [B, D] -> logits [B, K], by scikit-learn on the CPU. It has no parameters and passes no gradient.
+    """Layer that maps features [B, D] to logits [B, K] with scikit-learn on the CPU, without parameters or gradients.
 
     Args:
-        kind: One of `KINDS`.
-        estimator: Fitted on features and classes 0..K-1; some of them may have had no rows.
-        num_outputs: K.
+        kind: One of `NONLINEAR_CLASSIFIERS`.
+        estimator: Fitted on features and classes 0..K-1; some classes may have no training rows.
+        num_outputs: Number of classes K.
         calibration: See `logits`.
     """
 
@@ -56,20 +56,22 @@ class SklearnHead(nn.Module):
         self.num_outputs = num_outputs
         self.calibration = calibration
         self.bypassed = False
-        """Whether features are passed on as they are, so that the network gives what its stock class would."""
+        """Whether to return the features unchanged, as the network saved without a head does."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns logits [B, K] in float32; their softmax is the head's probabilities."""
+        """Returns logits [B, K] in float32; their softmax gives the probabilities of the head."""
         if self.bypassed:
             return features
         values = features.detach().float().cpu().numpy()
-        found = logits(raw_outputs(self.estimator, values), self.calibration, decides(self.estimator))
-        placed = np.full((len(values), self.num_outputs), np.log(_SMALLEST))
-        placed[:, self.estimator.classes_] = found
-        return torch.from_numpy(placed).to(features.device, torch.float32)
+        outputs = raw_outputs(self.estimator, values)
+        all_logits = np.full((len(values), self.num_outputs), np.log(_MIN_PROBABILITY))
+        all_logits[:, self.estimator.classes_] = logits(
+            outputs, self.calibration, has_decision_function(self.estimator)
+        )
+        return torch.from_numpy(all_logits).to(features.device, torch.float32)
 
     def to_bytes(self) -> bytes:
-        """Returns the content of the file."""
+        """Returns the content of `FILE`."""
         import skops.io
 
         content = {
@@ -84,10 +86,10 @@ class SklearnHead(nn.Module):
 
     @classmethod
     def from_bytes(cls, content: bytes) -> SklearnHead:
-        """Returns the head in the content of a file.
+        """Loads the head from the content of `FILE`.
 
         Raises:
-            ArtifactError: skops is missing, or the content is damaged or holds types that no head of ours consists of.
+            ArtifactError: skops is missing, or the content is damaged or contains untrusted types.
         """
         problem = skops_problem()
         if problem:
@@ -95,64 +97,65 @@ class SklearnHead(nn.Module):
         import skops.io
 
         try:
-            foreign = sorted(_named(content) - _TYPES - _LOADERS)
-            if not foreign:
+            untrusted = sorted(_type_names(content) - _TYPES - _LOADERS)
+            if not untrusted:
                 return cls(**skops.io.loads(content, trusted=sorted(_TYPES)))
-        except Exception as error:  # a foreign file can be wrong in any way
-            raise ArtifactError(f"{FILE} does not open: {type(error).__name__}: {first_line(error)}") from error
+        except Exception as error:  # the content of an untrusted file can raise any exception
+            raise ArtifactError(f"{FILE}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
         raise ArtifactError(
-            f"{FILE} holds {', '.join(foreign)}, of which no head of hftl consists; it was not opened. If you trust "
-            "it, open it with skops.io yourself."
+            f"{FILE}: contains untrusted types ({', '.join(untrusted)}) and was not loaded. If you trust the file, "
+            "load it with skops.io."
         )
 
 
 def skops_problem() -> str | None:
-    """Returns a sentence where skops, which reads and writes these heads, is not installed."""
+    """Returns an error message if skops, which saves and loads these heads, is not installed, else None."""
     from importlib.util import find_spec
 
     if find_spec("skops") is not None:
         return None
-    return f"heads of {', '.join(KINDS)} are saved with skops, which is not installed: uv pip install 'hftl[probe]'."
+    names = ", ".join(NONLINEAR_CLASSIFIERS)
+    return f"{names} need skops, which is not installed. Install it: uv pip install 'hftl[probe]'."
 
 
-def decides(estimator: Any) -> bool:
-    """Whether an estimator gives decision values rather than probabilities."""
+def has_decision_function(estimator: Any) -> bool:
+    """Whether an estimator outputs decision values rather than probabilities."""
     return hasattr(estimator, "decision_function")
 
 
 def raw_outputs(estimator: Any, values: np.ndarray) -> np.ndarray:
-    """Returns decision values or probabilities [N, C] of features [N, D], for the C classes that had training rows.
+    """Returns decision values or probabilities [N, C] for features [N, D] and the C classes with training rows.
 
-    The one decision value d of two classes becomes (-d/2, d/2), whose softmax is the logistic function of d.
+    For two classes, the single decision value d becomes (-d/2, d/2), whose softmax is the logistic function of d.
     """
-    if not decides(estimator):
+    if not has_decision_function(estimator):
         return np.asarray(estimator.predict_proba(values), dtype=np.float64)
-    found = np.asarray(estimator.decision_function(values), dtype=np.float64)
-    return found if found.ndim == 2 else np.stack([-found / 2, found / 2], 1)
+    decisions = np.asarray(estimator.decision_function(values), dtype=np.float64)
+    return decisions if decisions.ndim == 2 else np.stack([-decisions / 2, decisions / 2], 1)
 
 
 def logits(outputs: np.ndarray, calibration: float, decision: bool) -> np.ndarray:
-    """Returns logits [N, C] of what an estimator says.
+    """Returns logits [N, C] from the outputs of an estimator.
 
     Args:
-        outputs: [N, C] from `raw_outputs`.
-        calibration: Of decision values the temperature that they are divided by. Of probabilities the share e of
-            (1 - e) p + e / C: votes of neighbours and trees are often exactly 0, of which the log-loss is infinite.
-        decision: Whether they are decision values.
+        outputs: Outputs [N, C] of `raw_outputs`.
+        calibration: For decision values, the temperature to divide by. For probabilities p, the weight e of the uniform
+            distribution in (1 - e) p + e / C: votes of neighbors and trees are often exactly 0, with infinite log-loss.
+        decision: Whether `outputs` are decision values.
     """
     if decision:
         return outputs / calibration
-    return np.log(np.maximum((1 - calibration) * outputs + calibration / outputs.shape[1], _SMALLEST))
+    return np.log(np.maximum((1 - calibration) * outputs + calibration / outputs.shape[1], _MIN_PROBABILITY))
 
 
-def _named(content: bytes) -> set[str]:
-    """Returns every type and loader that the content of a skops file names, without building anything."""
+def _type_names(content: bytes) -> set[str]:
+    """Returns the names of all types and loaders in the content of a skops file, without loading it."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         schema = json.loads(archive.read("schema.json"))
-    found: set[str] = set()
+    names: set[str] = set()
     for node in _nodes(schema):
-        found |= {f"{node.get('__module__')}.{node.get('__class__')}", str(node.get("__loader__"))}
-    return found
+        names |= {f"{node.get('__module__')}.{node.get('__class__')}", str(node.get("__loader__"))}
+    return names
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
@@ -171,19 +174,19 @@ def save_head(head: SklearnHead, folder: Path) -> None:
 
 
 def open_head(folder: Path) -> SklearnHead:
-    """Returns the head in a folder that `save_head` wrote to.
+    """Loads a head saved by `save_head`.
 
     Raises:
-        ArtifactError: It is not there, or does not open: see `SklearnHead.from_bytes`.
+        ArtifactError: The file is missing or cannot be loaded: see `SklearnHead.from_bytes`.
     """
     path = folder / FILE
     if not path.is_file():
-        raise ArtifactError(f"{folder} has no {FILE}, which holds the head of this model.")
-    with warnings.catch_warnings(record=True) as said:
+        raise ArtifactError(f"{folder}: has no {FILE}, the head of this model.")
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         head = SklearnHead.from_bytes(path.read_bytes())
-    for warning in said:
-        if "version" in str(warning.message):  # scikit-learn promises nothing between its versions
+    for warning in caught:
+        if "version" in str(warning.message):  # scikit-learn guarantees no compatibility between versions
             from hftl.logging import log
 
             log(f"model: {path}: {first_line(Exception(str(warning.message)))}")

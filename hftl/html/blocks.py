@@ -1,4 +1,4 @@
-"""What a page is made of. A section is a title and blocks; the template knows how each kind looks."""
+"""Building blocks of a page: sections with a title and blocks, rendered by the template by their `kind`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Measured:
-    """A number with its interval, or without one where nothing is known about it."""
+    """Number with its confidence interval; None if unknown."""
 
     value: float | None
     interval: tuple[float, float] | None = None
@@ -17,18 +17,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number as it is to be written, with its unit."""
+    """Formatted number with its unit."""
 
     text: str
 
 
 Cell = str | int | float | Measured | Quantity | None
-"""Numbers are right-aligned: integers with separators, others with four digits; None is a dash."""
+"""Table cell. Numbers are right-aligned: integers with separators, floats with four decimals; None is a dash."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a heading; the first column names the row."""
+    """Table with caption and header; the first column is the row header."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -38,7 +38,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The few numbers to see first: label, number, and a line below it."""
+    """Key figures, each as (label, number, subtitle)."""
 
     kind: ClassVar[str] = "tiles"
     tiles: Sequence[tuple[str, Cell, str]]
@@ -46,17 +46,17 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing."""
+    """Figure with caption."""
 
     svg: str
-    """As written by matplotlib, with the alternative text inside."""
+    """SVG element from `hftl.html.figures`, with alternative text."""
     caption: str
     wide: bool = False
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Drawings beside each other where there is room."""
+    """Figures, side by side if the page is wide enough."""
 
     kind: ClassVar[str] = "figures"
     figures: Sequence[Figure]
@@ -64,7 +64,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence; a warning stands out."""
+    """Paragraph of text, optionally highlighted as a warning."""
 
     kind: ClassVar[str] = "note"
     text: str
@@ -73,7 +73,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it is, folded away under its title."""
+    """Preformatted text, collapsed under its title."""
 
     kind: ClassVar[str] = "code"
     title: str
@@ -82,21 +82,21 @@ class Code:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the data beside what the model said about it."""
+    """Row of the data with target and prediction."""
 
     row: int
     label: str
     prediction: str
     confidence: float | None
     image: str | None = None
-    """A data URI."""
+    """Image as a data URI."""
     texts: Sequence[tuple[str, str]] = ()
-    """Column and content."""
+    """Pairs of column name and text."""
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of the data, shown."""
+    """Grid of examples."""
 
     kind: ClassVar[str] = "gallery"
     examples: Sequence[Example]
@@ -104,18 +104,19 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Card:
-    """A row of the data by itself, with where it stands."""
+    """Row of the data, or an image, with its position as caption."""
 
     where: str
+    """Position or caption, such as `row 7`."""
     image: str | None = None
-    """A data URI."""
+    """Image as a data URI."""
     texts: Sequence[tuple[str, str]] = ()
-    """Column and content."""
+    """Pairs of column name and text."""
 
 
 @dataclass(frozen=True)
 class ExampleGroup:
-    """A few rows beside each other, and what is said about them."""
+    """Cards side by side with a common caption."""
 
     cards: Sequence[Card]
     caption: str
@@ -123,20 +124,20 @@ class ExampleGroup:
 
 @dataclass(frozen=True)
 class ExampleGroups:
-    """Rows that belong together, shown together."""
+    """Grid of example groups."""
 
-    kind: ClassVar[str] = "comparisons"
-    comparisons: Sequence[ExampleGroup]
+    kind: ClassVar[str] = "example_groups"
+    groups: Sequence[ExampleGroup]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a page."""
+    """Titled section of a page."""
 
     title: str
     blocks: Sequence[Any] = field(default_factory=list)
 
     @property
     def anchor(self) -> str:
-        """Its name in links within the page."""
+        """Fragment identifier of links within the page."""
         return "-".join(self.title.lower().split())

@@ -1,4 +1,4 @@
-"""Times and sizes as people say them."""
+"""Formatting of durations and sizes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from hftl.html.blocks import Quantity
 
 
 def duration(seconds: float) -> Quantity:
-    """Returns a time as people say it."""
+    """Returns a duration as `3.2 s`, `4 min 05 s` or `1 h 07 min`."""
     if seconds < 60:
         return Quantity(f"{seconds:.1f} s")
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return Quantity(f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s")
+    return Quantity(f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {remaining:02d} s")
 
 
 def mebibytes(count: int) -> Quantity:
-    """Returns bytes as MiB."""
+    """Returns a number of bytes in MiB."""
     return Quantity(f"{count / 2**20:,.0f} MiB")

@@ -1,4 +1,4 @@
-"""From sections to one file. What comes from data is escaped, and the page may load nothing (its policy says so)."""
+"""Rendering of sections to one HTML file: values are escaped, and the page's policy blocks external resources."""
 
 from __future__ import annotations
 
@@ -17,18 +17,27 @@ def page_path(output: str | Path) -> Path:
     """Returns `output` as a path.
 
     Raises:
-        ConfigError: It does not end in .html, or its folder does not exist.
+        ConfigError: The suffix is not .html or .htm, or the parent folder does not exist.
     """
     target = Path(output)
     if target.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"--output: '{output}' must end in .html.")
+        raise ConfigError(f"--output: '{output}' has an invalid suffix; allowed: .html.")
     if not target.parent.is_dir():
-        raise ConfigError(f"--output: there is no folder '{target.parent}'.")
+        raise ConfigError(f"--output: folder '{target.parent}' does not exist.")
     return target
 
 
 def write_page(output: str | Path, title: str, about: Sequence[str], sections: Sequence[Section]) -> Path:
-    """Writes any sections as one page, and returns where.
+    """Writes sections as one HTML page.
+
+    Args:
+        output: Output file (.html).
+        title: Heading of the page.
+        about: Facts listed below the heading.
+        sections: Sections, in order.
+
+    Returns:
+        The path of the page.
 
     Raises:
         ConfigError: `output` cannot be written.
@@ -36,9 +45,9 @@ def write_page(output: str | Path, title: str, about: Sequence[str], sections: S
     import jinja2
 
     target = page_path(output)
-    here = Path(__file__).parent
+    package = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
+        loader=jinja2.FileSystemLoader(package),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -51,7 +60,7 @@ def write_page(output: str | Path, title: str, about: Sequence[str], sections: S
         title=title,
         about=about,
         sections=sections,
-        style=(here / "page.css").read_text(encoding="utf-8"),
+        style=(package / "page.css").read_text(encoding="utf-8"),
         version=__version__,
     )
     try:
@@ -62,7 +71,7 @@ def write_page(output: str | Path, title: str, about: Sequence[str], sections: S
 
 
 def format_number(value: Any) -> str:
-    """Returns a number as tables show it: integers with separators, others with four digits, a dash for none."""
+    """Returns a formatted number: integers with separators, floats with four decimals, None and NaN as a dash."""
     if value is None or value != value:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

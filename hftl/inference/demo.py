@@ -1,4 +1,4 @@
-"""The command `demo`: a trained model as a page in the browser, on this machine alone unless told otherwise."""
+"""Command `demo`: Gradio page of a saved model, on the loopback address by default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from hftl.artifacts.locate import artifact_folder, find
+from hftl.artifacts.locate import artifact_folder, locate_model
 from hftl.artifacts.save_model import read_task
 from hftl.data.columns import arrow_column
 from hftl.data.image_decoding import decode_image
@@ -31,107 +31,109 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PORTS = range(7860, 7960)
-"""Tried in this order where no port is asked for; 7860 is Gradio's own."""
+"""Default ports, tried in order; 7860 is the default of Gradio."""
 TOP_CLASSES = 10
 EXAMPLES = 8
 _STYLE = "[data-testid=image] img {object-fit: contain; width: 100%; height: 100%}"
-"""Shows small images large; Gradio leaves 8 pixels at 8."""
+"""Enlarges small images; Gradio displays 8 pixels as 8 pixels."""
 _DAY = 24 * 60 * 60
 
 
 def serve(
-    place: str,
+    path_or_repo_id: str,
     host: str = "127.0.0.1",
     port: int | None = None,
     revision: str | None = None,
     source: str | None = None,
 ) -> None:
-    """Shows a trained model as a page, until interrupted.
+    """Serves the demo page of a saved model until interrupted.
 
     Args:
-        place: Run folder, its model/ folder, or a hub id.
-        host: Address to listen on. All but loopback is open to whoever reaches it: the page asks for no password.
-        port: Port to listen on; the first free one of `PORTS` where None.
-        revision: Branch, tag or commit of a hub id.
-        source: Where the examples come from, as `data.source`; by default the test split of the run's own data.
+        path_or_repo_id: Run folder, its model/ folder, or a repo id.
+        host: Address to listen on. Any address but loopback exposes the page to the network without a password.
+        port: Port to listen on; None uses the first free port of `PORTS`.
+        revision: Branch, tag or commit of a repo id.
+        source: Data source of the examples, like `data.source`; None uses the test split of the training data.
 
     Raises:
-        ArtifactError: The model does not open.
-        ConfigError: Gradio is not installed, the address cannot be listened on, or there is no page for such a task.
+        ArtifactError: The model cannot be loaded.
+        ConfigError: Gradio is not installed, the address is unavailable, or the task has no demo page.
     """
-    _need_gradio()
-    free_port(host, port)  # a taken port is said before a large model is loaded
-    folder = artifact_folder(find(place, revision))
+    _require_gradio()
+    free_port(host, port)  # fail before a large model is loaded
+    folder = artifact_folder(locate_model(path_or_repo_id, revision))
     problem = unsupported(read_task(folder), Capability.DEMO)
     if problem:
         raise ConfigError(problem)
     predictor = load(folder)
-    rows, origin = example_rows(predictor, source)
-    demo = build_demo(predictor, rows, origin, title=Path(place).resolve().name, about=describe(place, predictor))
-    log(f"demo: {launch(demo, host, port)}  (Ctrl-C ends it)")
+    rows, heading = example_rows(predictor, source)
+    title, about = Path(path_or_repo_id).resolve().name, describe(path_or_repo_id, predictor)
+    demo = build_demo(predictor, rows, heading, title=title, about=about)
+    log(f"demo: running on {launch(demo, host, port)}  (press Ctrl-C to stop)")
     demo.block_thread()
 
 
 def build_demo(
     predictor: Predictor,
     examples: Sequence[Sequence[Any]] = (),
-    origin: str = "Examples",
+    heading: str = "Examples",
     title: str = "hftl",
     about: str = "",
 ) -> gradio.Blocks:
-    """Returns a page with the inputs that the model takes and its most probable classes.
+    """Returns a page with the inputs of the model and its most probable classes.
 
     Args:
         predictor: The model.
-        examples: Inputs to click on: for each an image (PIL), a text, or two texts, in a list.
-        origin: Where they come from, as their heading.
+        examples: Clickable example inputs, each a list with one value per input column: a PIL image, a text, or two
+            texts.
+        heading: Heading of the examples.
         title: Heading of the page.
-        about: Line below it, Markdown.
+        about: Text below the heading, Markdown.
 
     Raises:
         ConfigError: Gradio is not installed.
     """
-    _need_gradio()
+    _require_gradio()
     import gradio
 
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(_DAY, _DAY)) as demo:
-        gradio.Markdown(f"# {_plain(title)}\n\n{about}")
+        gradio.Markdown(f"# {_escape(title)}\n\n{about}")
         with gradio.Row():
             with gradio.Column():
-                inputs = _input_boxes(predictor)
+                inputs = _input_components(predictor)
                 button = gradio.Button("Classify", variant="primary")
             top = min(len(predictor.labels), TOP_CLASSES)
             classes = gradio.Label(label="Most probable classes", num_top_classes=top)
-        answer = _answer(predictor)
-        asked = [button.click] if _takes_image(predictor) else [button.click, *(box.submit for box in inputs)]
-        gradio.on(asked, answer, inputs, classes, api_name="predict")
+        predict = _predict_function(predictor)
+        triggers = [button.click] if _takes_image(predictor) else [button.click, *(box.submit for box in inputs)]
+        gradio.on(triggers, predict, inputs, classes, api_name="predict")
         if examples:
-            # run on click, and never kept on disk: GRADIO_CACHE_EXAMPLES would run them all before the page opens
+            # no cache, even with GRADIO_CACHE_EXAMPLES, which would predict all examples at startup
             gradio.Examples(
                 [list(example) for example in examples],
                 inputs,
                 classes,
-                answer,
+                predict,
                 cache_examples=False,
                 run_on_click=True,
-                label=origin,
+                label=heading,
             )
     return demo
 
 
 def launch(demo: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Serves a page from a thread of its own and returns the address; `demo.close()` ends it.
+    """Serves a page in a separate thread and returns its URL; `demo.close()` stops the server.
 
-    Nothing is asked of other machines, neither by the server nor by the page: no telemetry, no tunnel, no web fonts.
+    Neither the server nor the page sends requests to other machines: no telemetry, no tunnel, no web fonts.
 
     Raises:
-        ConfigError: The address cannot be listened on.
+        ConfigError: The address is unavailable.
     """
     import gradio
 
     port = free_port(host, port)
     if not _is_loopback(host):
-        log(f"demo: warning: on {host}, anyone who reaches port {port} can use this model; there is no password.")
+        log(f"demo: WARNING: {host}:{port} is reachable from the network without a password.")
     try:
         _, url, _ = demo.launch(
             server_name=f"[{host}]" if ":" in host else host,
@@ -147,19 +149,19 @@ def launch(demo: gradio.Blocks, host: str = "127.0.0.1", port: int | None = None
             prevent_thread_lock=True,
             quiet=True,
         )
-    except (OSError, ValueError) as error:  # the port was taken meanwhile, or a proxy stands before this machine
-        raise ConfigError(f"--host: no page on {host}:{port}: {first_line(error)}") from error
+    except (OSError, ValueError) as error:  # another process took the port, or a proxy blocks the address
+        raise ConfigError(f"--host: cannot serve on '{host}:{port}': {first_line(error)}") from error
     return url
 
 
 def free_port(host: str, port: int | None = None) -> int:
-    """Returns `port`, or the first free one of `PORTS`.
+    """Returns `port`, or the first free port of `PORTS`.
 
     Raises:
-        ConfigError: It is taken, there is none, or `host` is no address of this machine.
+        ConfigError: All ports are in use, or `host` is not an address of this machine.
     """
-    if port is not None and not 0 < port < 2**16:  # getaddrinfo would take the remainder
-        raise ConfigError(f"--port: {port} is no port; they end at 65535.")
+    if port is not None and not 0 < port < 2**16:  # getaddrinfo reduces larger ports modulo 2**16
+        raise ConfigError(f"--port: {port} is out of range; allowed: 1 to 65535.")
     for candidate in PORTS if port is None else [port]:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
@@ -171,21 +173,21 @@ def free_port(host: str, port: int | None = None) -> int:
             if error.errno == errno.EADDRINUSE:
                 continue
             if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-                raise ConfigError(f"--host: '{host}' is not an address of this machine; try 127.0.0.1.") from error
-            raise ConfigError(f"--port: {candidate} cannot be listened on: {first_line(error)}.") from error
-    taken = f"{PORTS.start} to {PORTS.stop - 1} are all" if port is None else f"{port} is"
-    raise ConfigError(f"--port: {taken} taken on {host}; name another, or none for the first free one.")
+                raise ConfigError(f"--host: '{host}' is not an address of this machine. Pass 127.0.0.1.") from error
+            raise ConfigError(f"--port: cannot listen on {candidate}: {first_line(error)}.") from error
+    used = f"{PORTS.start} to {PORTS.stop - 1} are all" if port is None else f"{port} is"
+    raise ConfigError(f"--port: {used} in use on {host}. Pass another port, or omit --port for the first free one.")
 
 
 def example_rows(predictor: Predictor, source: str | None = None) -> tuple[list[list[Any]], str]:
-    """Returns up to `EXAMPLES` inputs, of as many classes as there are, and where they come from.
+    """Returns up to `EXAMPLES` inputs, balanced over classes, and their heading.
 
-    Rows that the model was trained on are not shown unless `source` names them. Data that cannot be read cost the
-    examples, not the page, and a line says so.
+    Uses the test or validation split; training rows only if `source` is set and has no other split. Returns no
+    examples, with a log line, if the data cannot be read.
 
     Args:
         predictor: The model.
-        source: As `data.source`; the data that it was trained on where None.
+        source: Data source, like `data.source`; None uses the training data of the run.
     """
     config = predictor.data
     if source is not None:
@@ -193,36 +195,36 @@ def example_rows(predictor: Predictor, source: str | None = None) -> tuple[list[
     try:
         with suppress_logs():
             splits = load_splits(config, training=False, leave_out=predictor.left_out if source is None else None)
-        wanted = ("test", "validation") if source is None else ("test", "validation", "train")
-        split = next((name for name in wanted if name in splits), None)
+        allowed = ("test", "validation") if source is None else ("test", "validation", "train")
+        split = next((name for name in allowed if name in splits), None)
         if split is None:
-            log(f"demo: no examples: {config.source} has no test or validation rows.")
+            log(f"demo: no examples: {config.source} has no test or validation split.")
             return [], ""
-        rows = _chosen(splits[split], predictor)
+        rows = _balanced_examples(splits[split], predictor)
     except (HftlError, OSError) as error:
         log(f"demo: no examples: {first_line(error)}")
         return [], ""
     return rows, f"Examples from the {split} split"
 
 
-def describe(place: str, predictor: Predictor) -> str:
-    """Returns a line on the model, and on what was measured where `place` is a run folder; Markdown."""
+def describe(path_or_repo_id: str, predictor: Predictor) -> str:
+    """Returns task and number of classes, for a run folder also model name and test accuracy, as Markdown."""
     parts = [predictor.task.name.replace("_", " ").capitalize(), f"{len(predictor.labels)} classes"]
     with suppress(ArtifactError):
-        run = RunRecord(place)
+        run = RunRecord(path_or_repo_id)
         name = str(run.settings.get("model.name", "")).removeprefix("local-dir:").rstrip("/")
-        parts.insert(1, _plain(name if name.count("/") < 2 else Path(name).name))
+        parts.insert(1, _escape(name if name.count("/") < 2 else Path(name).name))
         accuracy = run.metrics.get("test/accuracy")
         if accuracy is not None:
             low, high = run.intervals("test").get("accuracy", (None, None))
-            span = f" (95 % interval {low:.4f} to {high:.4f})" if low is not None else ""
-            parts.append(f"test accuracy {accuracy:.4f}{span}")
+            interval = f" (95 % interval {low:.4f} to {high:.4f})" if low is not None else ""
+            parts.append(f"test accuracy {accuracy:.4f}{interval}")
     return " · ".join(part for part in parts if part)
 
 
-def _need_gradio() -> None:
+def _require_gradio() -> None:
     if find_spec("gradio") is None:
-        raise ConfigError('hftl demo needs gradio, not installed here: pip install "hftl[demo]"')
+        raise ConfigError('demo: gradio is not installed. Install with: pip install "hftl[demo]"')
 
 
 def _takes_image(predictor: Predictor) -> bool:
@@ -236,31 +238,31 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _input_boxes(predictor: Predictor) -> list[Any]:
+def _input_components(predictor: Predictor) -> list[Any]:
     import gradio
 
     if _takes_image(predictor):
-        # as uploaded, so that it is decoded as the training images were; examples as PNG, which loses nothing
+        # the uploaded file, decoded like training images; examples as PNG, which is lossless
         return [gradio.Image(type="filepath", image_mode=None, format="png", label="Image", height=320)]
     columns = predictor.columns
     labels = ["Text"] if len(columns) == 1 else columns
     return [gradio.Textbox(label=label, lines=2 if len(columns) > 1 else 4) for label in labels]
 
 
-def _answer(predictor: Predictor) -> Callable[..., dict[str, float]]:
-    """Returns the function behind the page: inputs -> probability of each class."""
+def _predict_function(predictor: Predictor) -> Callable[..., dict[str, float]]:
+    """Returns the event handler of the page: inputs -> probability of each class."""
     import gradio
 
-    one_at_a_time = Lock()  # button and examples are events of their own, which Gradio would run side by side
+    lock = Lock()  # Gradio runs the handlers of button and examples concurrently
 
     def predict(*values: str | None) -> dict[str, float]:
-        """Probability of each class, in the order of the model's outputs."""
+        """Returns the probability of each class, in the order of the model outputs."""
         missing = [name for name, value in zip(predictor.columns, values, strict=True) if not (value or "").strip()]
         if missing:
             kind = "an image" if _takes_image(predictor) else "a text"
-            raise gradio.Error(f"Give {kind} for: {', '.join(missing)}.", print_exception=False)
+            raise gradio.Error(f"Provide {kind} for: {', '.join(missing)}.", print_exception=False)
         try:
-            with one_at_a_time:
+            with lock:
                 row = predictor.predict([values] if len(values) > 1 else list(values))[0]
         except HftlError as error:
             raise gradio.Error(str(error), print_exception=False) from error
@@ -269,22 +271,22 @@ def _answer(predictor: Predictor) -> Callable[..., dict[str, float]]:
     return predict
 
 
-def _chosen(rows: Dataset, predictor: Predictor) -> list[list[Any]]:
-    """Returns the inputs of the first row of each class, then of the second, until there are `EXAMPLES`."""
+def _balanced_examples(rows: Dataset, predictor: Predictor) -> list[list[Any]]:
+    """Returns up to `EXAMPLES` inputs: the first row of each class, then the second of each, and so on."""
     from datasets import Image
 
     missing = [name for name in predictor.columns if name not in rows.features]
     if missing:
-        raise DataError(f"the data lack column(s) {', '.join(missing)}; they have {shorten(list(rows.features))}.")
+        raise DataError(f"the data lack column(s) {', '.join(missing)}. Columns: {shorten(list(rows.features))}.")
     column = predictor.task.state()["target"].get("column")
     order = range(len(rows))
     if column in rows.features:
-        seen: dict[Any, int] = {}
-        turns = []
+        counts: dict[Any, int] = {}
+        ranked = []
         for position, label in enumerate(arrow_column(rows, column).to_pylist()):
-            seen[label] = seen.get(label, -1) + 1
-            turns.append((seen[label], position))
-        order = [position for _, position in sorted(turns)]
+            counts[label] = counts.get(label, -1) + 1
+            ranked.append((counts[label], position))
+        order = [position for _, position in sorted(ranked)]
     rows = rows.select_columns(predictor.columns).select(list(order[:EXAMPLES]))
     if _takes_image(predictor):
         column, processor = predictor.columns[0], predictor.model.processor
@@ -293,6 +295,6 @@ def _chosen(rows: Dataset, predictor: Predictor) -> list[list[Any]]:
     return [list(values) for values in zip(*(rows[name] for name in predictor.columns), strict=True)]
 
 
-def _plain(text: str) -> str:
-    """Returns text that Markdown shows as it is."""
+def _escape(text: str) -> str:
+    """Returns text escaped for Markdown."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#+-!|$~" else c for c in text)

@@ -1,4 +1,4 @@
-"""Images against texts that training never saw: labels in words, or a query; for models with one space for both."""
+"""Zero-shot classification and text queries with image-text retrieval models (joint embedding space)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hftl.tasks.task import Task, input_column_types
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_AT_ONCE = 64
-"""Texts that go through the model at once."""
+_BATCH_SIZE = 64
+"""Texts per batch."""
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Texts in the space of a model.
+class TextEmbeddings:
+    """Embeddings of texts in the joint image-text space of a model.
 
     Attributes:
-        names: What each is called in the results.
-        embeddings: Of length 1 [texts, D] float64.
-        scale: What the model multiplies cosines by.
+        names: Name of each text in the results.
+        embeddings: L2-normalized embeddings [texts, D] float64.
+        scale: Logit scale of the model (inverse temperature of cosine similarities).
     """
 
     names: tuple[str, ...]
@@ -34,105 +34,110 @@ class Texts:
     scale: float
 
     def probabilities(self, image: Sequence[float]) -> list[float]:
-        """Returns the softmax over the texts of the scaled cosines with an image's embedding [D].
+        """Returns the softmax over texts of the scaled cosine similarities with an image embedding [D].
 
-        The same for a model trained by SigLIP: its bias is equal for all texts, so it changes nothing.
+        Also valid for SigLIP models, whose bias is equal for all texts and cancels in the softmax.
         """
         logits = self.scale * (self.embeddings @ np.asarray(image, np.float64))
-        shares = np.exp(logits - logits.max())
-        return (shares / shares.sum()).tolist()
+        exponentials = np.exp(logits - logits.max())
+        return (exponentials / exponentials.sum()).tolist()
 
 
 def prompts(labels: Sequence[str], template: str | None) -> list[str]:
-    """Returns the text for each label: the label itself, or the template with it in place of `{}`.
+    """Returns the prompt of each label: the label itself, or the template with `{}` replaced by the label.
 
     Raises:
-        DataError: There are fewer than two labels, one occurs twice or is empty, or the template has no `{}`.
+        DataError: There are fewer than two labels, a duplicate or empty label, or the template lacks `{}`.
     """
     if template is not None and "{}" not in template:
-        raise DataError(f"--template: '{template}' has no {{}}, where each label goes, such as 'a photo of a {{}}'.")
+        raise DataError(f"--template: '{template}' lacks {{}}. Pass a template such as 'a photo of a {{}}'.")
     if len(labels) < 2 or len(set(labels)) < len(labels) or not all(label.strip() for label in labels):
-        raise DataError(f"--labels: give two different labels at least, none of them empty; there are {list(labels)}.")
+        raise DataError(f"--labels: {list(labels)} is invalid. Pass at least two distinct, non-empty labels.")
     return [label if template is None else template.replace("{}", label) for label in labels]
 
 
-def embed_texts(model: TaskModel, task: Task, texts: Sequence[str], names: Sequence[str], longest: int | None) -> Texts:
-    """Returns texts in the space that the model has for images and texts.
+def embed_texts(
+    model: TaskModel, task: Task, texts: Sequence[str], names: Sequence[str], max_length: int | None
+) -> TextEmbeddings:
+    """Returns text embeddings in the joint image-text space of a model.
 
     Args:
-        model: In eval mode.
-        task: The model's.
-        texts: What is compared with images.
-        names: What each is called.
-        longest: `data.max_length` of the run that trained the model.
+        model: Model in eval mode.
+        task: Task of the model.
+        texts: Texts to embed.
+        names: Name of each text in the results.
+        max_length: `data.max_length` of the training run, in tokens.
 
     Raises:
-        DataError: The model has no such space.
+        DataError: The model has no joint image-text space.
     """
     import torch
     from accelerate.utils import send_to_device
     from datasets import Dataset
 
     if not getattr(task, "zero_shot", False):
-        named = task.name.replace("_", " ")
         raise DataError(
-            f"labels and queries are for models that compare images with texts (image text retrieval); this one is for "
-            f"{named}."
+            "predict: labels and queries need an image-text retrieval model; the task of this model is "
+            f"{task.name.replace('_', ' ')}."
         )
     column = next(name for name, kind in input_column_types(task).items() if kind == "text")
-    rows = task.encode(Dataset.from_dict({column: list(texts)}), model.processor, None, longest)
-    found = []
+    rows = task.encode(Dataset.from_dict({column: list(texts)}), model.processor, None, max_length)
+    outputs = []
     with torch.no_grad():
-        for start in range(0, len(rows), _AT_ONCE):
-            examples = rows.fetch(list(range(start, min(start + _AT_ONCE, len(rows)))), 0)
+        for start in range(0, len(rows), _BATCH_SIZE):
+            examples = rows.fetch(list(range(start, min(start + _BATCH_SIZE, len(rows)))), 0)
             inputs: Any = send_to_device(task.collate(examples)["inputs"], next(model.parameters()).device)
-            found.append({name: value.double().cpu().numpy() for name, value in model(inputs).items()})
-    embeddings = np.concatenate([part["text_embeds"] for part in found])
-    return Texts(tuple(names), embeddings, float(found[0]["logit_scale"][0]))
+            outputs.append({name: value.double().cpu().numpy() for name, value in model(inputs).items()})
+    embeddings = np.concatenate([batch["text_embeds"] for batch in outputs])
+    return TextEmbeddings(tuple(names), embeddings, float(outputs[0]["logit_scale"][0]))
 
 
-def images_alone(task: Task, rows: Dataset) -> Dataset:
-    """Returns the images of some rows without what else the model could read.
+def select_images(task: Task, rows: Dataset) -> Dataset:
+    """Returns rows with the image column only.
 
     Raises:
-        DataError: There are none.
+        DataError: The rows or the task have no image column.
     """
     column = next((name for name, kind in input_column_types(task).items() if kind == "image"), None)
     if column is None or column not in rows.column_names:
-        raise DataError("labels and queries are compared with images; give images, not texts.")
+        raise DataError("predict: labels and queries need images as input. Pass images, not texts.")
     return rows.select_columns([column])
 
 
-class Labelled:
-    """Passes on rows with the nearest label of each image in place of its embedding."""
+class LabelWriter:
+    """Writer that replaces image embeddings by the zero-shot prediction."""
 
-    def __init__(self, writer: Any, texts: Texts) -> None:
+    def __init__(self, writer: Any, texts: TextEmbeddings) -> None:
         self.writer, self.texts = writer, texts
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Adds `prediction`, `confidence` and `probabilities`, in the order of the labels."""
+        """Adds `prediction`, `confidence` and `probabilities` (in the order of the labels) to each row."""
         out = []
         for row in rows:
-            shares = self.texts.probabilities(row["embedding"])
-            best = int(np.argmax(shares))
-            said = {"prediction": self.texts.names[best], "confidence": shares[best], "probabilities": shares}
-            out.append({name: value for name, value in row.items() if name != "embedding"} | said)
+            probabilities = self.texts.probabilities(row["embedding"])
+            best = int(np.argmax(probabilities))
+            prediction = {
+                "prediction": self.texts.names[best],
+                "confidence": probabilities[best],
+                "probabilities": probabilities,
+            }
+            out.append({name: value for name, value in row.items() if name != "embedding"} | prediction)
         self.writer.write(out)
 
     def close(self) -> None:
-        """Finishes the table."""
+        """Closes the underlying writer."""
         self.writer.close()
 
 
-class Ranked:
-    """Passes on rows in the order of their images' cosine with one text, when all have come."""
+class RankWriter:
+    """Writer that ranks images by cosine similarity to one text."""
 
-    def __init__(self, writer: Any, texts: Texts) -> None:
+    def __init__(self, writer: Any, texts: TextEmbeddings) -> None:
         self.writer, self.texts = writer, texts
         self.rows: list[dict[str, Any]] = []
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Takes the cosine of each image."""
+        """Collects rows and the cosine similarity of each image."""
         for row in rows:
             cosine = float(self.texts.embeddings[0] @ np.asarray(row["embedding"], np.float64))
             self.rows.append(
@@ -140,6 +145,6 @@ class Ranked:
             )
 
     def close(self) -> None:
-        """Writes the rows, the nearest first."""
+        """Writes the collected rows by descending similarity, and closes the underlying writer."""
         self.writer.write(sorted(self.rows, key=lambda row: -row["similarity"]))
         self.writer.close()

@@ -1,1 +1,1 @@
-"""Step plan, data loader and its workers."""
+"""Data loading: step plan, batch samplers, data loader and worker processes."""

@@ -1,4 +1,4 @@
-"""Which rows go into which batch, on which process. Order is a pure function of (seed, epoch); see `train_batches`."""
+"""Data loader and batch samplers; the order of training rows is a pure function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -18,55 +18,62 @@ if TYPE_CHECKING:
 
 Example = dict[str, Any]
 Key = tuple[int, int, float]
-"""(epoch, row, weight): the weight is the row's share in its batch's loss; 0 marks a filler row."""
+"""(epoch, row, weight): weight of the row in the loss of its batch; 0 for padding rows."""
 _SORT_WINDOW = 50
-"""Batches whose rows are sorted together by length: large enough to save padding, small enough to stay random."""
+"""Number of batches sorted together by length; a compromise between less padding and randomness."""
 
 
 class Examples(Protocol):
-    """Rows of one split, ready to be turned into examples."""
+    """Encoded rows of one split."""
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """Size of each row [N] when rows of like size should share a batch, else None."""
+        """Sizes of the rows [N] for batching by length, or None."""
         ...
 
     def __len__(self) -> int: ...
 
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
-        """Returns the examples of `rows`; anything random in them depends on (seed, epoch, row) alone."""
+        """Returns the examples of `rows`; random values in them depend only on (seed, epoch, row)."""
         ...
 
 
 @dataclass(frozen=True)
 class Share:
-    """How the rows of a step are divided: over `world` processes, of which this is `rank`."""
+    """Distribution of the rows of a step over processes and micro-batches.
+
+    Attributes:
+        rank: Rank of this process.
+        world: Number of processes.
+        batch_size: Rows per micro-batch and process.
+        accumulation: Micro-batches per step and process.
+        step_rows: Rows per step, if fewer than batch_size x accumulation x world.
+    """
 
     rank: int
     world: int
     batch_size: int
     accumulation: int = 1
     step_rows: int | None = None
-    """Rows of one step where they are fewer than batches x accumulation x processes hold."""
 
     @property
     def effective_batch(self) -> int:
-        """Rows of one step, at most."""
+        """Maximum number of rows per step."""
         return self.step_rows or self.batch_size * self.accumulation * self.world
 
 
 def steps_per_epoch(rows: int, share: Share) -> int:
-    """Returns the number of steps in which every training row is seen once."""
+    """Returns the number of steps per epoch (one pass over `rows` training rows)."""
     return -(-rows // share.effective_batch)
 
 
 def train_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int, epoch: int) -> Iterator[list[Key]]:
-    """Yields this process's micro-batches of one epoch, `share.accumulation` for every step.
+    """Yields the micro-batches of this process in one epoch, `share.accumulation` per step.
 
-    Which rows form a step depends on (seed, epoch, effective batch) alone: any split of an equal product
-    batch x accumulation x processes trains on the same rows in the same steps. The steps of an epoch
-    differ by one row at most, so there is no small last batch to upset gradients or batch statistics.
-    Each row weighs 1 / rows in its step, so summed losses are the mean over the whole step.
+    The rows of a step depend only on (seed, epoch, effective batch): all combinations with the same product
+    batch size x accumulation x processes train on the same rows in the same steps. Steps of an epoch differ by one row
+    at most; a small last batch would distort gradients and batch statistics. Each row has weight 1 / rows of its step,
+    so summed losses are the mean over the step.
     """
     import numpy as np
 
@@ -76,8 +83,8 @@ def train_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int
     if lengths is not None:
         window = share.effective_batch * _SORT_WINDOW
         for start in range(0, rows, window):
-            part = order[start : start + window]
-            order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
+            chunk = order[start : start + window]
+            order[start : start + window] = chunk[np.argsort(lengths[chunk], kind="stable")]
     groups = np.array_split(order, steps)
     if lengths is not None:
         groups = [groups[i] for i in rng.permutation(steps)]
@@ -85,12 +92,12 @@ def train_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int
         weight = 1.0 / len(group)
         slots = np.array_split(group, share.accumulation * share.world)
         for slot in slots[share.rank :: share.world]:
-            # every process takes as many micro-batches; an empty one holds a row that counts nothing
+            # all processes have the same number of micro-batches; empty ones get a padding row of weight 0
             yield [(epoch, int(row), weight) for row in slot] or [(epoch, int(group[0]), 0.0)]
 
 
 def step_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int, steps: range) -> Iterator[list[Key]]:
-    """Yields this process's micro-batches of some steps, counted from the beginning of training."""
+    """Yields the micro-batches of this process in `steps`, counted from the start of training."""
     per_epoch = steps_per_epoch(rows, share)
     for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
         first, last = (min(max(step - epoch * per_epoch, 0), per_epoch) for step in (steps.start, steps.stop))
@@ -99,11 +106,10 @@ def step_batches(rows: int, lengths: np.ndarray | None, share: Share, seed: int,
 
 
 def eval_batches(rows: int, lengths: np.ndarray | None, share: Share) -> Iterator[list[Key]]:
-    """Yields this process's batches of one pass over all rows, as many as every other process does.
+    """Yields the batches of this process in one pass over all rows; the same number on all processes.
 
-    The batches are the same on any number of processes, only shared out differently, so that outputs are
-    bitwise the same too. Rows of like length share a batch within windows, so memory stays bounded when
-    outputs are put back in order.
+    The batches are identical for any number of processes, so outputs are bitwise identical as well. Rows are sorted by
+    length only within windows, which bounds the memory for restoring the order of outputs.
     """
     import numpy as np
 
@@ -118,7 +124,7 @@ def eval_batches(rows: int, lengths: np.ndarray | None, share: Share) -> Iterato
                 yield [(0, int(row), 1.0) for row in order[first : first + share.batch_size]]
             turn += 1
     if rows and turn % share.world and share.rank >= turn % share.world:
-        yield [(0, 0, 0.0)]  # collectives need equal counts on all processes: a row that counts nothing
+        yield [(0, 0, 0.0)]  # collectives need equal counts on all processes: padding row of weight 0
 
 
 def make_loader(
@@ -130,29 +136,29 @@ def make_loader(
     num_workers: int,
     timeout: float = 0.0,
 ) -> Batches:
-    """Returns task batches with `index` [B] int64 and `weight` [B] float32 added; to be used in a `with` block.
+    """Returns a loader of task batches with `index` [B] int64 and `weight` [B] float32 added; a context manager.
 
     Args:
-        rows: The split.
-        batches: Returns the batches of a pass; may be called more often than passes are made.
-        collate: Examples -> batch of tensors, from the task.
-        device: Device type that batches go to (`cpu`, `cuda`, …).
-        num_workers: Processes that prepare batches.
-        timeout: Seconds without a batch after which such a process is taken for hung; 0 waits for ever.
+        rows: Encoded rows of a split.
+        batches: Returns the keys of all batches of one pass; may be called more often than there are passes.
+        collate: Collate function of the task: examples -> batch of tensors.
+        device: Device type of the batches (`cpu`, `cuda`, …).
+        num_workers: Number of worker processes.
+        timeout: Seconds without a batch after which a worker counts as hung; 0 disables it.
 
     Raises:
-        HftlError: While iterating: a row cannot be used. The same error with any number of workers.
+        HftlError: During iteration: a row is invalid. The error is the same for any number of workers.
     """
     import torch
     from torch.utils.data import DataLoader
 
-    passes = _Passes(batches)
+    sampler = _BatchSampler(batches)
 
-    def make() -> DataLoader[dict[str, Any]]:
+    def create_loader() -> DataLoader[dict[str, Any]]:
         return DataLoader(
-            _Fetching(rows),  # pyright: ignore[reportArgumentType]  torch needs no base class
-            batch_sampler=passes,
-            collate_fn=_Collating(collate),
+            _BatchedDataset(rows),  # pyright: ignore[reportArgumentType]  torch needs no base class
+            batch_sampler=sampler,
+            collate_fn=_Collate(collate),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=device == "cuda",
@@ -161,18 +167,18 @@ def make_loader(
             generator=torch.Generator().manual_seed(0),
         )
 
-    return Batches(make, passes.handed, num_workers, timeout)
+    return Batches(create_loader, sampler.in_flight, num_workers, timeout)
 
 
 def default_workers(modality: str, device: str, processes: int) -> int:
-    """Returns how many loader processes pay off: on a CPU the cores are busy with the model."""
+    """Returns the default number of loader workers per process: 0 on a CPU, whose cores run the model."""
     if device == "cpu" or modality == "text":
         return 0
     return min(8, (os.cpu_count() or 1) // processes)
 
 
-class _Collating:
-    """The task's collate, with row numbers and weights added; a class, because workers may have to be sent it."""
+class _Collate:
+    """Collate function of the task, with row numbers and weights added; a class, so that it can be pickled."""
 
     def __init__(self, collate: Callable[[list[Example]], dict[str, Any]]) -> None:
         self.collate = collate
@@ -188,21 +194,21 @@ class _Collating:
         return batch
 
 
-class _Passes:
-    """A batch sampler that asks for its batches anew on every pass, and notes the rows that go out."""
+class _BatchSampler:
+    """Batch sampler that requests new batches in every pass and records the rows of batches in flight."""
 
     def __init__(self, batches: Callable[[], Iterator[list[Key]]]) -> None:
         self.batches = batches
-        self.handed: deque[list[int]] = deque()
+        self.in_flight: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[list[Key]]:
         for keys in self.batches():
-            self.handed.append([row for _, row, _ in keys])
+            self.in_flight.append([row for _, row, _ in keys])
             yield keys
 
 
-class _Fetching:
-    """Map-style view of `Examples` that fetches a whole batch at once (torch calls `__getitems__`)."""
+class _BatchedDataset:
+    """Map-style dataset over `Examples` that fetches whole batches (torch calls `__getitems__`)."""
 
     def __init__(self, rows: Examples) -> None:
         self.rows = rows
@@ -214,4 +220,4 @@ class _Fetching:
         try:
             return list(zip(keys, self.rows.fetch([row for _, row, _ in keys], keys[0][0]), strict=True))
         except HftlError as error:
-            return error  # sent like a batch, and raised by `Batches`: torch would bury it in a worker's traceback
+            return error  # returned as a batch and raised by `Batches`; torch would wrap it in a worker traceback

@@ -1,4 +1,4 @@
-"""What happens when in a training, known before its first step."""
+"""Step plan: number of steps, rows per step and evaluation interval of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What happens when; everything is counted in steps."""
+    """Step plan of a run.
+
+    Attributes:
+        share: Distribution of the rows of a step.
+        epoch_steps: Steps per epoch.
+        total: Number of steps of the run.
+        eval_steps: Steps between evaluations.
+    """
 
     share: Share
     epoch_steps: int
@@ -25,9 +32,15 @@ class StepPlan:
 
 
 def make_step_plan(accelerator: Accelerator, run: RunConfig, rows: int, earlier: dict[str, Any] | None) -> StepPlan:
-    """Returns the plan of a training, and says it.
+    """Returns and logs the step plan.
 
-    A training that goes on keeps the rows of each step. On fewer processes they make more micro-batches.
+    A resumed run keeps the rows of each step; on fewer processes, it uses more micro-batches.
+
+    Args:
+        accelerator: Accelerator of the run.
+        run: Run configuration.
+        rows: Number of training rows.
+        earlier: Checkpoint metadata of a resumed run, else None.
     """
     config, world = run.train, accelerator.num_processes
     batch, accumulation = config.batch_size_per_device, config.gradient_accumulation_steps
@@ -37,7 +50,7 @@ def make_step_plan(accelerator: Accelerator, run: RunConfig, rows: int, earlier:
     total = config.max_steps or math.ceil(epoch_steps * (config.num_epochs or 1))
     eval_steps = config.eval_steps or epoch_steps
     log(
-        f"fit: {total} steps of {step_rows} rows at most ({batch} x {world} process(es) x {share.accumulation}), "
-        f"{epoch_steps} an epoch; evaluation every {eval_steps}"
+        f"train: {total} steps, {epoch_steps} per epoch; batch {step_rows} ({batch} per device x {world} process(es) x "
+        f"{share.accumulation} accumulation); evaluation every {eval_steps}"
     )
     return StepPlan(share, epoch_steps, total, eval_steps)

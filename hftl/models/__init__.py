@@ -1,1 +1,1 @@
-"""From a name to a model that knows its backbone from its head."""
+"""Model families: pretrained networks with a new head, split into backbone and head."""

@@ -1,4 +1,4 @@
-"""The one place a name becomes a model."""
+"""Entry points of the model families: build, check by name, and open a saved model."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ FAMILIES: dict[str, str] = {
     "ImageTextForClassification": "hftl.models.image_text_model",
     "ImageTextDualEncoder": "hftl.models.image_text_model",
 }
-"""`HeadSpec.model_class` -> the module that builds it; auto classes of transformers are built by the one for text.
+"""Module of each `HeadSpec.model_class`; transformers auto classes not listed here use `hftl.models.text_model`.
 
-Each module has `build(run, spec)`, `open_saved(folder, spec)` and `name_problem(config)`; it may have
-`spec_problem(config, spec)`.
+Each module defines `build(run, spec)`, `open_saved(folder, spec)` and `name_problem(config)`; `spec_problem(config,
+spec)` is optional.
 """
 
 
 def build_model(run: RunConfig, spec: HeadSpec) -> TaskModel:
-    """Returns the pretrained model that `run.model` names, with the head that a task asks for.
+    """Builds the pretrained model `run.model.name` with a new head.
 
     Args:
         run: Uses `run.model`, and `run.data.augment` for the training transform of images.
-        spec: The task's `head`.
+        spec: Head of the task.
 
     Raises:
         ModelError: The name is unknown, or the weights cannot be loaded.
     """
     model: TaskModel = _family(spec.model_class).build(run, spec)
     add_scale(model, spec)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    new = sum(parameter.numel() for parameter in model.head_parameters())
-    start = "pretrained" if run.model.pretrained else "random weights"
+    total = sum(parameter.numel() for parameter in model.parameters())
+    in_head = sum(parameter.numel() for parameter in model.head_parameters())
+    weights = "pretrained" if run.model.pretrained else "random weights"
     log(
-        f"model: {run.model.name} ({start}), {parameters:,} parameters; "
-        f"new head: {', '.join(model.head_modules) or 'none'} ({new:,})"
+        f"model: {run.model.name} ({weights}), {total:,} parameters; "
+        f"new head: {', '.join(model.head_modules) or 'none'} ({in_head:,})"
     )
     return model
 
 
 def model_name_problem(config: ModelConfig, model_class: str) -> str | None:
-    """Returns what is wrong with the names of models for a class, seen without building anything; None if nothing."""
+    """Returns an error message if the model name is invalid for a model class, else None. Builds nothing."""
     return _family(model_class).name_problem(config)
 
 
 def model_problem(config: ModelConfig, spec: HeadSpec) -> str | None:
-    """Returns what is wrong with a model for what a task asks for, where its family can say so; None if nothing."""
+    """Returns an error message if the model does not fit the head, as far as its family checks this, else None."""
     check = getattr(_family(spec.model_class), "spec_problem", None)
     return check(config, spec) if check is not None else None
 
@@ -68,7 +68,7 @@ def _family(model_class: str) -> Any:
 
 
 def trust_problems(run: RunConfig) -> list[str]:
-    """Returns what is wrong with the settings of trust in code that a model brings along."""
+    """Returns an error message for each invalid combination of `model.trust_remote_code` and `model.revision`."""
     from hftl.models.remote_code import trust_problem
 
     problem = trust_problem(run.model) if run.model.name else None
@@ -76,23 +76,23 @@ def trust_problems(run: RunConfig) -> list[str]:
 
 
 def build_on_meta(run: RunConfig, spec: HeadSpec) -> TaskModel:
-    """Returns the network without weights (on torch's meta device), for checks that need only its module names."""
+    """Builds the model on torch's meta device, without weights, for checks of module names and shapes."""
     from dataclasses import replace
 
     import torch
 
-    bare = replace(run, model=replace(run.model, pretrained=False))
+    untrained = replace(run, model=replace(run.model, pretrained=False))
     with torch.device("meta"):
-        return build_model(bare, spec)
+        return build_model(untrained, spec)
 
 
 def open_model(folder: Path, spec: HeadSpec, classic: bool = False) -> TaskModel:
-    """Returns a model that hftl saved, head and all, ready for evaluation.
+    """Loads a saved model with its head, in eval mode.
 
     Args:
-        folder: What `TaskModel.save` wrote.
-        spec: The head that was asked for when it was built.
-        classic: Whether a classic head stands beside the network (`hftl.heads.sklearn_head`).
+        folder: Written by `TaskModel.save`.
+        spec: Head that the model was built with.
+        classic: Whether `folder` also contains a scikit-learn head (`hftl.heads.sklearn_head`).
 
     Raises:
         ArtifactError: The folder is incomplete or damaged.
@@ -104,5 +104,5 @@ def open_model(folder: Path, spec: HeadSpec, classic: bool = False) -> TaskModel
     except ArtifactError:
         raise
     except Exception as error:
-        raise ArtifactError(f"{folder} does not open: {type(error).__name__}: {error}") from error
+        raise ArtifactError(f"{folder}: cannot be loaded: {type(error).__name__}: {error}") from error
     return model.eval()

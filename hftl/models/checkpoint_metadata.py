@@ -1,4 +1,4 @@
-"""What stands beside a text checkpoint: how it pools, its license; in a folder or on the hub."""
+"""Metadata files of a text checkpoint, in a folder or on the Hub: pooling, model card, JSON files."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from hftl.hub_client import cached_commit
 from hftl.models.task_model import Source
 
 
-def pooling_of(config: ModelConfig) -> tuple[str, str]:
-    """Returns how features are read (`stock`, `cls` or `mean`), and why."""
+def resolve_pooling(config: ModelConfig) -> tuple[str, str]:
+    """Returns the pooling of token features (`default`, `cls` or `mean`) and the reason for this choice."""
     if config.pooling != "auto":
         return config.pooling, "model.pooling"
-    declared = read_json(config, "1_Pooling/config.json")
-    if declared is None:
-        return "default", "the checkpoint does not say how it pools"
-    mode = declared.get("pooling_mode")
-    if declared.get("pooling_mode_mean_tokens") or mode == "mean":
-        return "mean", "the checkpoint's 1_Pooling says so"
-    if declared.get("pooling_mode_cls_token") or mode == "cls":
-        return "cls", "the checkpoint's 1_Pooling says so"
-    return "default", "the checkpoint's 1_Pooling names a way that hftl does not have"
+    pooling_config = read_checkpoint_json(config, "1_Pooling/config.json")
+    if pooling_config is None:
+        return "default", "no 1_Pooling in the checkpoint"
+    mode = pooling_config.get("pooling_mode")
+    if pooling_config.get("pooling_mode_mean_tokens") or mode == "mean":
+        return "mean", "from 1_Pooling of the checkpoint"
+    if pooling_config.get("pooling_mode_cls_token") or mode == "cls":
+        return "cls", "from 1_Pooling of the checkpoint"
+    return "default", "1_Pooling of the checkpoint has an unsupported mode"
 
 
-def read_json(config: ModelConfig, file: str) -> dict[str, Any] | None:
-    """Returns the object in a JSON file beside the checkpoint, or None where there is none."""
-    path = file_beside(config, file)
-    found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-    return found if isinstance(found, dict) else None
+def read_checkpoint_json(config: ModelConfig, file: str) -> dict[str, Any] | None:
+    """Returns the object in a JSON file of the checkpoint; None if the file is missing or holds another type."""
+    path = checkpoint_file(config, file)
+    content = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    return content if isinstance(content, dict) else None
 
 
-def file_beside(config: ModelConfig, file: str) -> str | None:
-    """Returns the path of a file beside the checkpoint, or None where there is none."""
+def checkpoint_file(config: ModelConfig, file: str) -> str | None:
+    """Returns the local path of a file of the checkpoint, downloaded if needed; None if it is missing."""
     from transformers.utils import cached_file
 
     return cached_file(
@@ -49,33 +49,33 @@ def file_beside(config: ModelConfig, file: str) -> str | None:
 
 
 def name_problem(config: ModelConfig) -> str | None:
-    """Returns what is wrong with a checkpoint name that needs no network to see; None if nothing."""
+    """Returns an error message if the checkpoint name is invalid, else None. Uses no network."""
     name = config.name
     path = Path(name).expanduser()
     if path.is_dir():
-        return None if (path / "config.json").is_file() else f"model.name: '{name}' is a folder without config.json."
+        return None if (path / "config.json").is_file() else f"model.name: folder '{name}' has no config.json."
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        return f"model.name: the folder '{name}' does not exist.{nearest(path.name, siblings)}"
+        return f"model.name: folder '{name}' does not exist.{nearest(path.name, siblings)}"
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        return f"model.name: '{name}' is neither a folder nor a hub id: {error}"
+        return f"model.name: '{name}' is neither a folder nor a repo id: {error}"
     return None
 
 
-def source_of(config: ModelConfig) -> Source:
-    """Returns where the checkpoint came from, with what its card says of license and language."""
+def checkpoint_source(config: ModelConfig) -> Source:
+    """Returns the origin of the checkpoint, with license and language from its model card."""
     from huggingface_hub import ModelCard
 
     hub_id = None if Path(config.name).expanduser().is_dir() else config.name
     revision = config.revision or (cached_commit(hub_id, None) if hub_id else None)
-    card = file_beside(config, "README.md")
+    card = checkpoint_file(config, "README.md")
     try:
-        said = ModelCard.load(card).data.to_dict() if card else {}
-    except ValueError:  # a card that does not parse says nothing
-        said = {}
-    license = said.get("license") if isinstance(said.get("license"), str) else None
-    return Source(config.name, revision, config.pretrained, "transformers", hub_id, license, said.get("language"))
+        metadata = ModelCard.load(card).data.to_dict() if card else {}
+    except ValueError:  # the metadata block of the card is invalid
+        metadata = {}
+    license = metadata.get("license") if isinstance(metadata.get("license"), str) else None
+    return Source(config.name, revision, config.pretrained, "transformers", hub_id, license, metadata.get("language"))

@@ -1,4 +1,4 @@
-"""Where the two encoders of an image-text model come from: their names, their weights, what is recorded of them."""
+"""Encoders of image-text models: validation of names, loading of the text encoder, model configuration."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from hftl.errors import HftlError, ModelError, first_line, shorten
 from hftl.logging import log
 from hftl.models import timm_files
 from hftl.models.checkpoint_metadata import name_problem as text_name_problem
-from hftl.models.checkpoint_metadata import pooling_of, read_json
+from hftl.models.checkpoint_metadata import read_checkpoint_json, resolve_pooling
 from hftl.models.remote_code import check_files
 from hftl.models.task_model import HeadSpec
 from hftl.models.text_model import set_dropout
 from hftl.models.timm_files import data_config_of
 
-_NOT_OF_BACKBONE = ("id2label", "label2id", "architectures", "auto_map", "problem_type")
+_HEAD_KEYS = ("id2label", "label2id", "architectures", "auto_map", "problem_type")
 
 
 def name_problem(config: ModelConfig) -> str | None:
-    """Returns what is wrong with the names of both encoders, seen without building anything; None if nothing.
+    """Returns an error message if an encoder name is invalid, else None. Builds nothing.
 
-    Where only one is named, it depends on the data which one that is: see `spec_problem`.
+    If `model.text_name` is empty, the data decide whether `model.name` is the image or the text encoder: see
+    `spec_problem`.
     """
     return (timm_files.name_problem(config) or _text_problem(config)) if config.text_name else None
 
 
 def spec_problem(config: ModelConfig, spec: HeadSpec) -> str | None:
-    """Returns what is wrong with the names for what the data hold; None if nothing."""
+    """Returns an error message if the encoder names or settings do not fit the data, else None."""
     has_image, has_text = has_inputs(spec)
-    lacking = spec.options.get("incomplete", {})
-    if lacking and not config.modality_dropout:
-        counts = " and ".join(f"{count} row(s) without {what}" for what, count in lacking.items())
+    incomplete_rows = spec.options.get("incomplete", {})
+    if incomplete_rows and not config.modality_dropout:
+        counts = " and ".join(f"{count} row(s) without {modality}" for modality, count in incomplete_rows.items())
         return (
-            f"model.modality_dropout: the data have {counts}; a model learns to do without where it is above 0: say "
-            "--model.modality_dropout 0.2, or leave these rows out."
+            f"model.modality_dropout: 0, but the data have {counts}. Set --model.modality_dropout 0.2 to train with "
+            "missing modalities, or remove these rows."
         )
     if has_image and has_text and not config.text_name:
         return (
-            "model.text_name is empty: model.name is the image encoder; say which checkpoint reads the texts, "
-            "--model.text_name ID or FOLDER, or leave the column out with --data.ignore_columns."
+            "model.text_name: is empty, but the data have texts and images; model.name is the image encoder. Set "
+            "--model.text_name ID or FOLDER for the text encoder, or exclude the texts with --data.ignore_columns."
         )
     if has_text and not has_image:
         return _text_problem(config)
@@ -48,7 +49,7 @@ def spec_problem(config: ModelConfig, spec: HeadSpec) -> str | None:
 
 
 def has_inputs(spec: HeadSpec) -> tuple[bool, bool]:
-    """Whether the data hold images and texts."""
+    """Whether the data contain images, and whether they contain texts."""
     return spec.options.get("image", True), spec.options.get("text", True)
 
 
@@ -58,23 +59,30 @@ def _text_problem(config: ModelConfig) -> str | None:
 
 
 def text_config(config: ModelConfig) -> ModelConfig:
-    """Returns the text encoder as a model of its own. Code that a repository brings cannot go where our model goes."""
+    """Returns the configuration of the text encoder as a separate model, without trust in remote code.
+
+    Remote code is never trusted here, because it is not saved with the image-text model.
+    """
     return replace(config, name=config.text_name or config.name, trust_remote_code=False)
 
 
-def text_encoder(config: ModelConfig) -> tuple[Any, str]:
-    """Returns the text encoder without a pooler, and how its tokens are pooled."""
+def build_text_encoder(config: ModelConfig) -> tuple[Any, str]:
+    """Loads the text encoder without its pooler, and returns it with the pooling of its tokens (`mean` or `cls`).
+
+    Raises:
+        ModelError: The checkpoint is missing, unsafe, or lacks weights.
+    """
     from transformers import AutoConfig, AutoModel
 
-    of_text = text_config(config)
-    name = of_text.name
-    options: dict[str, Any] = {"revision": of_text.revision, "trust_remote_code": False}
+    encoder_config = text_config(config)
+    name = encoder_config.name
+    options: dict[str, Any] = {"revision": encoder_config.revision, "trust_remote_code": False}
     try:
-        check_files(of_text, lambda file: read_json(of_text, file))
-        pooling, why = pooling_of(of_text)
+        check_files(encoder_config, lambda file: read_checkpoint_json(encoder_config, file))
+        pooling, reason = resolve_pooling(encoder_config)
         if pooling == "default":
-            pooling, why = "mean", f"{why}; model.pooling cls is the other way"
-        log(f"model: text features of {name} by {pooling} ({why})")
+            pooling, reason = "mean", f"{reason}; alternative: model.pooling cls"
+        log(f"model: text encoder {name}: {pooling} pooling ({reason})")
         net_config = AutoConfig.from_pretrained(name, **options)
         if config.dropout is not None:
             set_dropout(net_config, config.dropout)
@@ -83,9 +91,9 @@ def text_encoder(config: ModelConfig) -> tuple[Any, str]:
         else:
             options |= {"config": net_config, "use_safetensors": True, "output_loading_info": True}
             net, info = AutoModel.from_pretrained(name, **options)
-            lost = [key for key in info["missing_keys"] if "pooler" not in key]
-            if lost:
-                raise ModelError(f"model.text_name: '{name}' lacks weights of its encoder: {shorten(sorted(lost), 4)}.")
+            missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+            if missing:
+                raise ModelError(f"model.text_name: '{name}' lacks weights of its encoder: {shorten(missing, 4)}.")
     except HftlError as error:
         raise ModelError(*(problem.replace("model.name:", "model.text_name:") for problem in error.problems)) from error
     except (OSError, ValueError, KeyError) as error:
@@ -97,29 +105,37 @@ def text_encoder(config: ModelConfig) -> tuple[Any, str]:
     return net.float(), pooling
 
 
-def configuration(run: RunConfig, spec: HeadSpec, image: Any, text: Any, pooling: str) -> Any:
-    """Returns the configuration of the class that `spec` names, with these encoders (None where there is none)."""
+def build_config(run: RunConfig, spec: HeadSpec, image: Any, text: Any, pooling: str) -> Any:
+    """Returns the configuration of the class `spec.model_class`.
+
+    Args:
+        run: Uses `run.model`.
+        spec: Head of the task.
+        image: timm image encoder; None without images.
+        text: transformers text encoder; None without texts.
+        pooling: Pooling of token features, `mean` or `cls`.
+    """
     from hftl.models import modeling_image_text
 
-    kind = getattr(modeling_image_text, spec.model_class).config_class
-    config, vision, backbone = run.model, None, None
+    config_class = getattr(modeling_image_text, spec.model_class).config_class
+    config, vision, text_encoder_config = run.model, None, None
     if image is not None:
-        data = data_config_of(image, config.image_size)
+        data_config = data_config_of(image, config.image_size)
         vision = {
             "architecture": image.pretrained_cfg["architecture"],
             "arguments": image.hftl_build_args,
-            "data": {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()},
+            "data": {key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()},
         }
     if text is not None:
-        backbone = {key: value for key, value in text.config.to_dict().items() if key not in _NOT_OF_BACKBONE}
-    labels = dict(enumerate(spec.labels))
-    names: dict[str, Any] = {"num_labels": spec.num_outputs}
-    if labels:
-        names = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-    chosen = {key: spec.options[key] for key in ("numbers", "categories", "objective") if key in spec.options}
-    return kind(
+        text_encoder_config = {key: value for key, value in text.config.to_dict().items() if key not in _HEAD_KEYS}
+    id2label = dict(enumerate(spec.labels))
+    label_entries: dict[str, Any] = {"num_labels": spec.num_outputs}
+    if id2label:
+        label_entries = {"id2label": id2label, "label2id": {label: i for i, label in id2label.items()}}
+    data_entries = {key: spec.options[key] for key in ("numbers", "categories", "objective") if key in spec.options}
+    return config_class(
         vision=vision,
-        text=backbone,
+        text=text_encoder_config,
         pooling=pooling,
         fusion=config.fusion,
         fusion_dim=config.fusion_dim,
@@ -127,6 +143,6 @@ def configuration(run: RunConfig, spec: HeadSpec, image: Any, text: Any, pooling
         modality_dropout=config.modality_dropout,
         projection_dim=config.projection_dim,
         problem_type=spec.problem_type,
-        **chosen,
-        **names,
+        **data_entries,
+        **label_entries,
     )

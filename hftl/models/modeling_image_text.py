@@ -1,10 +1,10 @@
-"""An image encoder of timm and a text encoder of transformers, joined: a classifier, and a dual encoder.
+"""Image-text models with a timm image encoder and a transformers text encoder: a classifier and a dual encoder.
 
-This file and its heads need torch, timm and transformers only. They travel with every saved model, so that
-`AutoModel.from_pretrained(folder, trust_remote_code=True)` opens it anywhere.
+This file and `image_text_heads` need torch, timm and transformers only. They are saved with every model, so that
+`AutoModel.from_pretrained(folder, trust_remote_code=True)` loads it without hftl.
 
-Shapes: B batch, C channels, H W height and width, T text tokens, S places of the image's feature map, D feature size,
-F width of the fusion, K outputs, P size of the shared space.
+Shapes: B batch size, C channels, H W height and width, T text tokens, S spatial positions of the feature map, D feature
+size, F fusion size, K outputs, P size of the shared space.
 """
 
 from dataclasses import dataclass
@@ -23,24 +23,27 @@ OBJECTIVES = ("infonce", "siglip")
 
 
 class ImageTextConfig(PreTrainedConfig):
-    """What the two encoders are and how they are joined.
+    """Configuration of both encoders and of the head.
 
     Args:
-        vision: `architecture` (timm), `arguments` for it, and `data`, its preprocessing (timm's data config); None
-            where there are no images.
-        text: The text encoder's own configuration; None where there are no texts.
-        pooling: How token features become one vector: `mean` or `cls`.
+        vision: `architecture` (timm), its `arguments`, and `data`, its preprocessing (timm's data config); None
+            without images.
+        text: Configuration of the text encoder; None without texts.
+        pooling: Pooling of token features: `mean` or `cls`.
         fusion: One of `FUSIONS` (classifier).
         fusion_dim: F, a multiple of 4.
         fusion_dropout: Dropout probability in the fusion.
-        modality_dropout: Share of the training rows that lose their image or their text.
-        numbers: `names`, and `mean` and `std` of the training rows, a list each, of the numeric columns.
-        categories: Values of each categorical column by its name; position i has id i + 1, and 0 is anything else.
+        modality_dropout: Probability of dropping the image or the text of a training row.
+        numbers: `names`, `mean` and `std` over the training rows, one list each, for the numeric columns.
+        categories: Values of each categorical column, by column name; the value at position i has id i + 1, any other
+            value has id 0.
         projection_dim: P (dual encoder).
-        objective: One of `OBJECTIVES`: which start the temperature has, and whether there is a bias (dual encoder).
+        objective: One of `OBJECTIVES`: selects the initial temperature and whether there is a bias (dual encoder).
     """
 
     model_type = "image_text"
+    # names of these settings in configs of earlier versions
+    attribute_map = {"fusion_size": "fusion_dim", "projection_size": "projection_dim"}
 
     def __init__(
         self,
@@ -72,16 +75,16 @@ class ImageTextConfig(PreTrainedConfig):
 
 
 class ImageTextDualConfig(ImageTextConfig):
-    """The same for the dual encoder: transformers' `AutoModel` knows a model by its configuration."""
+    """Configuration of the dual encoder: `AutoModel` maps each configuration class to one model class."""
 
     model_type = "image_text_dual"
 
-    def __init__(self, **kwargs):  # without one of its own, transformers would make a bare dataclass of it
+    def __init__(self, **kwargs):  # without __init__, transformers turns the class into a dataclass
         super().__init__(**kwargs)
 
 
 class ImageTextEncoders(PreTrainedModel):
-    """The two encoders, without a head: what both models share."""
+    """Base class of both models: the two encoders, without a head."""
 
     config_class = ImageTextConfig
     main_input_name = "pixel_values"
@@ -94,7 +97,7 @@ class ImageTextEncoders(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """See `PreTrainedModel.from_pretrained`; it leaves buffers empty that no checkpoint holds, as timm has some."""
+        """Loads like `PreTrainedModel.from_pretrained`, and fills timm's non-persistent buffers, left empty by it."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._fill_buffers()
         return loaded
@@ -103,7 +106,7 @@ class ImageTextEncoders(PreTrainedModel):
         vision = self.config.vision
         net = timm.create_model(vision["architecture"], pretrained=False, num_classes=0, **vision["arguments"])
         if not any(value.is_meta for value in net.parameters()):
-            for module in net.modules():  # timm's initialisation stays: transformers would draw it anew
+            for module in net.modules():  # keep timm's initialization, which transformers would overwrite
                 module._is_hf_initialized = True
         return net
 
@@ -111,19 +114,19 @@ class ImageTextEncoders(PreTrainedModel):
         options = dict(self.config.text)
         net = AutoModel.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
         if getattr(net, "pooler", None) is not None:
-            net.pooler = None  # unused here, and never trained in most checkpoints
+            net.pooler = None  # unused here, and untrained in most checkpoints
         return net
 
     def _fill_buffers(self):
         net = self.image_encoder
-        lacking = dict(net.named_buffers()).keys() - net.state_dict().keys() if net is not None else ()
-        if not lacking:
+        nonpersistent = dict(net.named_buffers()).keys() - net.state_dict().keys() if net is not None else ()
+        if not nonpersistent:
             return
         with torch.device("cpu"):
-            filled = dict(self._new_image_encoder().named_buffers())
-        own = dict(net.named_buffers())
-        for name in lacking:
-            own[name].copy_(filled[name])
+            initialized = dict(self._new_image_encoder().named_buffers())
+        buffers = dict(net.named_buffers())
+        for name in nonpersistent:
+            buffers[name].copy_(initialized[name])
 
     @property
     def image_size(self):
@@ -137,16 +140,16 @@ class ImageTextEncoders(PreTrainedModel):
 
     @property
     def vector_sizes(self):
-        """D of the image and of the text vectors; 0 where there is no such encoder."""
+        """D of the image vectors and of the text vectors; 0 without such an encoder."""
         image = self.image_size if self.image_encoder is not None else 0
         return [image, self.text_size if self.text_encoder is not None else 0]
 
     def encode(self, pixel_values=None, input_ids=None, attention_mask=None, token_type_ids=None, **kwargs):
-        """Returns the vectors of both encoders side by side [B, D + D'], what `forward` takes as `vectors`."""
-        found = [] if self.image_encoder is None else [self.encode_image(pixel_values)[0]]
+        """Returns the concatenated vectors of both encoders [B, D + D'], the `vectors` input of `forward`."""
+        vectors = [] if self.image_encoder is None else [self.encode_image(pixel_values)[0]]
         if self.text_encoder is not None:
-            found.append(self.encode_text(input_ids, attention_mask, token_type_ids)[0])
-        return torch.cat([part.float() for part in found], -1)
+            vectors.append(self.encode_text(input_ids, attention_mask, token_type_ids)[0])
+        return torch.cat([value.float() for value in vectors], -1)
 
     def encode_image(self, pixel_values):
         """Returns the vector [B, D] and the feature map as a sequence [B, S, D'] of images [B, C, H, W]."""
@@ -154,8 +157,8 @@ class ImageTextEncoders(PreTrainedModel):
         features = net.forward_features(pixel_values)
         vectors = net.forward_head(features, pre_logits=True).flatten(1)
         if features.ndim == 4:
-            last = getattr(net, "output_fmt", "NCHW") == "NHWC"
-            features = features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+            channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+            features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
         return vectors, features
 
     def encode_text(self, input_ids, attention_mask, token_type_ids=None):
@@ -163,14 +166,14 @@ class ImageTextEncoders(PreTrainedModel):
         inputs = {"attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
-        tokens = self.text_encoder(input_ids, **inputs).last_hidden_state  # peft's wrapper wants the first by position
+        tokens = self.text_encoder(input_ids, **inputs).last_hidden_state  # peft requires input_ids by position
         return (tokens[:, 0] if self.config.pooling == "cls" else masked_mean(tokens, attention_mask)), tokens
 
 
 class ImageTextForClassification(ImageTextEncoders):
-    """Image, text, numbers and categories -> fusion -> logits [B, K]; any of them may be missing in a row.
+    """Classifier or regressor on images, texts, numbers and categories; any of them may be missing in a row.
 
-    Regression is the same with `problem_type` `regression`, as in transformers.
+    As in transformers, `problem_type` selects classification, multi-label classification or regression.
     """
 
     def __init__(self, config):
@@ -197,25 +200,26 @@ class ImageTextForClassification(ImageTextEncoders):
         labels=None,
         **kwargs,
     ):
-        """Returns logits [B, K], and the mean loss where labels are given.
+        """Returns logits [B, K], and the mean loss if labels are passed.
 
         Args:
             pixel_values: [B, C, H, W]; None: no row has an image.
             input_ids: [B, T]; None: no row has a text.
-            attention_mask: [B, T]; all tokens count where it is None.
-            token_type_ids: [B, T], for encoders that have them.
-            image_present: [B] bool, which rows have an image; all where it is None.
-            text_present: [B] bool, likewise.
-            numbers: [B, N] as in the table; NaN where a number is missing.
-            categories: [B, M] ids as `ImageTextConfig.categories` has them.
-            vectors: [B, D + D'] from `encode`, in place of images and texts; not for cross attention.
-            labels: [B] classes, [B, K] of 0 and 1, or [B, K] numbers, as `config.problem_type` says.
+            attention_mask: [B, T]; None: all tokens are attended to.
+            token_type_ids: [B, T], for encoders with token types.
+            image_present: [B] bool, whether a row has an image; None: all rows have one.
+            text_present: [B] bool, whether a row has a text; None: all rows have one.
+            numbers: [B, N], not standardized; NaN for a missing number.
+            categories: [B, M] ids, as defined by `ImageTextConfig.categories`.
+            vectors: [B, D + D'] from `encode`, instead of images and texts; unsupported for cross attention.
+            labels: [B] classes, [B, K] zeros and ones, or [B, K] numbers, depending on `config.problem_type`.
             **kwargs: Ignored.
         """
         image = text = (None, None)
         if vectors is not None:
-            image, text = ((part, None) for part in vectors.split(self.vector_sizes, -1))
-            image, text = (side if side[0].shape[1] else (None, None) for side in (image, text))
+            image, text = (
+                (value, None) if value.shape[1] else (None, None) for value in vectors.split(self.vector_sizes, -1)
+            )
         if pixel_values is not None and self.image_encoder is not None:
             image = self.encode_image(pixel_values)
         if input_ids is not None and self.text_encoder is not None:
@@ -236,13 +240,13 @@ def _loss(logits, labels, problem_type):
 
 @dataclass
 class ImageTextOutput(ModelOutput):
-    """What the dual encoder gives.
+    """Output of the dual encoder.
 
     Attributes:
-        image_embeds: [B, P] of length 1, or None without images.
-        text_embeds: [B, P] of length 1, or None without texts.
-        logit_scale: The factor that similarities are multiplied by: one over the temperature, a scalar.
-        logit_bias: What is added then (SigLIP), a scalar, or None.
+        image_embeds: Unit vectors [B, P]; None without images.
+        text_embeds: Unit vectors [B, P]; None without texts.
+        logit_scale: Factor of the similarities, the inverse temperature; a scalar.
+        logit_bias: Term added to the scaled similarities (SigLIP), a scalar; None for CLIP's objective.
     """
 
     image_embeds: torch.FloatTensor | None = None
@@ -252,7 +256,7 @@ class ImageTextOutput(ModelOutput):
 
 
 class ImageTextDualEncoder(ImageTextEncoders):
-    """Images and texts -> one space, in which what belongs together is near."""
+    """Dual encoder that projects images and texts into a shared space, as in CLIP and SigLIP."""
 
     config_class = ImageTextDualConfig
 
@@ -262,37 +266,37 @@ class ImageTextDualEncoder(ImageTextEncoders):
         self.post_init()
 
     def get_image_features(self, pixel_values):
-        """Returns [B, P] of length 1 from images [B, C, H, W]."""
+        """Returns unit vectors [B, P] for images [B, C, H, W]."""
         return self(pixel_values=pixel_values).image_embeds
 
     def get_text_features(self, input_ids, attention_mask=None, token_type_ids=None):
-        """Returns [B, P] of length 1 from token ids [B, T]."""
+        """Returns unit vectors [B, P] for token ids [B, T]."""
         return self(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).text_embeds
 
     def forward(
         self, pixel_values=None, input_ids=None, attention_mask=None, token_type_ids=None, vectors=None, **kwargs
     ):
-        """Returns `ImageTextOutput`; either input may be absent, then there are no embeddings of it.
+        """Returns `ImageTextOutput`; embeddings of an absent input are None.
 
-        A row may have several texts, `input_ids` [B, W, T] and `text_embeds` [B, W, P]: where the mask of a text is all
-        zeros there is none, and its embedding is zero. `vectors` [B, D + D'] from `encode` stand for both inputs.
+        A row may have W texts: `input_ids` [B, W, T] give `text_embeds` [B, W, P]. A text whose mask is all zeros is
+        padding and has a zero embedding. `vectors` [B, D + D'] from `encode` replace both inputs.
         """
         if vectors is not None:
             return ImageTextOutput(*self.projection(*vectors.split(self.vector_sizes, -1)))
         image = self.encode_image(pixel_values)[0] if pixel_values is not None else None
-        text = several = None
+        text = is_text = None
         if input_ids is not None:
             attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             if input_ids.ndim == 3:
-                several = attention_mask.any(-1)
-                input_ids, attention_mask = input_ids[several], attention_mask[several]
-                token_type_ids = None if token_type_ids is None else token_type_ids[several]
+                is_text = attention_mask.any(-1)
+                input_ids, attention_mask = input_ids[is_text], attention_mask[is_text]
+                token_type_ids = None if token_type_ids is None else token_type_ids[is_text]
             text = self.encode_text(input_ids, attention_mask, token_type_ids)[0]
         image, text, scale, bias = self.projection(image, text)
-        if several is not None:
-            spread = text.new_zeros(*several.shape, text.shape[-1])
-            spread[several] = text
-            text = spread
+        if is_text is not None:
+            padded = text.new_zeros(*is_text.shape, text.shape[-1])
+            padded[is_text] = text
+            text = padded
         return ImageTextOutput(image, text, scale, bias)
 
 

@@ -1,4 +1,4 @@
-"""The head that a checkpoint came with: what it was trained to tell apart, before a task gave it a new one."""
+"""Pretrained classifier head of a checkpoint, which a task replaces by a new one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hftl.models.timm_model import load_original
 
 
 def source_head(config: ModelConfig, model_class: str) -> nn.Linear | None:
-    """Returns the checkpoint's own head [Z, D] where it has one and it is a single linear layer, else None.
+    """Returns the pretrained head [Z, D] of a checkpoint if it is a single linear layer, else None.
 
-    It takes the same features as the head that replaces it. Nothing is trained, so random weights have none.
+    Its input features are those of the new head. A model with random weights has no pretrained head.
 
     Args:
-        config: Which checkpoint.
-        model_class: As `HeadSpec.model_class`.
+        config: Uses name, revision and `pretrained`.
+        model_class: See `HeadSpec.model_class`.
     """
     if not config.pretrained:
         return None
@@ -32,16 +32,16 @@ def _timm_head(config: ModelConfig) -> Any:
 
 
 def _text_head(config: ModelConfig, model_class: str) -> Any:
-    """Returns the only layer with parameters outside of the backbone, where the checkpoint is of the stock's kind."""
+    """Returns the only layer with parameters outside the backbone, if the checkpoint has the same kind of head."""
     import transformers
     from transformers import AutoConfig
 
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
-    kind = model_class.removeprefix("AutoModel")
-    saved = AutoConfig.from_pretrained(config.name, **options).architectures or []
-    if config.trust_remote_code or not any(name.endswith(kind) for name in saved):
+    suffix = model_class.removeprefix("AutoModel")
+    architectures = AutoConfig.from_pretrained(config.name, **options).architectures or []
+    if config.trust_remote_code or not any(name.endswith(suffix) for name in architectures):
         return None
     net = getattr(transformers, model_class).from_pretrained(config.name, use_safetensors=True, **options)
-    root = net.base_model_prefix + "."
-    heads = {name.rpartition(".")[0] for name, _ in net.named_parameters() if not name.startswith(root)}
+    prefix = net.base_model_prefix + "."
+    heads = {name.rpartition(".")[0] for name, _ in net.named_parameters() if not name.startswith(prefix)}
     return net.get_submodule(heads.pop()) if len(heads) == 1 else None

@@ -1,7 +1,7 @@
-"""Images, texts, numbers and categories -> the inputs of `modeling_image_text`.
+"""Processor of images, texts, numbers and categories into inputs of `modeling_image_text`.
 
-This file needs torch, timm and transformers only. It travels with every saved model, so that
-`AutoProcessor.from_pretrained(folder, trust_remote_code=True)` opens it anywhere.
+This file needs torch, timm and transformers only. It is saved with every model, so that
+`AutoProcessor.from_pretrained(folder, trust_remote_code=True)` loads it without hftl.
 """
 
 import json
@@ -15,23 +15,30 @@ FILE = "processor_config.json"
 
 
 def category_ids(rows, known):
-    """Returns ids [B, M] of rows of M categories: position in the `known` values of a column plus one, or 0."""
+    """Returns category ids [B, M]: one plus the position in the `known` values of the column, 0 for other values.
+
+    Args:
+        rows: B rows of M values.
+        known: Known values of each of the M columns.
+    """
     ids = [{value: i + 1 for i, value in enumerate(values)} for values in known]
     keys = [[int(v) if isinstance(v, float) and v.is_integer() else v for v in row] for row in rows]
-    found = [[0 if key is None else of.get(str(key), 0) for of, key in zip(ids, row, strict=True)] for row in keys]
-    return torch.tensor(found, dtype=torch.long).view(len(rows), len(known))
+    encoded = [
+        [0 if key is None else column.get(str(key), 0) for column, key in zip(ids, row, strict=True)] for row in keys
+    ]
+    return torch.tensor(encoded, dtype=torch.long).view(len(rows), len(known))
 
 
 class ImageTextProcessor:
-    """Makes a batch of the model's inputs.
+    """Processor that prepares batches of model inputs.
 
     Args:
-        tokenizer: The text encoder's; None without texts.
+        tokenizer: Tokenizer of the text encoder; None without texts.
         image: timm's data config of the image encoder (input_size, interpolation, mean, std, crop_pct); None without
             images.
-        max_length: Texts are cut to this many tokens; None: to what the tokenizer says of its model.
+        max_length: Tokens that texts are truncated to; None: the tokenizer's limit, at most 512.
         numbers: Names of the numeric columns.
-        categories: Values of each categorical column by its name.
+        categories: Values of each categorical column, by column name.
     """
 
     model_input_names = ("pixel_values", "input_ids", "attention_mask")
@@ -45,14 +52,14 @@ class ImageTextProcessor:
         self.transform = None
 
     def __call__(self, images=None, text=None, numbers=None, categories=None):
-        """Returns a batch of tensors; all arguments are lists of the same length, or absent.
+        """Returns a batch of tensors. All arguments are lists of equal length, or None.
 
         Args:
-            images: PIL images; None where a row has none.
-            text: Texts; None where a row has none.
-            numbers: A list of numbers a row, in the order of `numbers`; None where one is missing.
-            categories: A list of values a row, in the order of `categories`; values that training never saw count as
-                unknown.
+            images: PIL images; None for a row without image.
+            text: Texts; None for a row without text.
+            numbers: List of numbers per row, in the order of `numbers`; None for a missing number.
+            categories: List of values per row, in the order of `categories`; values absent from training are encoded
+                as unknown.
         """
         inputs = {}
         if images is not None:
@@ -79,34 +86,36 @@ class ImageTextProcessor:
         return {"pixel_values": torch.stack(pixels), "image_present": present}
 
     def _texts(self, texts):
-        limit = self.max_length or min(self.tokenizer.model_max_length, 512)
+        max_length = self.max_length or min(self.tokenizer.model_max_length, 512)
         encoded = self.tokenizer(
-            [text or "" for text in texts], padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            [text or "" for text in texts], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
         )
         names = ("input_ids", "attention_mask", "token_type_ids")
-        found = {name: encoded[name] for name in names if name in encoded}
-        return found | {"text_present": torch.tensor([bool(text and text.strip()) for text in texts])}
+        inputs = {name: encoded[name] for name in names if name in encoded}
+        return inputs | {"text_present": torch.tensor([bool(text and text.strip()) for text in texts])}
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
-        """AutoProcessor calls this; `save_pretrained` always names the class."""
+        """Does nothing; called by AutoProcessor, while `save_pretrained` always writes `auto_map`."""
 
     @classmethod
-    def from_pretrained(cls, place, **kwargs):
-        """Opens what `save_pretrained` wrote, in a folder or on the hub."""
+    def from_pretrained(cls, path_or_repo_id, **kwargs):
+        """Loads a processor saved by `save_pretrained`, from a folder or the Hub."""
         options = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
-        said = json.loads(Path(cached_file(place, FILE, **options)).read_text(encoding="utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options) if said["text"] else None
-        return cls(tokenizer, *(said[key] for key in ("image", "max_length", "numbers", "categories")))
+        config = json.loads(Path(cached_file(path_or_repo_id, FILE, **options)).read_text(encoding="utf-8"))
+        tokenizer = None
+        if config["text"]:
+            tokenizer = AutoTokenizer.from_pretrained(path_or_repo_id, trust_remote_code=False, **options)
+        return cls(tokenizer, *(config[key] for key in ("image", "max_length", "numbers", "categories")))
 
     def save_pretrained(self, folder, **kwargs):
-        """Writes processor_config.json, the tokenizer and this file."""
+        """Writes processor_config.json, the tokenizer and this Python file."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
         name = Path(__file__).stem
-        said = {
+        config = {
             "processor_class": type(self).__name__,
             "auto_map": {"AutoProcessor": f"{name}.{type(self).__name__}"},
             "text": self.tokenizer is not None,
@@ -115,5 +124,5 @@ class ImageTextProcessor:
             "numbers": self.numbers,
             "categories": self.categories,
         }
-        (folder / FILE).write_text(json.dumps(said, indent=2, ensure_ascii=False), encoding="utf-8")
+        (folder / FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         (folder / f"{name}.py").write_bytes(Path(__file__).read_bytes())

@@ -1,9 +1,9 @@
-"""Code and pickles that a checkpoint brings along: what may run, and what never does.
+"""Security checks for remote code and pickles in checkpoints.
 
-A repository can hold Python (`auto_map`), name kernels to fetch (`attn_implementation`), or have its weights in a
-pickle, which is code too. None of it is needed for the models that transformers and timm know. Pickles are never
-opened. Python runs where `model.trust_remote_code` says so, and from the hub only at a commit: code that nobody can
-change afterwards. timm runs no code of repositories at all.
+A repository can contain Python code (`auto_map`), name kernels to download (`attn_implementation`), or store weights as
+a pickle, which executes code. Models known to transformers and timm need none of these. Pickles are never loaded.
+Python code runs only with `model.trust_remote_code`, and from the Hub only at a pinned commit, which is immutable. timm
+runs no code of repositories.
 """
 
 from __future__ import annotations
@@ -23,102 +23,102 @@ _TEXT_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"
 
 
 def trust_problem(config: ModelConfig) -> str | None:
-    """Returns what is wrong with the settings of trust, without a network; None if nothing."""
+    """Returns an error message if remote code is trusted without a pinned commit, else None. Uses no network."""
     if not config.trust_remote_code or Path(config.name).expanduser().is_dir() or config.name.startswith("local-dir:"):
         return None
     if config.revision and COMMIT.fullmatch(config.revision):
         return None
     return (
-        "model.trust_remote_code: code from the hub runs only at a commit, which nobody can change: set model.revision "
-        f"to one of '{config.name}' (40 characters, on its page under Files > History), after reading its code; it is "
-        f"{config.revision!r} now."
+        f"model.trust_remote_code: code from the Hub runs only at a commit, but model.revision is {config.revision!r}. "
+        f"Read the code of '{config.name}', then set model.revision to its commit (40 characters, on its page under "
+        "Files > History)."
     )
 
 
 def check_files(config: ModelConfig, read: Any) -> None:
-    """Refuses a text checkpoint whose files ask for code that is not trusted, or for files that are not its own.
+    """Rejects a text checkpoint whose config files request untrusted code, or files outside the checkpoint.
 
     Args:
-        config: Name and trust.
-        read: Returns the content of a JSON file beside the checkpoint, or None where there is none.
+        config: Uses name, revision and `trust_remote_code`.
+        read: Returns the content of a JSON file of the checkpoint by name; None if it is missing.
 
     Raises:
-        ModelError: Says what to set.
+        ModelError: A file requests untrusted code, a kernel, or a file outside the checkpoint.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     problem = trust_problem(config)
     if problem:
         raise ModelError(problem)
-    described, tokenizer = read("config.json") or {}, read("tokenizer_config.json") or {}
-    kernels = sorted({value for key, value in _texts(described) if key in _KERNELS and "/" in value})
+    model, tokenizer = read("config.json") or {}, read("tokenizer_config.json") or {}
+    kernels = sorted({value for key, value in _strings(model) if key in _KERNELS and "/" in value})
     if kernels:
         raise ModelError(
-            f"model.name: '{config.name}' asks in its config.json for a kernel from the hub ({shorten(kernels)}), "
-            "which would be run as it is; remove that entry."
+            f"model.name: config.json of '{config.name}' requests a kernel from the Hub ({shorten(kernels)}), which "
+            "runs as untrusted code. Remove this entry."
         )
-    known = described.get("model_type") in CONFIG_MAPPING
-    brought = dict(_code(described) if not known or config.trust_remote_code else ()) | dict(_code(tokenizer))
-    foreign = sorted({place for place in brought.values() if "--" in place})
-    if config.trust_remote_code and foreign:
+    is_known = model.get("model_type") in CONFIG_MAPPING
+    code = dict(_code(model) if not is_known or config.trust_remote_code else ()) | dict(_code(tokenizer))
+    external = sorted({reference for reference in code.values() if "--" in reference})
+    if config.trust_remote_code and external:
         raise ModelError(
-            f"model.trust_remote_code: the code of '{config.name}' lies in another repository ({shorten(foreign)}), "
-            "which model.revision does not pin; copy the files into a folder and name that."
+            f"model.trust_remote_code: the code of '{config.name}' is in another repository ({shorten(external)}), "
+            "which model.revision does not pin. Copy the files into a folder and set model.name to it."
         )
-    if brought and not known and not config.trust_remote_code:
+    if code and not is_known and not config.trust_remote_code:
         raise ModelError(
-            f"model.name: '{config.name}' is a '{described.get('model_type')}', which transformers does not know, and "
-            f"brings code of its own ({shorten(sorted(set(brought.values())))}). Read it; to run it, say "
-            "--model.trust_remote_code true and, on the hub, --model.revision COMMIT (40 characters)."
+            f"model.name: model type '{model.get('model_type')}' of '{config.name}' is unknown to transformers and "
+            f"requires remote code ({shorten(sorted(set(code.values())))}). Read the code, then set "
+            "--model.trust_remote_code true and, on the Hub, --model.revision COMMIT (40 characters)."
         )
     _check_tokenizer(config, tokenizer)
 
 
 def check_own_code(repo: str, revision: str, own: Path, *parts: Path) -> None:
-    """Refuses to run what a repository holds as our modelling file, where it is not byte for byte that file.
+    """Verifies that the modeling files in a repository are identical to hftl's, before they run.
 
     Args:
-        repo: Hub id.
+        repo: Repo id.
         revision: Commit.
-        own: The file that config.json names.
-        *parts: The files that it imports.
+        own: hftl's modeling file, named by config.json.
+        *parts: hftl's files that it imports.
 
     Raises:
-        ArtifactError: It is another file, or config.json names other code.
+        ArtifactError: A file differs, or config.json names other code.
     """
     from huggingface_hub import hf_hub_download
 
-    described = json.loads(Path(hf_hub_download(repo, "config.json", revision=revision)).read_text(encoding="utf-8"))
-    others = sorted(place for _, place in _code(described) if place.partition(".")[0] != own.stem)
-    held = {file: Path(hf_hub_download(repo, file.name, revision=revision)) for file in (own, *parts)}
-    different = [file.name for file, found in held.items() if found.read_bytes() != file.read_bytes()]
-    if others or different:
-        what = f"names other code ({shorten(others)})" if others else f"holds another {different[0]} than hftl's"
-        raise ArtifactError(f"{repo}@{revision[:8]} {what}; it was not run.")
+    model = json.loads(Path(hf_hub_download(repo, "config.json", revision=revision)).read_text(encoding="utf-8"))
+    unexpected = sorted(reference for _, reference in _code(model) if reference.partition(".")[0] != own.stem)
+    downloads = {file: Path(hf_hub_download(repo, file.name, revision=revision)) for file in (own, *parts)}
+    changed = [file.name for file, copy in downloads.items() if copy.read_bytes() != file.read_bytes()]
+    if unexpected or changed:
+        fact = f"names other code ({shorten(unexpected)})" if unexpected else f"{changed[0]} differs from hftl's"
+        raise ArtifactError(f"{repo}@{revision[:8]}: {fact}; the code was not run.")
 
 
 def only_pickled(name: str, found: str) -> str:
-    """Returns the sentence for weights that exist only as a pickle."""
+    """Returns the error message for weights that exist only as a pickle (file or URL `found`)."""
     return (
-        f"model.name: '{name}' has its weights only as a pickle ({found}), which is code and is never opened here; it "
-        "needs model.safetensors. Convert it where you trust it: transformers' from_pretrained, then save_pretrained; "
-        "or ask its owner (https://huggingface.co/spaces/safetensors/convert)."
+        f"model.name: '{name}' has weights only as a pickle ({found}), which can execute code and is never loaded; "
+        "allowed: model.safetensors. Convert it in a trusted environment (from_pretrained, then save_pretrained of "
+        "transformers), or request a conversion (https://huggingface.co/spaces/safetensors/convert)."
     )
 
 
 def _check_tokenizer(config: ModelConfig, tokenizer: dict[str, Any]) -> None:
-    """Refuses names of vocabulary files elsewhere: transformers before 5.2x opened them, and saved copies.
+    """Rejects vocabulary file names outside the checkpoint: transformers before 5.2x read them and saved copies.
 
-    Many checkpoints name a file of the machine that they were made on; what is not there is nobody's secret.
+    Many checkpoints name a file of the machine that created them; a path that does not exist here is harmless.
     """
     folder = Path(config.name).expanduser()
     folder = folder if folder.is_dir() else Path(".")
-    named = [(key, value) for key, value in _texts(tokenizer) if key.endswith("_file") and Path(value).name != value]
-    there = [f"{key}: {value!r}" for key, value in named if _exists(folder / value)]
-    if there:
+    paths = [(key, value) for key, value in _strings(tokenizer) if key.endswith("_file") and Path(value).name != value]
+    existing = [f"{key}: {value!r}" for key, value in paths if _exists(folder / value)]
+    if existing:
         raise ModelError(
-            f"model.name: tokenizer_config.json of '{config.name}' names files of this machine that are not part of "
-            f"the checkpoint ({shorten(there)}); remove these entries."
+            f"model.name: tokenizer_config.json of '{config.name}' names local files outside the checkpoint "
+            f"({shorten(existing)}). Remove these entries."
         )
 
 
@@ -129,23 +129,24 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _code(described: Any) -> Iterator[tuple[str, str]]:
-    """Yields (class, place) of the code that a description asks for."""
-    mapped = described.get("auto_map") if isinstance(described, dict) else None
-    if isinstance(mapped, (list, tuple)):  # an old form, of tokenizers
-        mapped = {"AutoTokenizer": mapped}
-    for name, place in mapped.items() if isinstance(mapped, dict) else ():
+def _code(config: Any) -> Iterator[tuple[str, str]]:
+    """Yields (auto class, code reference) for the remote code that the `auto_map` of a JSON config requests."""
+    auto_map = config.get("auto_map") if isinstance(config, dict) else None
+    if isinstance(auto_map, (list, tuple)):  # legacy format of tokenizers
+        auto_map = {"AutoTokenizer": auto_map}
+    for name, value in auto_map.items() if isinstance(auto_map, dict) else ():
         if name in _TEXT_CLASSES:
-            yield from ((name, str(one)) for one in (place if isinstance(place, (list, tuple)) else [place]) if one)
+            references = value if isinstance(value, (list, tuple)) else [value]
+            yield from ((name, str(reference)) for reference in references if reference)
 
 
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (key, text) for all texts in nested JSON."""
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields (key, string) for all strings in nested JSON."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
-        for inner_key, inner in value.items():
-            yield from _texts(inner, key if inner_key == "" else str(inner_key))
+        for item_key, item in value.items():
+            yield from _strings(item, key if item_key == "" else str(item_key))
     elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner, key)
+        for item in value:
+            yield from _strings(item, key)

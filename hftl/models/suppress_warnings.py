@@ -1,4 +1,4 @@
-"""Silence for libraries whose reports hftl gives in its own words."""
+"""Suppression of library messages that hftl replaces."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hides transformers' load report, bars and deprecation notes meant for peft and other callers."""
+    """Hides transformers' loading report and progress bars, and deprecation warnings addressed to library authors."""
     from transformers.utils import logging as hf_logging
 
-    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    level, shows_bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.ERROR)
     hf_logging.disable_progress_bar()
     try:
@@ -22,5 +22,5 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         hf_logging.set_verbosity(level)
-        if bar:
+        if shows_bar:
             hf_logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Outputs in the units of the target while the head learns in standard ones; folded into its weights to be saved."""
+"""Rescaling of standardized outputs to target units, folded into the weights of the head on save."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hftl.models.task_model import HeadSpec, TaskModel
 
 
 class OutputScale:
-    """Forward hook of a layer: z -> z x std + mean, in float32, which carries digits that half precision does not.
+    """Forward hook of a layer that rescales its output, z * std + mean, in float32 for precision.
 
     Args:
-        mean: Of the target, for each output [K].
-        std: Its standard deviation, for each output [K].
+        mean: Mean of the target per output [K].
+        std: Standard deviation of the target per output [K].
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -26,18 +26,18 @@ class OutputScale:
         self.std = torch.tensor(std, dtype=torch.float32)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Returns what the layer answers in the units of the target."""
+        """Returns the output of the layer in target units."""
         return self.apply(output, of_convolution=isinstance(layer, nn.Conv2d))
 
     def apply(self, output: Tensor, of_convolution: bool = False) -> Tensor:
-        """Returns outputs [..., K] (of a convolution [B, K, H, W]) in the units of the target."""
+        """Returns outputs [..., K] (of a convolution: [B, K, H, W]) in target units."""
         shape = (-1, 1, 1) if of_convolution else (-1,)
-        mean, std = (part.to(output.device).reshape(shape) for part in (self.mean, self.std))
+        mean, std = (value.to(output.device).reshape(shape) for value in (self.mean, self.std))
         return output.float() * std + mean
 
     def fold(self, layer: nn.Linear | nn.Conv2d) -> None:
-        """Changes weight and bias of a layer so that it computes the same without this hook."""
-        assert layer.bias is not None, "add_scale chooses layers that have one"
+        """Folds the scale into weight and bias of a layer, so that it computes the same without this hook."""
+        assert layer.bias is not None, "add_scale selects layers with a bias"
         mean, std = self.mean.double(), self.std.double()
         with torch.no_grad():
             weight, bias = layer.weight.cpu().double(), layer.bias.cpu().double()
@@ -46,10 +46,10 @@ class OutputScale:
 
 
 def add_scale(model: TaskModel, spec: HeadSpec) -> None:
-    """Makes the network itself answer in the units of `spec.scale`, whatever calls it.
+    """Adds `OutputScale` hooks to the output layers of the head, so that the network predicts in target units.
 
     Raises:
-        ModelError: No layer of the head gives the outputs, or it has no bias to hold a mean.
+        ModelError: The head does not end in a linear or convolutional layer with a bias.
     """
     if spec.scale is None:
         return
@@ -63,21 +63,21 @@ def add_scale(model: TaskModel, spec: HeadSpec) -> None:
     ]
     if not layers:
         raise ModelError(
-            f"model.name: the head of {model.source.name} does not end in a linear layer with a bias, which would hold "
-            "the scale of a regression; choose another model."
+            f"model.name: the head of '{model.source.name}' does not end in a linear layer with a bias, which "
+            "regression needs for the target scale. Choose another model."
         )
-    for layer in layers:  # distilled networks have two, and answer with the mean of both
+    for layer in layers:  # distilled networks average the outputs of two layers
         layer.register_forward_hook(OutputScale(*spec.scale))
 
 
 def scale_of(layer: nn.Module) -> OutputScale | None:
-    """Returns the scale that a layer answers in, if it has one."""
-    # torch lists hooks nowhere else; a copy of a layer, as peft makes, has copies of them and no handles
+    """Returns the output scale of a layer, or None."""
+    # torch has no public list of hooks; copies of a layer, as made by peft, have no handles
     return next((hook for hook in layer._forward_hooks.values() if isinstance(hook, OutputScale)), None)
 
 
 def fold_scale(model: TaskModel) -> None:
-    """Puts the scale into the weights of the head, so that the stock network answers in the units of the target."""
+    """Folds the scale into the weights of the head, so that the network predicts in target units without hooks."""
     for layer in model.net.modules():
         for key, hook in list(layer._forward_hooks.items()):
             if isinstance(hook, OutputScale):

@@ -1,4 +1,4 @@
-"""A stock network and what hftl knows of it: which parameters came with the checkpoint and which are new."""
+"""Base class of models: a timm or transformers network split into pretrained backbone and new head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ReloadedModel = Callable[[dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the backbone came from, as far as it is known."""
+    """Origin of the backbone; unknown fields are None."""
 
     name: str
     revision: str | None
@@ -31,21 +31,21 @@ class Source:
     license: str | None = None
     language: str | list[str] | None = None
     text_source: Source | None = None
-    """The text encoder's, where this is the image encoder's and the model has both."""
+    """Origin of the text encoder, if this is the image encoder of an image-text model."""
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """What a task wants on top of a backbone.
+    """Specification of the head that a task needs.
 
     Attributes:
-        model_class: The class to build: a name in `hftl.models.build.FAMILIES`, or a transformers auto class
+        model_class: Class to build: a key of `hftl.models.build.FAMILIES`, or a transformers auto class
             (`AutoModelForSequenceClassification`, …).
-        num_outputs: Width K of the output; 0: there is no head, the network itself learns.
+        num_outputs: Number of outputs K; 0: there is no head, and the network itself is trained.
         labels: Names of the outputs, or empty.
-        problem_type: transformers' name for what the outputs mean; None where it has none.
-        scale: Mean and standard deviation of each output's target, in its own units; None where outputs have no unit.
-        options: What else the data say about the architecture, as JSON values.
+        problem_type: Problem type of transformers; None if it has no name for the task.
+        scale: Mean and standard deviation of the target per output, in target units; None for outputs without unit.
+        options: Further properties of the data that determine the architecture, as JSON values.
     """
 
     model_class: str
@@ -57,31 +57,31 @@ class HeadSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> HeadSpec:
-        """Returns the spec whose `asdict` has been through JSON."""
+        """Restores a spec from its `asdict` after a JSON round trip."""
         scale = values.get("scale")
         tuples = {"labels": tuple(values["labels"]), "scale": scale and (tuple(scale[0]), tuple(scale[1]))}
         return cls(**values | tuples)
 
 
 class TaskModel(nn.Module, ABC):
-    """A stock network split into backbone and head.
+    """Network split into backbone and head.
 
-    `net` is the stock class itself (or peft's wrapper around it): it is what is trained and what is saved.
+    `net` is an unmodified timm or transformers class (or peft's wrapper around it); it is trained and saved.
 
     Args:
-        net: The stock network.
-        processor: What turns rows into its inputs (`ImageProcessor` or a tokenizer).
-        source: Where the backbone came from.
-        spec: The head that was asked for.
+        net: timm or transformers network.
+        processor: Preprocessing of rows into its inputs (`ImageProcessor` or a tokenizer).
+        source: Origin of the backbone.
+        spec: Specification of the head.
         head_modules: Dotted names in `net` of the modules whose parameters are all new.
-        backbone_root: Dotted name of the backbone in `net`; empty where it is all of `net` but the head.
+        backbone_root: Dotted name of the backbone in `net`; empty: all of `net` except the head.
     """
 
     modality: str
     compared: tuple[str, ...] = ("logits",)
-    """The outputs that must be the same when a saved model is opened again."""
+    """Names of the outputs that must be equal after a saved model is reloaded."""
     encoders: Mapping[str, str] = {}
-    """Module of each encoder by what it reads (`image`, `text`), where there are several."""
+    """Module name of each encoder by modality (`image`, `text`), if there are several."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class TaskModel(nn.Module, ABC):
         backbone_root: str = "",
     ) -> None:
         super().__init__()
-        self.net: Any = net  # with the methods of its stock class, which nn.Module does not declare
+        self.net: Any = net  # Any: nn.Module does not declare the methods of timm and transformers classes
         self.processor = processor
         self.source = source
         self.spec = spec
@@ -101,46 +101,46 @@ class TaskModel(nn.Module, ABC):
         self.backbone_root = backbone_root
         self.frozen: Frozen = "nothing"
         self.still: tuple[str, ...] = ()
-        """Modules of the backbone that stay in eval mode whole, beside what `frozen` says."""
+        """Backbone modules that always stay in eval mode, in addition to those selected by `frozen`."""
         self.evaluation_limit = MicroBatchLimit("evaluation")
         self.adapted = False
-        """Whether `net` is peft's wrapper around the stock network."""
+        """Whether `net` is peft's wrapper around the network."""
 
     @abstractmethod
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the network's outputs by name, those of `compared` among them; each has one entry a row."""
+        """Returns outputs by name, including those of `compared`; each has one entry per row."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes `net` (a stock network, adapters merged) and its preprocessing into `folder`."""
+        """Writes `net` (with merged adapters) and its preprocessing into `folder`."""
 
     @abstractmethod
-    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
-        """Opens what `save` wrote with every library that users will open it with.
+    def loaders(self, path_or_repo_id: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
+        """Loads a saved model with every library that supports it, for verification.
 
         Args:
-            place: The folder, or the hub id that it was pushed to.
-            revision: Commit on the hub.
+            path_or_repo_id: Folder, or repo id that it was pushed to.
+            revision: Commit on the Hub.
 
         Returns:
-            A function inputs -> `reference_outputs` for each library by name, independent of this object.
+            For each library by name, a function from inputs to `reference_outputs`, independent of this object.
         """
 
     @property
     def sklearn_head(self) -> SklearnHead | None:
-        """The head, where scikit-learn computes it."""
+        """The scikit-learn head, or None."""
         return next((module for module in self.net.modules() if isinstance(module, SklearnHead)), None)
 
     def use_sklearn_head(self, head: SklearnHead) -> None:
-        """Puts `head` in the place of the network's one linear layer, and leaves everything else as it is."""
+        """Replaces the network's single head layer by a scikit-learn head."""
         (name,) = self.head_modules
         self.net.set_submodule(name, head)
 
     def reference_outputs(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Returns what the stock network computes in eval mode: logits [B, K] (or what is `compared` [B, …]).
+        """Returns the outputs that saved models must reproduce: logits [B, K], or the outputs of `compared` [B, …].
 
-        Under a classic head they are features [B, D]: no stock class holds such a head, so what is saved is the network
-        without one, and the head beside it.
+        With a scikit-learn head these are features [B, D], because the network is saved without a head and the head is
+        saved separately.
         """
         head = self.sklearn_head
         if head is not None:
@@ -153,44 +153,44 @@ class TaskModel(nn.Module, ABC):
                 head.bypassed = False
 
     def original_labels(self) -> list[str]:
-        """Returns the names of the outputs as the stock library recorded them, or [] where it has none."""
+        """Returns the names of the outputs recorded in the network's configuration, or []."""
         return []
 
     @property
     def joins_vectors(self) -> bool:
-        """Whether the head takes vectors of several encoders, which `vectors` gives."""
+        """Whether the head takes the concatenated vectors of several encoders, computed by `vectors`."""
         return False
 
     def vectors(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Returns what the encoders make of a batch, side by side [B, D]; the model takes it as the input `vectors`."""
+        """Returns the concatenated encoder vectors of a batch [B, D]; the model accepts them as the input `vectors`."""
         raise NotImplementedError
 
     @property
     def stem(self) -> tuple[str, ...]:
-        """Stock names of the layers that read pixels, as timm names them."""
+        """Names in `net` of the layers whose input is pixels, from timm's `first_conv`."""
         first = (getattr(self.net, "pretrained_cfg", None) or {}).get("first_conv") or ()
         return (first,) if isinstance(first, str) else tuple(first)
 
     @property
     def build_args(self) -> dict[str, Any]:
-        """Arguments beside the name that rebuild the same architecture."""
+        """Arguments that rebuild the same architecture, in addition to its name."""
         return {}
 
     @abstractmethod
     def build_untrained(self) -> nn.Module:
-        """Returns the stock network as built before training, for an adapter to be loaded onto."""
+        """Builds the network as before training, as the base model of an adapter."""
 
     def original_name(self, name: str) -> str:
-        """Returns the name that a module or parameter of this model has in the stock network."""
+        """Returns the name of a module or parameter in the original network, without wrapper prefixes."""
         name = name.removeprefix("net.").removeprefix("base_model.model.")
         return name.replace(".modules_to_save.default", "").replace(".original_module", "").replace(".base_layer", "")
 
     def in_head(self, name: str) -> bool:
-        """Whether a module or parameter (by its name in this model or in the stock network) belongs to the head."""
+        """Whether a module or parameter, by its name in this model or in the original network, belongs to the head."""
         return self.under(name, self.head_modules)
 
     def under(self, name: str, modules: Iterable[str]) -> bool:
-        """Whether a module or parameter is one of some modules (by their stock names) or inside of one."""
+        """Whether a module or parameter is one of `modules` (original names) or inside one of them."""
         name = self.original_name(name)
         return any(name == module or name.startswith(module + ".") for module in modules)
 
@@ -200,20 +200,20 @@ class TaskModel(nn.Module, ABC):
         return not self.in_head(name) and (not root or name == root or name.startswith(root + "."))
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters that are new with this task."""
+        """Returns the parameters of the head."""
         return [parameter for name, parameter in self.named_parameters() if self.in_head(name)]
 
     def train(self, mode: bool = True) -> TaskModel:
-        """Sets training mode, except where the backbone must not move.
+        """Sets training mode, except for frozen parts of the backbone.
 
-        A frozen backbone stays in eval mode whole; one that carries adapters keeps its running statistics,
-        which an adapter does not save.
+        A frozen backbone stays in eval mode. A backbone with adapters keeps its running statistics, because they are
+        not saved with an adapter.
         """
         super().train(mode)
         if mode and self.frozen != "nothing":
             for name, module in self.named_modules():
                 holds_statistics = getattr(module, "running_mean", None) is not None
-                # the root's own flag steers the dropout before the head in timm's networks
+                # timm networks apply the dropout before the head by the training flag of the root
                 if name not in ("", "net") and self.in_backbone(name) and (self.frozen == "all" or holds_statistics):
                     module.training = False
         if mode and self.still:
@@ -223,7 +223,7 @@ class TaskModel(nn.Module, ABC):
 
 
 def compared_outputs(outputs: Any, names: Sequence[str]) -> Tensor:
-    """Returns one of a model's outputs as it is, or several side by side [B, …], flattened per row."""
+    """Returns a single output unchanged, or several outputs flattened per row and concatenated [B, D]."""
     if len(names) == 1:
         return outputs[names[0]]
     return torch.cat([outputs[name].flatten(1) for name in names], 1)

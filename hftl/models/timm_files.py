@@ -1,4 +1,4 @@
-"""timm's names and what lies behind them: a network by name, hub id or folder, its arguments and preprocessing."""
+"""timm models by name, repo id or folder: names, weight files, build arguments and preprocessing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hftl.models.remote_code import only_pickled
 
 
 def timm_name(name: str) -> str:
-    """Returns the name as timm takes it: embedded models are folders, `timm/x` is a hub id."""
+    """Converts a model name to timm's format: `embedded:` to `local-dir:`, `timm/…` to `hf-hub:timm/…`."""
     if name.startswith("embedded:"):
         from hftl.embedded import model_folder
 
@@ -23,12 +23,12 @@ def timm_name(name: str) -> str:
 
 
 def hub_name(repo: str, revision: str | None) -> str:
-    """Returns the name under which timm opens a hub repository, at a commit if one is given."""
+    """Returns timm's name of a Hub repository, pinned to `revision` if it is not None."""
     return f"hf-hub:{repo}@{revision}" if revision else f"hf-hub:{repo}"
 
 
 def name_problem(config: ModelConfig) -> str | None:
-    """Returns what is wrong with a model name, without building anything or using a network; None if nothing."""
+    """Returns an error message if the model name is invalid, else None. Builds nothing and uses no network."""
     import timm
 
     from hftl.embedded import MODELS
@@ -36,40 +36,46 @@ def name_problem(config: ModelConfig) -> str | None:
     name = config.name
     kind, _, rest = name.partition(":")
     if kind == "embedded" and rest not in MODELS:
-        return f"model.name: embedded models are {', '.join(MODELS)}, not '{rest}'.{nearest(rest, MODELS)}"
+        return (
+            f"model.name: embedded model '{rest}' does not exist; allowed: {', '.join(MODELS)}.{nearest(rest, MODELS)}"
+        )
     if kind == "local-dir":
-        fine = (Path(rest) / "config.json").is_file()
-        return None if fine else f"model.name: '{rest}' is not a folder with config.json."
+        has_config = (Path(rest) / "config.json").is_file()
+        return None if has_config else f"model.name: '{rest}' is not a folder with config.json."
     if rest or name.startswith("timm/"):
-        known = kind in ("hf-hub", "hf_hub", "embedded") or name.startswith("timm/")
-        return None if known else f"model.name: '{kind}:' is not a source; allowed: hf-hub:, local-dir:, embedded:."
+        is_known = kind in ("hf-hub", "hf_hub", "embedded") or name.startswith("timm/")
+        return None if is_known else f"model.name: unknown prefix '{kind}:'; allowed: hf-hub:, local-dir:, embedded:."
     if timm.is_model(name):
         tag = name.partition(".")[2]
         tags = [entry.partition(".")[2] for entry in timm.list_pretrained(name.partition(".")[0] + ".*")]
         if tag and tag not in tags:
-            return f"model.name: '{name}' has no weights '{tag}'; there are {', '.join(tags)}.{nearest(tag, tags)}"
+            return f"model.name: '{name}' has no weights '{tag}'; allowed: {', '.join(tags)}.{nearest(tag, tags)}"
         return None
     if Path(name).is_dir():
-        return f"model.name: '{name}' is a folder: say local-dir:{name}"
+        return f"model.name: '{name}' is a folder. Set local-dir:{name}."
     return f"model.name: timm has no model '{name}'.{nearest(name, timm.list_models(), 3)}"
 
 
 def create(name: str, **options: Any) -> Any:
-    """Calls timm's factory, which would take a pickle where there is nothing better: here there must be safetensors."""
+    """Calls `timm.create_model`, but rejects pretrained weights that exist only as a pickle.
+
+    Raises:
+        ModelError: There are no weights in safetensors format.
+    """
     import timm
 
     if options.get("pretrained"):
         weights = _safe_weights(name)
-        if weights is not None:  # a folder: timm 1.0.19 unpickles whatever it finds
+        if weights is not None:  # timm 1.0.19 unpickles weights in folders
             options["pretrained_cfg_overlay"] = {"source": "", "file": str(weights)}
     return timm.create_model(name, **options)
 
 
 def _safe_weights(name: str) -> Path | None:
-    """Makes sure that the pretrained weights are safetensors; returns their file where `name` is a folder.
+    """Checks that the pretrained weights are in safetensors format, and returns their file if `name` is a folder.
 
     Raises:
-        ModelError: There is a pickle only.
+        ModelError: The weights are missing or exist only as a pickle.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -83,22 +89,23 @@ def _safe_weights(name: str) -> Path | None:
                 file.name for file in Path(rest).iterdir() if file.suffix in (".bin", ".pth", ".pt", ".npz", ".tar")
             ]
             raise ModelError(
-                only_pickled(name, files[0]) if files else f"model.name: '{rest}' holds no model.safetensors."
+                only_pickled(name, files[0]) if files else f"model.name: '{rest}' has no model.safetensors."
             )
         return weights
-    described: Any = load_model_config_from_hf(rest)[0] if rest else _pretrained_cfg(name)
-    repo, _, revision = (rest or described.get("hf_hub_id") or "").partition("@")
-    file = described.get("hf_hub_filename") or "pytorch_model.bin"
+    config: Any = load_model_config_from_hf(rest)[0] if rest else _pretrained_cfg(name)
+    repo, _, revision = (rest or config.get("hf_hub_id") or "").partition("@")
+    file = config.get("hf_hub_filename") or "pytorch_model.bin"
     if not repo:
-        raise ModelError(only_pickled(name, described.get("url") or "no address"))
-    safe = file if file.endswith(".safetensors") else None
-    tried = [safe] if safe else ["model.safetensors", *([file.rpartition(".")[0] + ".safetensors"])]
-    for attempt in tried:
+        raise ModelError(only_pickled(name, config.get("url") or "no URL"))
+    candidates = ["model.safetensors", file.rpartition(".")[0] + ".safetensors"]
+    if file.endswith(".safetensors"):
+        candidates = [file]
+    for candidate in candidates:
         try:
-            hf_hub_download(repo, attempt, revision=revision or None)
-            return None  # timm looks for the same names first
+            hf_hub_download(repo, candidate, revision=revision or None)
+            return None  # timm tries the same names first
         except LocalEntryNotFoundError:
-            if attempt == tried[-1]:
+            if candidate == candidates[-1]:
                 raise
         except EntryNotFoundError:
             continue
@@ -108,12 +115,12 @@ def _safe_weights(name: str) -> Path | None:
 def _pretrained_cfg(name: str) -> dict[str, Any]:
     import timm
 
-    found = timm.get_pretrained_cfg(name)
-    return found.to_dict() if found else {}
+    config = timm.get_pretrained_cfg(name)
+    return config.to_dict() if config else {}
 
 
 def recorded_args(name: str) -> dict[str, Any]:
-    """Returns the arguments that a folder's or hub repository's own config.json asks for."""
+    """Returns the build arguments (`model_args`) recorded in config.json of a folder or Hub repository, else {}."""
     from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
     kind, _, rest = name.partition(":")
@@ -123,7 +130,7 @@ def recorded_args(name: str) -> dict[str, Any]:
 
 
 def takes_image_size(name: str, size: int | list[int]) -> bool:
-    """Whether the architecture must be told its input size (ViTs with fixed positions), rather than take any."""
+    """Whether the architecture needs its input size as argument `img_size` (ViTs with fixed position embeddings)."""
     with torch.device("meta"):
         try:
             create(name, pretrained=False, img_size=size)
@@ -135,11 +142,11 @@ def takes_image_size(name: str, size: int | list[int]) -> bool:
 
 
 def data_config_of(net: Any, image_size: int | list[int] | None) -> dict[str, Any]:
-    """Returns how images become the network's input, as timm records it.
+    """Returns timm's data config of a network (input size, mean, std, interpolation, crop).
 
     Args:
-        net: The network.
-        image_size: A side or (height, width) in pixels, in place of the recorded ones.
+        net: timm network.
+        image_size: Side, or (height, width), in pixels; None: the recorded size.
     """
     from timm.data import resolve_data_config
 
@@ -151,16 +158,16 @@ def data_config_of(net: Any, image_size: int | list[int] | None) -> dict[str, An
 
 
 def check_channels_first(net: Any, name: str) -> None:
-    """Raises ModelError where feature maps are [B, H, W, C], which transformers' TimmBackbone passes on unturned."""
+    """Raises ModelError for feature maps [B, H, W, C], which transformers' TimmBackbone does not transpose."""
     if str(getattr(net, "output_fmt", "NCHW")).rpartition(".")[2] != "NCHW":
         raise ModelError(
-            f"model.name: '{name}' has channels last, which transformers' TimmBackbone cannot take; most ConvNets and "
-            "ViTs have them first."
+            f"model.name: '{name}' returns channels-last feature maps, which transformers' TimmBackbone does not "
+            "support. Choose a channels-first network, such as most ConvNets and ViTs."
         )
 
 
 def origin(name: str, net: Any) -> tuple[str | None, str | None]:
-    """Returns the hub id and the commit that the weights of `net` came from, as far as they are known."""
+    """Returns repo id and commit of the weights of `net`; None for unknown ones."""
     kind, _, rest = name.partition(":")
     if kind == "local-dir":
         return None, None

@@ -1,4 +1,4 @@
-"""Vision models: any timm name, `hf-hub:` id or `local-dir:` folder, saved so that timm and transformers open them."""
+"""Vision models: any timm name, `hf-hub:` repo id or `local-dir:` folder; saved for timm and transformers."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ __all__ = ["build", "name_problem", "open_saved"]
 
 
 class TimmModel(TaskModel):
-    """A timm network with a new classifier."""
+    """timm network with a new classifier."""
 
     modality = "image"
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns `logits` [B, K] from `pixel_values` [B, C, H, W]."""
-        # convolutions in this layout take about half the time on CPUs and on GPUs in bf16
+        # channels_last halves the time of convolutions on CPUs and on GPUs in bf16
         return {"logits": self.net(inputs["pixel_values"].contiguous(memory_format=torch.channels_last))}
 
     def save(self, folder: Path) -> None:
-        """Writes timm's own layout, mended so that transformers' TimmWrapper opens the same folder."""
+        """Writes timm's format, with changes that let transformers' TimmWrapper load the same folder."""
         from timm.models import save_for_hf
 
         labels = self._label_names()
-        # timm >= 1.0.2x records num_classes here as well, and TimmWrapper then passes it twice
+        # timm >= 1.0.2x also records num_classes in model_args, and TimmWrapper then passes it twice
         save_for_hf(self.net, str(folder), model_config=labels, model_args=self.build_args, safe_serialization=True)
         path = folder / "config.json"
         config = json.loads(path.read_text())
@@ -53,12 +53,12 @@ class TimmModel(TaskModel):
             del config["model_args"]
         config["pretrained_cfg"] |= self._preprocessing()
         if self.spec.problem_type != "single_label_classification":
-            config["problem_type"] = self.spec.problem_type  # transformers' pipeline reads it, timm does not
-        if self.sklearn_head is not None:  # timm's way of saying that there is no classifier
+            config["problem_type"] = self.spec.problem_type  # read by transformers' pipeline, ignored by timm
+        if self.sklearn_head is not None:  # timm's convention for networks without a classifier
             config["num_classes"] = config["pretrained_cfg"]["num_classes"] = 0
         if not self.source.pretrained:
-            for claim in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
-                config["pretrained_cfg"].pop(claim, None)  # these describe weights that were not used
+            for key in ("tag", "license", "origin_url", "paper_ids", "paper_name"):
+                config["pretrained_cfg"].pop(key, None)  # these describe pretrained weights, which were not used
         path.write_text(json.dumps(config, indent=2))
 
     def original_labels(self) -> list[str]:
@@ -76,36 +76,39 @@ class TimmModel(TaskModel):
 
     @property
     def build_args(self) -> dict[str, Any]:
-        """Arguments beside the name that rebuild the same architecture."""
+        """Arguments that rebuild the same architecture, in addition to its name."""
         return self.net.hftl_build_args
 
-    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
-        """Opens with timm's `local-dir:` or `hf-hub:`, and transformers' `AutoModelForImageClassification`."""
+    def loaders(self, path_or_repo_id: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
+        """Loads with timm's `local-dir:` or `hf-hub:`, and transformers' `AutoModelForImageClassification`."""
         import timm
         from transformers import AutoModel, AutoModelForImageClassification
 
-        name = f"local-dir:{place}" if Path(place).is_dir() else hub_name(str(place), revision)
+        name = (
+            f"local-dir:{path_or_repo_id}"
+            if Path(path_or_repo_id).is_dir()
+            else hub_name(str(path_or_repo_id), revision)
+        )
         try:
-            by_timm = timm.create_model(name, pretrained=True).eval()
+            timm_net = timm.create_model(name, pretrained=True).eval()
         except Exception:
-            if not Path(place).is_dir():
+            if not Path(path_or_repo_id).is_dir():
                 raise
-            log(f"publish: timm {timm.__version__} does not read safetensors from local-dir: folders; newer ones do")
-            by_timm = create(name, pretrained=True).eval()
+            log(f"save: timm {timm.__version__} cannot load safetensors from local-dir: folders; newer versions can")
+            timm_net = create(name, pretrained=True).eval()
         with quiet():
             auto, output = (AutoModelForImageClassification, "logits")
             if self.sklearn_head is not None:
                 auto, output = (AutoModel, "pooler_output")
-            by_transformers = auto.from_pretrained(
-                place, revision=revision, trust_remote_code=False, use_safetensors=True
-            ).eval()
+            options = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
+            transformers_net = auto.from_pretrained(path_or_repo_id, **options).eval()
         return {
-            "timm": lambda inputs: by_timm(inputs["pixel_values"]),
-            "transformers": lambda inputs: by_transformers(**inputs)[output],
+            "timm": lambda inputs: timm_net(inputs["pixel_values"]),
+            "transformers": lambda inputs: transformers_net(**inputs)[output],
         }
 
     def build_untrained(self) -> nn.Module:
-        """Returns the same architecture with the checkpoint's weights and an untrained classifier."""
+        """Builds the same architecture with the checkpoint's weights and an untrained classifier."""
         name = self.source.name
         net = create(name, pretrained=self.source.pretrained, num_classes=self.spec.num_outputs, **self.build_args)
         if net.num_classes != self.spec.num_outputs:
@@ -114,7 +117,7 @@ class TimmModel(TaskModel):
 
 
 def build(run: RunConfig, spec: HeadSpec) -> TimmModel:
-    """Returns the timm network `run.model.name` with a classifier of `spec.num_outputs` outputs.
+    """Builds the timm network `run.model.name` with a new classifier of `spec.num_outputs` outputs.
 
     Raises:
         ModelError: The name is unknown or the weights cannot be loaded.
@@ -131,9 +134,9 @@ def build(run: RunConfig, spec: HeadSpec) -> TimmModel:
 
 
 def open_saved(folder: Path, spec: HeadSpec) -> TimmModel:
-    """Returns the model in a folder written by `TimmModel.save`, its classifier as trained.
+    """Loads a model saved by `TimmModel.save`, with its trained classifier.
 
-    One that was saved under a classic head has none: its place is where features come out.
+    A model saved with a scikit-learn head has no classifier; its head module is then the one that returns features.
     """
     name = f"local-dir:{folder}"
     net = create(name, pretrained=True)
@@ -144,10 +147,10 @@ def open_saved(folder: Path, spec: HeadSpec) -> TimmModel:
 
 
 def create_network(config: ModelConfig, num_outputs: int) -> Any:
-    """Returns the timm network itself, freshly headed, or without a classifier where `num_outputs` is 0.
+    """Builds the timm network with a new classifier, or without a classifier if `num_outputs` is 0.
 
     Raises:
-        ModelError: As `build`.
+        ModelError: The name is unknown or the weights cannot be loaded.
     """
     problem = name_problem(config)
     if problem:
@@ -165,26 +168,26 @@ def create_network(config: ModelConfig, num_outputs: int) -> Any:
     except Exception as error:
         raise ModelError(
             f"model.name: '{config.name}' cannot be built"
-            f"{' with its pretrained weights' if config.pretrained else ''}: {type(error).__name__}: {error}. "
-            "Without a network, name a folder: local-dir:PATH (config.json and model.safetensors)."
+            f"{' with pretrained weights' if config.pretrained else ''}: {type(error).__name__}: {error}. "
+            "Without network access, set local-dir:PATH, a folder with config.json and model.safetensors."
         ) from error
     if config.pretrained and num_outputs:
-        _fresh_head(net)
+        _reset_classifier(net)
     net.hftl_build_args = args
     return net
 
 
 def load_original(config: ModelConfig) -> Any:
-    """Returns the network with the classifier that its checkpoint came with."""
+    """Loads the network with the pretrained classifier of its checkpoint."""
     name = timm_name(config.name)
     return create(name, pretrained=True, **recorded_args(name))
 
 
-def _fresh_head(net: Any) -> None:
-    """Draws the classifier's weights anew, small.
+def _reset_classifier(net: Any) -> None:
+    """Initializes the classifier with small random weights.
 
-    A checkpoint with as many classes would silently keep the old ones' weights, and several families draw new ones
-    for 1,000 classes: 1 / sqrt(K) per weight (EfficientNets) starts two classes at logits of ten.
+    timm keeps the pretrained classifier if the number of classes matches. Several families also initialize it for 1,000
+    classes: with 1 / sqrt(K) per weight (EfficientNets), two classes start at logits of ten.
     """
     for name in _classifier_names(net):
         for module in net.get_submodule(name).modules():
@@ -195,10 +198,12 @@ def _fresh_head(net: Any) -> None:
 
 
 def _classifier_names(net: Any) -> list[str]:
-    """Returns the dotted names of timm's classifier module(s)."""
+    """Returns the dotted names of the classifier modules returned by timm's `get_classifier()`."""
     classifier = net.get_classifier()
-    wanted = classifier if isinstance(classifier, (tuple, list)) else [classifier]
-    names = [name for name, module in net.named_modules() if any(module is each for each in wanted)]
-    if not names or not any(True for each in wanted for _ in each.parameters()):
-        raise ModelError(f"model.name: {type(net).__name__} has no classifier that timm's get_classifier() can name.")
+    modules = classifier if isinstance(classifier, (tuple, list)) else [classifier]
+    names = [name for name, module in net.named_modules() if any(module is each for each in modules)]
+    if not names or not any(True for module in modules for _ in module.parameters()):
+        raise ModelError(
+            f"model.name: timm's get_classifier() returns no classifier of {type(net).__name__}. Choose another model."
+        )
     return names

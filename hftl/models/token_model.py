@@ -1,4 +1,4 @@
-"""Models that say something of each token: stock classes that tag words and find answers, window by window."""
+"""Token-level models: transformers classes for token classification and question answering on sliding windows."""
 
 from __future__ import annotations
 
@@ -18,54 +18,54 @@ from hftl.models.text_model import TextModel
 __all__ = ["build", "name_problem", "open_saved"]
 
 
-class WindowModel(TextModel):
-    """A stock class with outputs for each token. A row is one text in W windows; those it lacks are all padding."""
+class TokenModel(TextModel):
+    """transformers class with outputs per token. A row is one text in up to W windows; missing windows are padding."""
 
     pools = False
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns `logits` [B, W, T, K] from `input_ids`, `attention_mask` [B, W, T]; 0 where there is no window."""
-        return {"logits": through_windows(self.net, inputs)}
+        """Returns `logits` [B, W, T, K] for `input_ids`, `attention_mask` [B, W, T]; 0 for padding windows."""
+        return {"logits": forward_windows(self.net, inputs)}
 
-    def loaders(self, place: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
-        """Opens with the auto class of the task."""
-        net = self.reopened(place, revision)
-        return {"transformers": lambda inputs: through_windows(net, inputs)}
+    def loaders(self, path_or_repo_id: str | Path, revision: str | None = None) -> dict[str, ReloadedModel]:
+        """Loads with the auto class of the task."""
+        net = self.reload(path_or_repo_id, revision)
+        return {"transformers": lambda inputs: forward_windows(net, inputs)}
 
 
-def through_windows(net: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Returns what a stock class computes of each window that holds anything, in its place [B, W, T, K].
+def forward_windows(net: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Runs a network on all non-padding windows, and returns logits [B, W, T, K], 0 for padding windows.
 
     Args:
-        net: Takes tokens [N, T]; gives `logits` [N, T, K], or `start_logits` and `end_logits` [N, T].
-        inputs: `attention_mask` among them, each [B, W, T].
+        net: Takes tokens [N, T]; returns `logits` [N, T, K], or `start_logits` and `end_logits` [N, T].
+        inputs: Tensors [B, W, T], including `attention_mask`.
     """
-    there = inputs["attention_mask"].any(-1)
-    outputs = net(**{name: values[there] for name, values in inputs.items()})
+    is_window = inputs["attention_mask"].any(-1)
+    outputs = net(**{name: values[is_window] for name, values in inputs.items()})
     logits = outputs.get("logits")
     if logits is None:
         logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], -1)
-    whole = logits.new_zeros((*inputs["attention_mask"].shape, logits.shape[-1]))
-    whole[there] = logits
-    return whole
+    padded = logits.new_zeros((*inputs["attention_mask"].shape, logits.shape[-1]))
+    padded[is_window] = logits
+    return padded
 
 
 def build(run: RunConfig, spec: HeadSpec) -> TextModel:
-    """Returns the checkpoint `run.model.name` as the stock class `spec.stock`.
+    """Builds the checkpoint `run.model.name` as the transformers class `spec.model_class`.
 
-    A checkpoint's way of pooling (`1_Pooling`) says nothing here: each token has features of its own.
+    The pooling of the checkpoint (`1_Pooling`) is ignored, because the head uses token features.
 
     Raises:
-        ModelError: The checkpoint cannot be found or has no such class; or a way of pooling is asked for.
+        ModelError: The checkpoint is missing or has no such class, or `model.pooling` is set to `cls` or `mean`.
     """
     if run.model.pooling in ("cls", "mean"):
         raise ModelError(
-            f"model.pooling: '{run.model.pooling}' makes one vector of a text; {spec.model_class} takes one of each "
-            "token; say auto."
+            f"model.pooling: '{run.model.pooling}' is invalid for {spec.model_class}, which uses token features. Set "
+            "auto."
         )
-    return text_model.build(run, spec, WindowModel)
+    return text_model.build(run, spec, TokenModel)
 
 
 def open_saved(folder: Path, spec: HeadSpec) -> TextModel:
-    """Returns the model in a folder written by `TextModel.save`, its head as trained. No code in the folder runs."""
-    return text_model.open_saved(folder, spec, WindowModel)
+    """Loads a model saved by `TextModel.save`, with its trained head. Runs no code from the folder."""
+    return text_model.open_saved(folder, spec, TokenModel)

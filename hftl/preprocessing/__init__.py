@@ -1,1 +1,1 @@
-"""Rows to model inputs, with their collate functions."""
+"""Preprocessing: image transforms, tokenization, sliding windows and multimodal examples."""

@@ -1,4 +1,4 @@
-"""Images with captions: one a row, or a list of them; and which rows say that the two belong together."""
+"""Image-caption pairs: one caption or a list of captions per image, with optional match labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hftl.data.image_decoding import Stored, quiet_pillow
 from hftl.data.roles import ROLES, usual_column, usual_columns
 from hftl.errors import DataError, nearest
 from hftl.loading.loader import Example
-from hftl.preprocessing.image_transforms import ImageProcessor, ImageRows, untouched_rng
+from hftl.preprocessing.image_transforms import ImageProcessor, ImageRows, preserve_rng_state
 from hftl.preprocessing.multimodal import VectorRows
 
 if TYPE_CHECKING:
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 class CaptionedRows:
-    """Rows with an image, with captions, or with both; images are decoded when fetched.
+    """Rows with images, captions, or both; images are decoded when fetched.
 
     Args:
-        dataset: The rows.
-        image: The image column; None where there is none.
-        captions: The column of captions, texts or lists of texts; None where there is none.
-        processor: The image encoder's expectations.
-        seed: Of the augmentation and of the caption that is drawn from a list; None for evaluation, with all captions.
-        max_pixels: Largest image that is decoded.
-        split: Its name, for messages.
+        dataset: Rows of a split.
+        image: Image column, if any.
+        captions: Caption column (strings or lists of strings), if any.
+        processor: Preprocessing of the image encoder.
+        seed: Seed of augmentation and caption sampling; None for evaluation, which uses all captions.
+        max_pixels: Largest width x height of an image.
+        split: Split name, for messages.
     """
 
     lengths = None
@@ -49,39 +49,39 @@ class CaptionedRows:
         self.seed = seed
         self.images = None
         if image is not None:
-            assert processor is not None, "a model that reads images has their processor"
+            assert processor is not None, "image models have an image processor"
             self.images = ImageRows(dataset, image, processor, seed, max_pixels, split)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def identity(self) -> list[Any]:
-        """Returns what the examples depend on."""
+        """Returns the cache key of the examples, as JSON values."""
         return [self.dataset._fingerprint, self.seed, self.images.identity() if self.images else None]
 
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
-        """Returns examples with `pixel_values` and what tells images apart, and with a list of captions.
+        """Returns examples with `pixel_values`, `image_key`, `captions` and `several`.
 
-        `image_key` is the image's file, or its bytes where it is in none. Training draws one of several captions, by
-        (seed, epoch, row) alone; in evaluation `several` says that they are all there.
+        `image_key` identifies the image: its bytes if embedded, else its path. Training samples one caption of a list
+        by (seed, epoch, row); in evaluation, `captions` has all captions and `several` is True for lists.
         """
         table = (self.images.dataset if self.images else self.dataset)[list(rows)]
         examples = []
-        with untouched_rng(), quiet_pillow():
+        with preserve_rng_state(), quiet_pillow():
             for position, row in enumerate(rows):
-                example = self._beside(table, position, row, epoch)
+                example = self._metadata(table, position, row, epoch)
                 if self.images is not None:
                     stored: Stored = table[self.images.column][position]
                     example["pixel_values"] = self.images.pixels(stored, row, epoch)
                 examples.append(example)
         return examples
 
-    def beside(self, rows: Sequence[int]) -> list[Example]:
-        """Returns examples without pixels."""
+    def fetch_metadata(self, rows: Sequence[int]) -> list[Example]:
+        """Returns examples without `pixel_values`."""
         table = (self.images.dataset if self.images else self.dataset)[list(rows)]
-        return [self._beside(table, position, row, 0) for position, row in enumerate(rows)]
+        return [self._metadata(table, position, row, 0) for position, row in enumerate(rows)]
 
-    def _beside(self, table: Mapping[str, Any], position: int, row: int, epoch: int) -> Example:
+    def _metadata(self, table: Mapping[str, Any], position: int, row: int, epoch: int) -> Example:
         example: Example = {}
         if self.images is not None:
             stored: Stored = table[self.images.column][position]
@@ -90,20 +90,20 @@ class CaptionedRows:
             example |= self._captions(table[self.captions][position], row, epoch)
         return example
 
-    def _captions(self, found: str | list[str], row: int, epoch: int) -> Example:
-        if isinstance(found, str):
-            return {"captions": [found], "several": False}
+    def _captions(self, captions: str | list[str], row: int, epoch: int) -> Example:
+        if isinstance(captions, str):
+            return {"captions": [captions], "several": False}
         if self.seed is None:
-            return {"captions": found, "several": True}
-        drawn = np.random.default_rng([self.seed, epoch, row]).integers(len(found))
-        return {"captions": [found[drawn]], "several": False}
+            return {"captions": captions, "several": True}
+        index = np.random.default_rng([self.seed, epoch, row]).integers(len(captions))
+        return {"captions": [captions[index]], "several": False}
 
 
 class SingleCaptionRows(CaptionedRows):
-    """Rows with one caption each: nothing but the augmentation of images is drawn, so vectors can stand for them."""
+    """Rows with one caption per image; without caption sampling, encoder embeddings can be cached."""
 
     def with_vectors(self, vectors: np.ndarray) -> VectorRows:
-        """Returns the same rows with what the encoders made of them [N, D] in place of images and texts."""
+        """Returns the same rows with encoder embeddings [N, D] in place of images and captions."""
         return VectorRows(self, vectors)
 
 
@@ -116,45 +116,53 @@ def captioned_rows(
     max_pixels: int,
     split: str,
 ) -> CaptionedRows:
-    """Returns rows as `CaptionedRows`, of the kind that the column of captions makes possible."""
-    one = captions is not None and ROLES["text"].accepts(dataset.features[captions])
-    kind = SingleCaptionRows if one and image is not None else CaptionedRows
-    return kind(dataset, image, captions, processor, seed, max_pixels, split)
+    """Returns `SingleCaptionRows` if every row has one image and one caption, else `CaptionedRows`."""
+    is_single = captions is not None and ROLES["text"].accepts(dataset.features[captions])
+    rows_class = SingleCaptionRows if is_single and image is not None else CaptionedRows
+    return rows_class(dataset, image, captions, processor, seed, max_pixels, split)
 
 
-def find_captions(features: Features, given: str | None) -> Column:
-    """Returns the column of captions: texts, or lists of texts.
+def find_captions(features: Features, configured: str | None) -> Column:
+    """Returns the caption column, of strings or lists of strings.
 
     Args:
         features: Names and types of the columns.
-        given: `data.text_column`.
+        configured: Value of `data.text_column`.
 
     Raises:
-        DataError: There is none, or several could be it.
+        DataError: The column is missing or ambiguous.
     """
-    fitting = [name for name, kind in features.items() if ROLES["captions"].accepts(kind)]
+    candidates = [name for name, kind in features.items() if ROLES["captions"].accepts(kind)]
     listing = ", ".join(features)
-    if given is not None:
-        if given in fitting:
-            return Column(given, "named by data.text_column")
-        what = "holds neither texts nor lists of texts" if given in features else "is not there"
-        raise DataError(f"data.text_column: '{given}' {what}.{nearest(given, features)} Columns: {listing}.")
-    named = usual_column("captions", features)
-    if named is not None:
-        return Column(named, "by its name")
-    if len(fitting) == 1:
-        return Column(fitting[0], "the only column that can hold texts")
-    found = f"{' and '.join(fitting)} could each hold the captions" if fitting else "no column holds captions"
-    raise DataError(f"data.text_column: {found}. Columns: {listing}. Say --data.text_column NAME.")
+    if configured is not None:
+        if configured in candidates:
+            return Column(configured, "set by data.text_column")
+        problem = "has neither strings nor lists of strings" if configured in features else "does not exist"
+        raise DataError(
+            f"data.text_column: '{configured}' {problem}.{nearest(configured, features)} Columns: {listing}."
+        )
+    by_name = usual_column("captions", features)
+    if by_name is not None:
+        return Column(by_name, "by name")
+    if len(candidates) == 1:
+        return Column(candidates[0], "only text column")
+    problem = (
+        f"{' and '.join(candidates)} could each be the caption column" if candidates else "no caption column found"
+    )
+    raise DataError(f"data.text_column: {problem}. Columns: {listing}. Set --data.text_column NAME.")
 
 
-def find_match(rows: Dataset, given: str | None) -> str | None:
-    """Returns the column of 0 and 1 that says which rows are pairs, or None: all are.
+def find_match(rows: Dataset, configured: str | None) -> str | None:
+    """Returns the match column (1: positive pair, 0: negative pair), or None if all rows are positive pairs.
+
+    Args:
+        rows: Training rows.
+        configured: Value of `data.label_column`.
 
     Raises:
-        DataError: `given` (`data.label_column`) is not such a column.
+        DataError: The column `configured` does not exist or has other values than 0 and 1.
     """
-    names = [given] if given is not None else usual_columns("match", rows.features)
+    names = [configured] if configured is not None else usual_columns("match", rows.features)
     for name in names:
         if name not in rows.features:
             raise DataError(
@@ -164,13 +172,15 @@ def find_match(rows: Dataset, given: str | None) -> str | None:
         values = {value for value in arrow_column(rows, name).unique().to_pylist() if value is not None}
         if values and values <= {0, 1}:
             return name
-    if given is not None:
-        raise DataError(f"data.label_column: '{given}' must hold 1 (image and caption belong together) and 0 only.")
+    if configured is not None:
+        raise DataError(
+            f"data.label_column: '{configured}' has invalid values; allowed: 1 (positive pair) and 0 (negative pair)."
+        )
     return None
 
 
 def matching(rows: Dataset, column: str | None) -> Dataset:
-    """Returns the rows whose image and caption belong together; a row that does not say is not one."""
+    """Returns the positive pairs; rows without a match label are excluded, without a match column all are positive."""
     if column is None or column not in rows.features:
         return rows
     values = arrow_column(rows, column).to_pylist()
@@ -178,7 +188,7 @@ def matching(rows: Dataset, column: str | None) -> Dataset:
 
 
 def without_caption(rows: Dataset, column: str) -> list[int]:
-    """Returns the numbers of the rows whose caption, or one of whose captions, is empty or missing, or has none."""
+    """Returns the row numbers with an empty or missing caption, or an empty list of captions."""
     bad = []
     for row, value in enumerate(arrow_column(rows, column).to_pylist()):
         texts = value if isinstance(value, list) else [value]

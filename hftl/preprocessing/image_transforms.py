@@ -1,4 +1,4 @@
-"""Images -> pixel_values, by the backbone's own data configuration (timm)."""
+"""Image transforms: decodes images and applies the timm transforms of the backbone's data configuration."""
 
 from __future__ import annotations
 
@@ -26,35 +26,39 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
 
-_AT_ONCE = 64
-"""Images in memory, undecoded, while all are looked at."""
-_SAY_EVERY = 10.0
-"""Seconds between two lines on how far that is."""
+_BATCH_SIZE = 64
+"""Number of undecoded images in memory during validation."""
+_LOG_INTERVAL_S = 10.0
+"""Seconds between progress lines of the validation."""
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What a timm backbone expects: `data_config` has input_size (C, H, W), interpolation, mean, std, crop_pct."""
+    """Image preprocessing of a timm backbone.
+
+    Attributes:
+        data_config: timm data configuration: input_size (C, H, W), interpolation, mean, std, crop_pct.
+        augment: Training augmentation.
+    """
 
     data_config: dict[str, Any]
     augment: AugmentConfig
 
     @property
     def mode(self) -> str:
-        """PIL mode of the input."""
+        """Pillow mode of the input: `L` for one channel, else `RGB`."""
         return "L" if self.data_config["input_size"][0] == 1 else "RGB"
 
     def transform(self, training: bool) -> Any:
-        """Returns timm's transform: PIL image -> float tensor [C, H, W]; random when `training`."""
+        """Returns the timm transform from a PIL image to a float tensor [C, H, W]; random if `training`."""
         from timm.data import create_transform
 
         if not training:
             return create_transform(**self.data_config, is_training=False)
         augment = self.augment
-        whole = augment.crop_scale >= 1
-        shape_options: dict[str, Any] = {"scale": (augment.crop_scale, 1.0)}
-        if whole:
-            shape_options |= {"ratio": (1.0, 1.0)}
+        crop_options: dict[str, Any] = {"scale": (augment.crop_scale, 1.0)}
+        if augment.crop_scale >= 1:
+            crop_options |= {"ratio": (1.0, 1.0)}
         config = {key: self.data_config[key] for key in ("input_size", "interpolation", "mean", "std")}
         return create_transform(
             **config,
@@ -62,20 +66,20 @@ class ImageProcessor:
             hflip=augment.hflip,
             color_jitter=augment.color_jitter or None,  # pyright: ignore[reportArgumentType]  None: off
             auto_augment=augment.auto_augment,
-            **shape_options,
+            **crop_options,
         )
 
 
 class ImageRows:
-    """Rows of a data set with an image column; images are decoded when fetched.
+    """Rows of a dataset with an image column; images are decoded when fetched.
 
     Args:
         dataset: Rows; all other columns pass through unchanged.
-        column: The image column.
-        processor: The backbone's expectations.
+        column: Image column.
+        processor: Preprocessing of the backbone.
         training_seed: Seed of the augmentation, or None for the deterministic evaluation transform.
-        max_pixels: Largest image that is decoded, width x height.
-        split: Its name, for messages. Row numbers there count the rows of `dataset`, from 0.
+        max_pixels: Largest width x height of an image.
+        split: Split name, for messages; their row numbers count the rows of `dataset`, from 0.
     """
 
     lengths = None
@@ -103,78 +107,80 @@ class ImageRows:
         return len(self.dataset)
 
     def identity(self) -> Any:
-        """Returns what the examples depend on, as JSON values: rows, their files as they are now, transform, seed."""
+        """Returns the cache key of the examples, as JSON values: rows, state of image files, transform, mode, seed."""
         return [
             self.dataset._fingerprint,
-            _files(self.dataset, self.column),
+            _hash_files(self.dataset, self.column),
             repr(self.transform),
             self.mode,
             self.seed,
         ]
 
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
-        """Returns an `example` for each row.
+        """Returns one `example` per row.
 
         Raises:
-            RowError: An image, or what belongs to it, cannot be used; with split and row.
+            RowError: An image or its annotation is invalid; includes split and row.
         """
         table = self.dataset[list(rows)]
         columns = [name for name in table if name != self.column]
         examples = []
-        with untouched_rng(), quiet_pillow():
+        with preserve_rng_state(), quiet_pillow():
             for position, row in enumerate(rows):
-                image = self._image(table[self.column][position], row, epoch)
+                image = self._load_image(table[self.column][position], row, epoch)
                 try:
                     examples.append(self.example(image, {name: table[name][position] for name in columns}))
                 except DataError as error:
-                    raise RowError(f"{self._where(row)}: {error}") from error
+                    raise RowError(f"{self._describe_row(row)}: {error}") from error
         return examples
 
     def example(self, image: Any, values: dict[str, Any]) -> Example:
-        """Returns `pixel_values` [C, H, W] float32 beside the row's other columns."""
+        """Returns `pixel_values` [C, H, W] float32 with the other columns of the row."""
         return {"pixel_values": self.transform(image)} | values
 
     def pixels(self, stored: Stored, row: int, epoch: int) -> Tensor:
         """Returns the transformed image [C, H, W] of a row."""
-        return self.transform(self._image(stored, row, epoch))
+        return self.transform(self._load_image(stored, row, epoch))
 
-    def _image(self, stored: Stored, row: int, epoch: int) -> Any:
-        """Returns the PIL image of a row; what is random next depends on the row and the epoch alone."""
+    def _load_image(self, stored: Stored, row: int, epoch: int) -> Any:
+        """Returns the PIL image of a row; seeds the random generators for its augmentation."""
         image = self._decode(stored, row)
         if self.seed is not None:
             seed_for_sample(self.seed, epoch, row)
         return image
 
-    def _where(self, row: int) -> str:
+    def _describe_row(self, row: int) -> str:
         return f"{self.split} row {row}".strip()
 
     def _decode(self, stored: Stored, row: int) -> Any:
-        """Returns the PIL image of a row, or raises a `RowError` that names it."""
+        """Returns the PIL image of a row; raises a `RowError` with split and row if it is invalid."""
         try:
             return decode_image(stored, self.mode, self.max_pixels)
         except DataError as error:
-            raise RowError(f"{self._where(row)}: the image ({place(stored)}) cannot be decoded: {error}.") from error
+            raise RowError(
+                f"{self._describe_row(row)}: the image ({place(stored)}) cannot be decoded: {error}."
+            ) from error
 
 
-def _files(dataset: Dataset, column: str) -> str:
-    """Returns a hash of path, size and time of change of every image that lies in a file of its own."""
+def _hash_files(dataset: Dataset, column: str) -> str:
+    """Returns a hash of path, size and modification time of all image files; skips embedded images."""
     digest = hashlib.sha256()
-    for start in range(0, len(dataset), _AT_ONCE):
-        images = arrow_column(dataset.select(range(start, min(start + _AT_ONCE, len(dataset)))), column)
+    for start in range(0, len(dataset), _BATCH_SIZE):
+        images = arrow_column(dataset.select(range(start, min(start + _BATCH_SIZE, len(dataset)))), column)
         for chunk in images.chunks:
-            inside = chunk.field("bytes").is_valid().to_pylist()
-            for path, stored in zip(chunk.field("path").to_pylist(), inside, strict=True):
-                if path and not stored:
-                    with suppress(OSError):  # said, with its row, where it is opened
-                        found = os.stat(path)
-                        digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+            embedded = chunk.field("bytes").is_valid().to_pylist()
+            for path, has_bytes in zip(chunk.field("path").to_pylist(), embedded, strict=True):
+                if path and not has_bytes:
+                    with suppress(OSError):  # reported with the row when the image is opened
+                        info = os.stat(path)
+                        digest.update(f"{path} {info.st_size} {info.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
 def seed_for_sample(seed: int, epoch: int, row: int) -> None:
-    """Makes what is random next depend on (seed, epoch, row) alone.
+    """Seeds the random generators (Python, NumPy, torch on the CPU) with (seed, epoch, row).
 
-    So augmentation is the same with any number of workers and processes, and after a resume.
+    Makes augmentation independent of the number of workers and processes, and of resuming.
     """
     import torch
 
@@ -185,8 +191,8 @@ def seed_for_sample(seed: int, epoch: int, row: int) -> None:
 
 
 @contextmanager
-def untouched_rng() -> Iterator[None]:
-    """Leaves the process's random generators (Python, NumPy, torch on the CPU) as they were before."""
+def preserve_rng_state() -> Iterator[None]:
+    """Restores the random generators (Python, NumPy, torch on the CPU) on exit."""
     import torch
 
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -199,65 +205,76 @@ def untouched_rng() -> Iterator[None]:
 
 
 def unreadable_images(dataset: Dataset, column: str, split: str, max_pixels: int, optional: bool = False) -> list[str]:
-    """Returns a sentence when images of a split are not images, or missing unless `optional`. Headers are read only."""
-    bad = [
+    """Validates the image headers of a split.
+
+    Args:
+        dataset: Rows of the split.
+        column: Image column.
+        split: Split name, for the message.
+        max_pixels: Largest width x height of an image.
+        optional: Whether missing images are valid.
+
+    Returns:
+        One problem with all invalid images; [] without any.
+    """
+    invalid = [
         f"row {row} ({place(stored)}): {reason}"
-        for row, stored, reason in _refused(dataset, column, lambda stored: check_header(stored, max_pixels))
+        for row, stored, reason in _invalid_images(dataset, column, lambda stored: check_header(stored, max_pixels))
         if not (optional and is_absent(stored))
     ]
-    if not bad:
+    if not invalid:
         return []
     return [
-        f"data.source: {split} has {len(bad)} unreadable image(s): {shorten(bad, 5)}. Repair or remove them, or leave "
-        "them out with --data.on_error skip."
+        f"data.source: {split} has {len(invalid)} unreadable image(s): {shorten(invalid, 5)}. Repair or remove them, "
+        "or set --data.on_error skip."
     ]
 
 
 def is_absent(stored: Stored) -> bool:
-    """Whether a row has no image at all."""
+    """Whether a row has no image."""
     return stored is None or stored.get("path") is None and stored.get("bytes") is None
 
 
 def broken_images(
     dataset: Dataset, column: str, split: str, max_pixels: int, optional: bool = False
 ) -> dict[int, BadRow]:
-    """Returns the rows of a split whose images cannot be decoded, or are missing unless `optional`. All are decoded."""
-    found = _refused(dataset, column, lambda stored: decode_image(stored, "RGB", max_pixels), progress=split)
+    """Decodes all images of a split; returns the rows whose images are invalid, or missing unless `optional`."""
+    invalid = _invalid_images(dataset, column, lambda stored: decode_image(stored, "RGB", max_pixels), progress=split)
     return {
         row: BadRow(reason, column, place(stored), (stored or {}).get("path"))
-        for row, stored, reason in found
+        for row, stored, reason in invalid
         if not (optional and is_absent(stored))
     }
 
 
-def _refused(
-    dataset: Dataset, column: str, look: Callable[[Stored], Any], progress: str = ""
+def _invalid_images(
+    dataset: Dataset, column: str, validate: Callable[[Stored], Any], progress: str = ""
 ) -> Iterator[tuple[int, Stored, str]]:
-    """Yields number, image and reason of each row that `look` raises a `DataError` for; several at a time.
+    """Yields row number, image and reason of all images that `validate` rejects; runs in several threads.
 
     Args:
         dataset: Rows of a split.
-        column: The image column.
-        look: Decodes an image, or a part of it.
-        progress: The split as it is called in the lines said now and then; none are said without.
+        column: Image column.
+        validate: Decodes the image or its header; raises `DataError` if it is invalid.
+        progress: Split name in progress lines; empty disables them.
     """
     from datasets import Image
 
-    def reason(stored: Stored) -> str | None:
+    def find_problem(stored: Stored) -> str | None:
         try:
-            look(stored)
+            validate(stored)
         except DataError as error:
             return str(error)
         return None
 
     rows = dataset.select_columns([column]).cast_column(column, Image(decode=False))
-    said = monotonic()
+    logged = monotonic()
     with quiet_pillow(), ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(rows), _AT_ONCE):
-            if progress and monotonic() - said > _SAY_EVERY:
-                log(f"data: {progress}: looked at {start:,} of {len(rows):,} images")
-                said = monotonic()
-            values = rows[start : start + _AT_ONCE][column]
-            for offset, found in enumerate(pool.map(reason, values)):
-                if found:
-                    yield start + offset, values[offset], found
+        for start in range(0, len(rows), _BATCH_SIZE):
+            if progress and monotonic() - logged > _LOG_INTERVAL_S:
+                log(f"data: {progress}: checked {start:,} of {len(rows):,} images")
+                logged = monotonic()
+            images = rows[start : start + _BATCH_SIZE][column]
+            for offset, problem in enumerate(pool.map(find_problem, images)):
+                if problem:
+                    yield start + offset, images[offset], problem

@@ -1,7 +1,7 @@
-"""Images -> pixel_values where the labels are places in the picture: masks and boxes move with the pixels.
+"""Joint transforms of images, masks and boxes, for segmentation and detection.
 
-The whole picture is resized to the model's input, whatever its shape (no centre crop, as classification has): what a
-label says about the margin stays in sight, and one factor for each side leads back.
+The full image is resized to the model input without preserving its aspect ratio or cropping: labels at the border are
+kept, and one factor per side maps predictions back to the image.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-STOCK_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
 _RATIO = 4 / 3
-"""Largest stretch of a random crop in either direction, relative to the shape of the picture."""
-_VISIBLE = 0.25
-"""Share of a box that a random crop must leave; what shows less is a part that nobody would have labelled."""
+"""Largest change of the aspect ratio by a random crop."""
+_MIN_VISIBLE = 0.25
+"""Smallest visible fraction of a box after a random crop; boxes below are dropped."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """What is labelled in one picture.
+    """Annotations of one image.
 
     Attributes:
-        mask: A value for each pixel [H, W], uint8 or int64.
-        boxes: Corners x0 y0 x1 y1 [N, 4] in pixels, float32; the picture spans 0..W and 0..H.
+        mask: Value of each pixel [H, W], uint8 or int64.
+        boxes: Corners x0 y0 x1 y1 [N, 4] in pixels, float32; the image spans 0..W and 0..H.
     """
 
     mask: Tensor | None = None
@@ -45,14 +45,14 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Moved:
-    """A picture as the model takes it, and its labels in the same frame.
+class Transformed:
+    """Model input with the transformed annotations.
 
     Attributes:
-        pixel_values: Normalised image [C, H, W], float32.
-        mask: As `Places.mask`, at the size of `pixel_values`.
-        boxes: As `Places.boxes`, in pixels of `pixel_values`, [M, 4] with M <= N.
-        kept: Which of the N boxes these are [M], int64: labels of the others go with their boxes.
+        pixel_values: Normalized image [C, H, W], float32.
+        mask: Mask [H, W] at the size of `pixel_values`.
+        boxes: Corners x0 y0 x1 y1 [M, 4] in pixels of `pixel_values`, with M <= N.
+        kept: Indices [M] of the remaining boxes among the N original boxes, int64.
     """
 
     pixel_values: Tensor
@@ -63,78 +63,78 @@ class Moved:
 
 @dataclass(frozen=True)
 class GeometryTransform:
-    """PIL image and `Places` -> `Moved`. With `augment`: random crop, flip and colours, else a plain resize.
+    """Transform of a PIL image and its `Places`: random crop, flip and color jitter with `augment`, else a resize.
 
-    Masks are resized to the nearest pixel centre, images with antialiasing.
+    Masks are resized with nearest-exact interpolation, images with antialiasing.
     """
 
     size: tuple[int, int]
-    """Height and width of the input."""
+    """Height and width of the model input."""
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: AugmentConfig | None
 
-    def __call__(self, image: Image, places: Places | None = None) -> Moved:
-        """Returns the picture and its places, moved alike."""
+    def __call__(self, image: Image, places: Places | None = None) -> Transformed:
+        """Applies the same geometric transform to the image and its annotations."""
         from torchvision.transforms.v2 import ColorJitter, functional
 
         places = places or Places()
         pixels = functional.pil_to_tensor(image)
         height, width = pixels.shape[-2:]
-        crop = self._crop(height, width)
+        crop = self._sample_crop(height, width)
         flip = self.augment is not None and bool(torch.rand(1) < self.augment.hflip)
         pixels = self._resize(pixels, crop, self.interpolation, flip)
         if self.augment is not None and self.augment.color_jitter:
             pixels = ColorJitter(*[self.augment.color_jitter] * 3)(pixels)
-        # in 0..255, so that transformers' processors, which fold the two divisions into one, give the same numbers
+        # in 0..255, as the fused rescale and normalize of transformers: equal results
         mean, std = ([255.0 * value for value in values] for values in (self.mean, self.std))
         pixel_values = functional.normalize(pixels.float(), mean, std)
         mask = places.mask
         if mask is not None:
             mask = self._resize(mask[None], crop, "nearest-exact", flip)[0]
         if places.boxes is None:
-            return Moved(pixel_values, mask)
-        return Moved(pixel_values, mask, *self._move_boxes(places.boxes, (height, width), crop, flip))
+            return Transformed(pixel_values, mask)
+        return Transformed(pixel_values, mask, *self._transform_boxes(places.boxes, (height, width), crop, flip))
 
-    def _crop(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Returns top, left, height and width of what is kept of a picture."""
+    def _sample_crop(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Returns top, left, height and width of the crop; the full image without augmentation."""
         from torchvision.transforms.v2 import RandomResizedCrop
 
         if self.augment is None or self.augment.crop_scale >= 1:
             return 0, 0, height, width
-        shape = width / height
-        chosen = RandomResizedCrop(self.size, (self.augment.crop_scale, 1.0), (shape / _RATIO, shape * _RATIO))
-        crop = chosen.make_params([torch.empty(1, height, width, device="meta")])
+        ratio = width / height
+        sampler = RandomResizedCrop(self.size, (self.augment.crop_scale, 1.0), (ratio / _RATIO, ratio * _RATIO))
+        crop = sampler.make_params([torch.empty(1, height, width, device="meta")])
         return crop["top"], crop["left"], crop["height"], crop["width"]
 
     def _resize(self, pixels: Tensor, crop: tuple[int, int, int, int], interpolation: str, flip: bool) -> Tensor:
-        """Returns the crop of a tensor [C, H, W] at the size of the input."""
+        """Returns the crop of a tensor [C, H, W], resized to the model input and optionally flipped."""
         from torchvision.transforms.v2 import InterpolationMode, functional
 
-        cut = functional.crop(pixels, *crop)
-        resized = functional.resize(cut, list(self.size), InterpolationMode(interpolation), antialias=True)
+        cropped = functional.crop(pixels, *crop)
+        resized = functional.resize(cropped, list(self.size), InterpolationMode(interpolation), antialias=True)
         return functional.horizontal_flip(resized) if flip else resized
 
-    def _move_boxes(
+    def _transform_boxes(
         self, boxes: Tensor, size: tuple[int, int], crop: tuple[int, int, int, int], flip: bool
     ) -> tuple[Tensor, Tensor]:
-        """Returns the boxes that stay, and their numbers.
+        """Returns the remaining boxes and their indices.
 
-        Not torchvision's own boxes: those do not tell how much of each the crop has cut away.
+        torchvision's own box transforms do not report the visible fraction of a box.
         """
         from torchvision.transforms.v2 import functional
         from torchvision.tv_tensors import BoundingBoxes
 
-        boxed: Any = BoundingBoxes(boxes.reshape(-1, 4).float(), format="XYXY", canvas_size=size)  # pyright: ignore
-        cut = functional.clamp_bounding_boxes(functional.crop(boxed, *crop))
-        moved = functional.resize(cut, list(self.size))
+        original: Any = BoundingBoxes(boxes.reshape(-1, 4).float(), format="XYXY", canvas_size=size)  # pyright: ignore
+        cropped = functional.clamp_bounding_boxes(functional.crop(original, *crop))
+        resized = functional.resize(cropped, list(self.size))
         if flip:
-            moved = functional.horizontal_flip(moved)
-        moved = moved.as_subclass(Tensor)
-        stays = (_area(cut) >= _VISIBLE * _area(boxed)) & ((moved[:, 2:] - moved[:, :2]) >= 1).all(-1)
-        kept = stays.nonzero()[:, 0]
-        return moved[kept], kept
+            resized = functional.horizontal_flip(resized)
+        resized = resized.as_subclass(Tensor)
+        is_visible = _area(cropped) >= _MIN_VISIBLE * _area(original)
+        remaining = (is_visible & ((resized[:, 2:] - resized[:, :2]) >= 1).all(-1)).nonzero()[:, 0]
+        return resized[remaining], remaining
 
 
 def _area(boxes: Tensor) -> Tensor:
@@ -144,10 +144,11 @@ def _area(boxes: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GeometryProcessor(ImageProcessor):
-    """As `ImageProcessor`, for pictures with masks or boxes.
+    """Image preprocessing of segmentation and detection models.
 
     Attributes:
-        model_class: transformers' image processor, such as `SegformerImageProcessor` or `RTDetrImageProcessor`.
+        model_class: Image processor class of transformers, such as `SegformerImageProcessor` or
+            `RTDetrImageProcessor`.
         options: Further arguments of that class.
     """
 
@@ -161,7 +162,7 @@ class GeometryProcessor(ImageProcessor):
         return height, width
 
     def transform(self, training: bool) -> GeometryTransform:
-        """Returns the transform of an image and its places; random when `training`."""
+        """Returns the transform of an image and its annotations; random if `training`."""
         config = self.data_config
         return GeometryTransform(
             self.size,
@@ -172,10 +173,10 @@ class GeometryProcessor(ImageProcessor):
         )
 
     def save(self, folder: Path) -> None:
-        """Writes the stock image processor, whose images equal those of `transform(False)` up to 1e-5.
+        """Saves the transformers image processor, whose images equal those of `transform(False)` up to 1e-5.
 
-        transformers with torchvision computes the same; without, it resizes with Pillow, which rounds differently:
-        up to one in 255 before normalisation.
+        This holds for transformers with torchvision. Without it, resizing uses Pillow, whose rounding differs by up to
+        1/255 before normalization.
         """
         import transformers
         from PIL.Image import Resampling
@@ -195,15 +196,15 @@ class GeometryProcessor(ImageProcessor):
 
     @classmethod
     def open(cls, folder: Path) -> GeometryProcessor:
-        """Returns the processor that `save` wrote; nothing is random until it is given an `augment`.
+        """Loads the processor saved by `save`, without augmentation.
 
         Raises:
-            ArtifactError: The file is missing or says something else.
+            ArtifactError: The file is missing or invalid.
         """
         from PIL.Image import Resampling
 
         try:
-            saved = json.loads((folder / STOCK_FILE).read_text(encoding="utf-8"))
+            saved = json.loads((folder / PROCESSOR_FILE).read_text(encoding="utf-8"))
             mean, size = saved["image_mean"], saved["size"]
             config = {
                 "input_size": (len(mean), size["height"], size["width"]),
@@ -214,22 +215,22 @@ class GeometryProcessor(ImageProcessor):
             model_class = saved["image_processor_type"]
             options = {name: saved[name] for name in ("do_pad",) if name in saved}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(f"{folder / STOCK_FILE} is damaged: {type(error).__name__}: {error}") from error
+            raise ArtifactError(f"{folder / PROCESSOR_FILE} is damaged: {type(error).__name__}: {error}") from error
         return cls(config, AugmentConfig(crop_scale=1, hflip=0, color_jitter=0), model_class, options)
 
 
 class GeometryRows(ImageRows):
-    """Rows of a data set with an image column and places in those images; both are decoded when fetched.
+    """Rows of a dataset with an image column and annotations; both are decoded when fetched.
 
     Args:
         dataset: Rows; columns that `find_places` does not use pass through unchanged.
-        column: The image column.
-        processor: The backbone's expectations.
-        training_seed: As for `ImageRows`.
-        find_places: Takes the row's other columns, and height and width of its image. A `DataError` that it raises is
-            given the row's number.
-        max_pixels: As for `ImageRows`.
-        split: As for `ImageRows`.
+        column: Image column.
+        processor: Preprocessing of the backbone.
+        training_seed: Seed of the augmentation, or None for the deterministic evaluation transform.
+        find_places: Returns the annotations of a row from its other columns and the (height, width) of its image. A
+            `DataError` of this function is raised again with split and row.
+        max_pixels: Largest width x height of an image.
+        split: Split name, for messages.
     """
 
     def __init__(
@@ -246,18 +247,23 @@ class GeometryRows(ImageRows):
         self.find_places = find_places
 
     def example(self, image: Image, values: dict[str, Any]) -> Example:
-        """Returns `pixel_values` [C, H, W], `size` (height, width of the image), its `places`, and how they `moved`."""
+        """Returns `pixel_values` [C, H, W], image `size` (H, W), `places` (original) and `moved` (transformed)."""
         size = (image.height, image.width)
         places = self.find_places(values, size)
-        moved = self.transform(image, places)
-        return values | {"pixel_values": moved.pixel_values, "size": size, "places": places, "moved": moved}
+        transformed = self.transform(image, places)
+        return values | {
+            "pixel_values": transformed.pixel_values,
+            "size": size,
+            "places": places,
+            "moved": transformed,
+        }
 
 
 def augment_problems(augment: AugmentConfig) -> Sequence[str]:
-    """Returns what of `data.augment` masks and boxes cannot follow."""
+    """Returns one problem if `data.augment` has transforms that do not support masks and boxes."""
     if augment.auto_augment is None:
         return []
     return [
-        f"data.augment.auto_augment: '{augment.auto_augment}' shears and shifts pixels, and masks and boxes would stay "
-        "behind; allowed here: null, with crop_scale, hflip and color_jitter."
+        f"data.augment.auto_augment: '{augment.auto_augment}' does not transform masks and boxes; allowed: null, with "
+        "crop_scale, hflip and color_jitter. Set null."
     ]

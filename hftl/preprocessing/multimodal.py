@@ -1,4 +1,4 @@
-"""Rows with an image, a text, numbers and categories, any of which may be missing."""
+"""Multimodal examples of image, text, numeric and categorical columns, with missing values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hftl.data.columns import arrow_column
 from hftl.data.image_decoding import Stored
-from hftl.data.multimodal_columns import filled
+from hftl.data.multimodal_columns import fill_template
 from hftl.distributed import main_process_first
 from hftl.loading.loader import Example
 from hftl.preprocessing.image_transforms import ImageProcessor, ImageRows, is_absent
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 TEXT = "hftl_text"
 """Column of the joined texts."""
 PRESENT = ("image_present", "text_present")
+"""Model inputs: presence masks of the modalities."""
 VECTORS = "vectors"
-"""Inputs of the model."""
+"""Model input: cached encoder embeddings."""
 
 
 class OptionalImageRows(ImageRows):
-    """Images of which some may be missing: zeros stand for those."""
+    """Rows with optional images; missing images become zeros."""
 
     def __init__(
         self,
@@ -50,13 +51,13 @@ class OptionalImageRows(ImageRows):
 
 
 class ImageTextRows:
-    """Rows whose parts come from several places; those that there are none of are None.
+    """Rows that combine table columns, images and texts; absent modalities are None.
 
     Args:
-        table: The columns that stay as they are (numbers, categories, labels).
-        images: With the image of each row.
-        texts: With the token ids of each row.
-        present: Which rows have what, by the name of an input of the model, each [N].
+        table: Numeric, categorical and label columns.
+        images: Image of each row.
+        texts: Token ids of each row.
+        present: Presence mask [N] of each modality, by name of the model input.
     """
 
     def __init__(
@@ -73,51 +74,51 @@ class ImageTextRows:
         return len(next(iter(self.present.values())))
 
     def identity(self) -> Any:
-        """Returns what the examples depend on, as JSON values."""
-        parts = [part.identity() for part in (self.images, self.texts) if part is not None]
-        return [self.table._fingerprint if self.table is not None else None, *parts]
+        """Returns the cache key of the examples, as JSON values."""
+        keys = [rows.identity() for rows in (self.images, self.texts) if rows is not None]
+        return [self.table._fingerprint if self.table is not None else None, *keys]
 
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
-        """Returns examples with the entries of all parts."""
-        examples = self.beside(rows)
-        for part in (self.images, self.texts):
-            if part is not None:
-                for example, more in zip(examples, part.fetch(rows, epoch), strict=True):
-                    example |= more
+        """Returns examples with the inputs of all modalities."""
+        examples = self.fetch_metadata(rows)
+        for modality in (self.images, self.texts):
+            if modality is not None:
+                for example, inputs in zip(examples, modality.fetch(rows, epoch), strict=True):
+                    example |= inputs
         return examples
 
-    def beside(self, rows: Sequence[int]) -> list[Example]:
-        """Returns what examples hold beside images and texts: the table's columns, and which inputs are there."""
+    def fetch_metadata(self, rows: Sequence[int]) -> list[Example]:
+        """Returns examples without images and texts: table columns and presence masks."""
         table: dict[str, list[Any]] = self.table[list(rows)] if self.table is not None else {}
-        there = {name: [bool(of[row]) for row in rows] for name, of in self.present.items()}
-        return [{name: values[i] for name, values in (table | there).items()} for i in range(len(rows))]
+        masks = {name: [bool(mask[row]) for row in rows] for name, mask in self.present.items()}
+        return [{name: values[i] for name, values in (table | masks).items()} for i in range(len(rows))]
 
     def with_vectors(self, vectors: np.ndarray) -> VectorRows:
-        """Returns the same rows with what the encoders made of them [N, D] in place of images and texts."""
+        """Returns the same rows with encoder embeddings [N, D] in place of images and texts."""
         return VectorRows(self, vectors)
 
 
-class RowsWithParts(Protocol):
-    """Rows whose images and texts may be left out."""
+class EncodableRows(Protocol):
+    """Rows whose encoder inputs (images and texts) can be replaced by embeddings."""
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """As `Rows.lengths`."""
+        """Sizes of the rows [N] for batching by length, or None; see `Examples.lengths`."""
         ...
 
     def __len__(self) -> int: ...
 
-    def beside(self, rows: Sequence[int]) -> list[Example]:
-        """Returns examples without what encoders read."""
+    def fetch_metadata(self, rows: Sequence[int]) -> list[Example]:
+        """Returns examples without encoder inputs."""
         ...
 
 
 class VectorRows:
-    """Rows with vectors in place of images and texts; see `ImageTextRows.with_vectors`."""
+    """Rows with encoder embeddings [N, D] in place of images and texts."""
 
-    def __init__(self, rows: RowsWithParts, vectors: np.ndarray) -> None:
+    def __init__(self, rows: EncodableRows, vectors: np.ndarray) -> None:
         self.rows, self.vectors = rows, vectors
-        self.lengths = rows.lengths  # so that steps hold the rows that they would hold without the cache
+        self.lengths = rows.lengths  # the same steps as without cached embeddings
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,18 +126,19 @@ class VectorRows:
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
         """Returns examples with `vectors` [D]."""
         return [
-            example | {VECTORS: self.vectors[row]} for row, example in zip(rows, self.rows.beside(rows), strict=True)
+            example | {VECTORS: self.vectors[row]}
+            for row, example in zip(rows, self.rows.fetch_metadata(rows), strict=True)
         ]
 
 
 def joined_texts(dataset: Dataset, columns: Sequence[str], template: str) -> Dataset:
-    """Returns rows with the column `TEXT`, the texts of a template; empty where none of its columns is there."""
+    """Returns rows with the filled template in the column `TEXT`; empty if all its columns are missing."""
     from datasets.fingerprint import Hasher
 
     def join(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         cells = zip(*(batch[name] for name in columns), strict=True)
         rows = [dict(zip(columns, values, strict=True)) for values in cells]
-        return {TEXT: [filled(template, row) if any(map(_is_text, row.values())) else "" for row in rows]}
+        return {TEXT: [fill_template(template, row) if any(map(_is_text, row.values())) else "" for row in rows]}
 
     with main_process_first("join texts"):
         return dataset.select_columns(list(columns)).map(
@@ -149,21 +151,21 @@ def joined_texts(dataset: Dataset, columns: Sequence[str], template: str) -> Dat
 
 
 def has_image(dataset: Dataset, column: str) -> list[bool]:
-    """Returns which rows have an image; none is opened."""
+    """Returns whether each row has an image, without opening any."""
     from datasets import Image
 
     if column not in dataset.column_names:
         return [False] * len(dataset)
     images = arrow_column(dataset.select_columns([column]).cast_column(column, Image(decode=False)), column)
-    found: list[bool] = []
+    mask: list[bool] = []
     for chunk in images.chunks:
-        parts = [part.is_valid().to_pylist() for part in chunk.flatten()]  # bytes and path
-        found += [any(part) for part in zip(*parts, strict=True)]
-    return found
+        fields = [field.is_valid().to_pylist() for field in chunk.flatten()]  # bytes and path
+        mask += [any(values) for values in zip(*fields, strict=True)]
+    return mask
 
 
 def has_text(dataset: Dataset, columns: Sequence[str]) -> list[bool]:
-    """Returns which rows have a text in at least one of the columns."""
+    """Returns whether each row has a non-empty text in at least one of the columns."""
     values = [arrow_column(dataset, name).to_pylist() for name in columns if name in dataset.column_names]
     return [any(map(_is_text, row)) for row in zip(*values, strict=True)] if values else [False] * len(dataset)
 

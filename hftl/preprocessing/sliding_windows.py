@@ -1,7 +1,7 @@
-"""Long texts -> windows of tokens that overlap: tokenized once into a memory-mapped file, nothing cut off.
+"""Sliding windows over long texts: tokenized once into a memory-mapped file, without truncation.
 
-A row is one text in W windows. Each window has the special tokens (and, for pairs, the question) that a text of its own
-would have, so the model sees nothing new. Windows of one row are of equal size, as far as its tokens go.
+A row is one text in W overlapping windows. Each window has the special tokens (and, for pairs, the question) of a
+separate text, as in pretraining. The windows of a row have equal size, except in rows shorter than one window.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAMES = ("input_ids", "token_type_ids")
-"""What a row holds of what models take, a list for each window."""
+"""Model inputs in the rows, a list per window."""
 HOME, OFFSETS = "hftl_home", "hftl_offsets"
-"""Columns with the place of each word, and with the characters of each token."""
+"""Columns with the (window, position) of each word, and with the character offsets of each token."""
 _CUT = "hftl_cut"
+"""Column with whether the question was truncated."""
 Span = tuple[int, int]
-"""First character, and the one after the last."""
+"""Start and end character (exclusive)."""
 
 
 def words_in(value: Any) -> tuple[str, list[Span]]:
-    """Returns a text, and where its words stand in it.
+    """Returns a text and the character spans of its words.
 
     Args:
-        value: A list of words, which are joined by blanks; or a text, whose words are what blanks part.
+        value: A list of words, which are joined by spaces; or a string, which is split at whitespace.
     """
     if isinstance(value, str):
         return value, [match.span() for match in re.finditer(r"\S+", value)]
@@ -46,66 +47,68 @@ def words_in(value: Any) -> tuple[str, list[Span]]:
     return " ".join(words), spans
 
 
-def window_starts(length: int, room: int, overlap: int) -> list[int]:
-    """Returns where windows of `room` tokens begin in a text of `length`, so that each token is in one at least.
+def window_starts(length: int, capacity: int, overlap: int) -> list[int]:
+    """Returns the start positions of windows that cover all tokens.
 
-    They are spread evenly, so that the last one has as much context as the others.
+    Windows are evenly spaced, so that the last one has as much context as the others.
 
     Args:
-        length: Tokens of the text.
-        room: Tokens of a window, at least 1.
-        overlap: Tokens that neighbours share, at least; less where the room does not allow it.
+        length: Number of tokens of the text.
+        capacity: Number of text tokens per window, at least 1.
+        overlap: Minimum number of tokens shared by adjacent windows; limited to `capacity - 1`.
     """
-    if length <= room:
+    if length <= capacity:
         return [0]
-    step = max(room - overlap, 1)
-    gaps = -(-(length - room) // step)
-    return [(length - room) * number // gaps for number in range(gaps + 1)]
+    step = max(capacity - overlap, 1)
+    gaps = -(-(length - capacity) // step)
+    return [(length - capacity) * number // gaps for number in range(gaps + 1)]
 
 
-def home_windows(first: np.ndarray, last: np.ndarray, starts: Sequence[int], room: int, length: int) -> np.ndarray:
-    """Returns the one window that each word belongs to [N]: where the nearer end of the window is farthest away.
+def assign_windows(
+    first: np.ndarray, last: np.ndarray, starts: Sequence[int], capacity: int, length: int
+) -> np.ndarray:
+    """Returns the window index of each word [N]: the window with the most context on the word's shorter side.
 
     Args:
-        first: First token of each word in the text [N].
-        last: Last token of each word [N].
-        starts: From `window_starts`.
-        room: Tokens of a window.
-        length: Tokens of the text; where it begins or ends itself, a window ends nothing.
+        first: Index of the first token of each word [N].
+        last: Index of the last token of each word [N].
+        starts: Window starts from `window_starts`.
+        capacity: Number of text tokens per window.
+        length: Number of tokens of the text; its own start and end do not limit the context.
     """
-    begin = np.asarray(starts)[:, None]
-    left = np.where(begin == 0, length, first - begin)
-    right = np.where(begin + room >= length, length, begin + room - 1 - last)
-    inside = (begin <= first) & (first < begin + room)  # of a word longer than a window, the first token counts
-    return np.where(inside, np.minimum(left, right), np.iinfo(np.int64).min).argmax(0)
+    start = np.asarray(starts)[:, None]
+    left = np.where(start == 0, length, first - start)
+    right = np.where(start + capacity >= length, length, start + capacity - 1 - last)
+    contains = (start <= first) & (first < start + capacity)  # words longer than a window: by their first token
+    return np.where(contains, np.minimum(left, right), np.iinfo(np.int64).min).argmax(0)
 
 
 def window_words(
     dataset: Dataset, tokenizer: Any, column: str, max_length: int, stride: int | None, keep: Iterable[str]
 ) -> TextRows:
-    """Returns rows of words as windows, from the cache when this was done before.
+    """Tokenizes rows of words into windows; cached.
 
-    Rows get `input_ids` (and `token_type_ids`), a list for each window; and `HOME`, the window and the position of the
-    first token of each word, in the one window where it counts; (-1, -1) where a tokenizer makes nothing of a word.
+    Adds `input_ids` (and `token_type_ids`), a list per window, and `HOME`: (window, position) of the first token of
+    each word, in the window that the word is assigned to; (-1, -1) for words without tokens.
 
     Args:
-        dataset: Rows with lists of words, or texts, in `column`, which stays.
-        tokenizer: The checkpoint's own, a fast one.
-        column: The words.
-        max_length: Tokens of a window, special ones included.
-        stride: Tokens that neighbouring windows share; a quarter of the window where None.
-        keep: Further columns that stay.
+        dataset: Rows with lists of words, or strings, in `column`, which is kept.
+        tokenizer: Fast tokenizer of the checkpoint.
+        column: Column of words.
+        max_length: Tokens per window, including special tokens.
+        stride: Tokens shared by adjacent windows; default: a quarter of the window.
+        keep: Further columns to keep.
 
     Raises:
-        DataError: The tokenizer cannot say where tokens come from, or a window has no room.
+        DataError: The tokenizer is not a fast one, or `max_length` leaves no space for text tokens.
     """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        found = [words_in(value) for value in batch[column]]
-        encoded = _encode(tokenizer, [text for text, _ in found])
-        rows = [_Row(encoded, i, 0, max_length, stride) for i in range(len(found))]
-        homes = [row.homes(spans, text) for row, (text, spans) in zip(rows, found, strict=True)]
-        return _columns(rows) | {HOME: homes}
+        texts_and_spans = [words_in(value) for value in batch[column]]
+        encoded = _encode(tokenizer, [text for text, _ in texts_and_spans])
+        rows = [_WindowedText(encoded, i, 0, max_length, stride) for i in range(len(texts_and_spans))]
+        positions = [row.word_positions(spans, text) for row, (text, spans) in zip(rows, texts_and_spans, strict=True)]
+        return _columns(rows) | {HOME: positions}
 
     return _map(dataset, tokenizer, encode, [column], max_length, stride, [column, *keep])
 
@@ -113,35 +116,35 @@ def window_words(
 def window_pairs(
     dataset: Dataset, tokenizer: Any, columns: Sequence[str], max_length: int, stride: int | None, keep: Iterable[str]
 ) -> TextRows:
-    """Returns rows of a question and a context as windows: the whole question in each, and a part of the context.
+    """Tokenizes rows of question and context into windows: the full question and a part of the context; cached.
 
-    Rows get `input_ids` (and `token_type_ids`) as `window_words` makes them; and `OFFSETS`, for each token of each
-    window first and last character in the context, one after the other: (-1, -1) for tokens that are not of it.
-    A question longer than half of a window loses its end, which is said.
+    Adds `input_ids` (and `token_type_ids`), a list per window, and `OFFSETS`: per window, start and end character in
+    the context of each token, as a flat list; (-1, -1) for tokens outside of the context. A question longer than half
+    of a window is truncated; the number of such rows is logged.
 
     Args:
-        dataset: Rows with two text columns, the second of which stays.
-        tokenizer: The checkpoint's own, a fast one.
-        columns: Question and context.
-        max_length: Tokens of a window, special ones and question included.
-        stride: Tokens of the context that neighbouring windows share; a quarter of the window where None.
-        keep: Further columns that stay.
+        dataset: Rows with two text columns; the second is kept.
+        tokenizer: Fast tokenizer of the checkpoint.
+        columns: Question and context column.
+        max_length: Tokens per window, including special tokens and question.
+        stride: Context tokens shared by adjacent windows; default: a quarter of the window.
+        keep: Further columns to keep.
 
     Raises:
-        DataError: As `window_words`.
+        DataError: The tokenizer is not a fast one, or `max_length` leaves no space for context tokens.
     """
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [[text if isinstance(text, str) else "" for text in batch[name]] for name in columns]
         encoded = _encode(tokenizer, *texts)
-        rows = [_Row(encoded, i, 1, max_length, stride) for i in range(len(texts[0]))]
+        rows = [_WindowedText(encoded, i, 1, max_length, stride) for i in range(len(texts[0]))]
         return _columns(rows) | {OFFSETS: [row.offsets(text) for row, text in zip(rows, texts[1], strict=True)]}
 
     return _map(dataset, tokenizer, encode, columns, max_length, stride, [columns[1], *keep])
 
 
 def stack(examples: Sequence[Example], name: str, fill: int) -> Tensor:
-    """Returns the lists [W][T] of all rows, padded with `fill` to [B, W, T] int64."""
+    """Pads the ragged lists [W][T] of B examples with `fill` to a tensor [B, W, T] int64."""
     import torch
 
     rows = [example[name] for example in examples]
@@ -154,9 +157,9 @@ def stack(examples: Sequence[Example], name: str, fill: int) -> Tensor:
 
 
 def model_inputs(examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
-    """Returns what a model takes of some rows: `input_ids`, `attention_mask` and the like, each [B, W, T].
+    """Collates model inputs (`input_ids`, `attention_mask`, …), each [B, W, T].
 
-    A window that a row does not have is all padding: its mask is 0.
+    Missing windows of rows with fewer windows are padding, with attention mask 0.
     """
     pads = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
     inputs = {name: stack(examples, name, pads[name]) for name in NAMES if name in examples[0]}
@@ -168,82 +171,86 @@ def _encode(tokenizer: Any, *texts: list[str]) -> Any:
     return tokenizer(
         *texts,
         truncation=False,
-        verbose=False,  # transformers would warn of texts longer than the model
+        verbose=False,  # disables the warning about texts longer than the model
         return_attention_mask=False,
         return_offsets_mapping=True,
     )
 
 
-class _Row:
-    """One encoded text (or pair), cut into windows.
+class _WindowedText:
+    """Encoded text (or pair), split into windows.
 
     Args:
-        encoded: What the tokenizer returned for several rows.
-        row: Which of them.
-        body: The sequence that is cut: 0 of a single text, 1 of a pair.
-        max_length: Tokens of a window.
-        stride: As `window_words`.
+        encoded: Tokenizer output of a batch.
+        row: Index in the batch.
+        sequence: Sequence that is split into windows: 0 for a single text, 1 for the context of a pair.
+        max_length: Tokens per window.
+        stride: Tokens shared by adjacent windows; None: a quarter of the window.
     """
 
-    def __init__(self, encoded: Any, row: int, body: int, max_length: int, stride: int | None) -> None:
-        of = np.array([-1 if part is None else part for part in encoded.sequence_ids(row)])
-        inside = np.flatnonzero(of == body)
-        self.first, self.end = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (len(of) - 1, len(of) - 1)
+    def __init__(self, encoded: Any, row: int, sequence: int, max_length: int, stride: int | None) -> None:
+        sequence_ids = np.array([-1 if number is None else number for number in encoded.sequence_ids(row)])
+        size = len(sequence_ids)
+        body = np.flatnonzero(sequence_ids == sequence)
+        self.first, self.end = (int(body[0]), int(body[-1]) + 1) if len(body) else (size - 1, size - 1)
         self.before = np.arange(self.first)
-        question = np.flatnonzero(of == 0) if body else inside[:0]
-        most = max((max_length - (len(of) - len(inside) - len(question))) // 2, 1)
-        self.question_cut = len(question) > most
+        question = np.flatnonzero(sequence_ids == 0) if sequence else body[:0]
+        max_question = max((max_length - (size - len(body) - len(question))) // 2, 1)
+        self.question_cut = len(question) > max_question
         if self.question_cut:
-            self.before = np.setdiff1d(self.before, question[most:])
-        after = np.arange(self.end, len(of))
+            self.before = np.setdiff1d(self.before, question[max_question:])
+        after = np.arange(self.end, size)
         self.length = self.end - self.first
-        self.room = max_length - len(self.before) - len(after)
-        if self.room < 1:
-            raise DataError(f"data.max_length: windows of {max_length} tokens have no room beside the special tokens.")
+        self.capacity = max_length - len(self.before) - len(after)
+        if self.capacity < 1:
+            raise DataError(
+                f"data.max_length: windows of {max_length} tokens have no space for text next to the special tokens. "
+                "Set a larger value."
+            )
         overlap = max_length // 4 if stride is None else stride
-        self.starts = window_starts(self.length, self.room, min(overlap, self.room // 2))
+        self.starts = window_starts(self.length, self.capacity, min(overlap, self.capacity // 2))
         self.spans = np.array(encoded["offset_mapping"][row]).reshape(-1, 2)
-        ends = [min(start + self.room, self.length) for start in self.starts]
-        middles = [np.arange(a, b) + self.first for a, b in zip(self.starts, ends, strict=True)]
-        self.tokens = [np.concatenate([self.before, middle, after]) for middle in middles]
+        ends = [min(start + self.capacity, self.length) for start in self.starts]
+        bodies = [np.arange(start, end) + self.first for start, end in zip(self.starts, ends, strict=True)]
+        self.tokens = [np.concatenate([self.before, window, after]) for window in bodies]
         self.values = {name: np.array(encoded[name][row]) for name in NAMES if name in encoded}
 
     def windows(self, name: str) -> list[list[int]]:
-        """Returns the values of the tokens of each window."""
+        """Returns the values of an input [W][T] per window."""
         return [self.values[name][tokens].tolist() for tokens in self.tokens]
 
-    def homes(self, spans: Sequence[Span], text: str) -> list[Span]:
-        """Returns the window and the position in it of the first token of each word."""
-        places = self._trimmed(text)[self.first : self.end]
-        begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-        # the first token that begins in the word, and the last one that does
-        first, after = np.searchsorted(places[:, 0], begins), np.searchsorted(places[:, 0], ends)
-        there = (after > first) & (ends > begins)
-        window = home_windows(first, np.maximum(after - 1, first), self.starts, self.room, self.length)
+    def word_positions(self, spans: Sequence[Span], text: str) -> list[Span]:
+        """Returns (window, position in the window) of the first token of each word; (-1, -1) without tokens."""
+        token_starts = self._trim_spans(text)[self.first : self.end][:, 0]
+        word_starts, word_ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        # tokens first to after - 1 start inside the word
+        first, after = np.searchsorted(token_starts, word_starts), np.searchsorted(token_starts, word_ends)
+        has_tokens = (after > first) & (word_ends > word_starts)
+        window = assign_windows(first, np.maximum(after - 1, first), self.starts, self.capacity, self.length)
         position = first - np.asarray(self.starts)[window] + len(self.before)
-        pairs = np.where(there[:, None], np.stack([window, position], 1), -1)
+        pairs = np.where(has_tokens[:, None], np.stack([window, position], 1), -1)
         return [(w, p) for w, p in pairs.tolist()]
 
     def offsets(self, text: str) -> list[list[int]]:
-        """Returns first character and end of each token of each window, one after the other; -1 outside of `text`."""
+        """Returns start and end character of the tokens of each window, as flat lists; -1 outside of `text`."""
         spans = np.full((len(self.spans), 2), -1)
-        spans[self.first : self.end] = self._trimmed(text)[self.first : self.end]
+        spans[self.first : self.end] = self._trim_spans(text)[self.first : self.end]
         return [spans[tokens].flatten().tolist() for tokens in self.tokens]
 
-    def _trimmed(self, text: str) -> np.ndarray:
-        """Returns where tokens stand without the blanks that some tokenizers count to the token after them."""
+    def _trim_spans(self, text: str) -> np.ndarray:
+        """Returns token spans without the leading whitespace that some tokenizers include."""
         spans = self.spans.copy()
-        blank = [text[start : start + 1].isspace() for start in spans[:, 0].tolist()]
-        for number in np.flatnonzero(blank):
+        has_space = [text[start : start + 1].isspace() for start in spans[:, 0].tolist()]
+        for number in np.flatnonzero(has_space):
             start, end = spans[number]
             spans[number, 0] += len(text[start:end]) - len(text[start:end].lstrip())
         return spans
 
 
-def _columns(rows: Sequence[_Row]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {name: [row.windows(name) for row in rows] for name in rows[0].values}
-    found[LENGTH] = [sum(map(len, row.tokens)) for row in rows]
-    return found | {_CUT: [row.question_cut for row in rows]}
+def _columns(rows: Sequence[_WindowedText]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [row.windows(name) for row in rows] for name in rows[0].values}
+    columns[LENGTH] = [sum(map(len, row.tokens)) for row in rows]
+    return columns | {_CUT: [row.question_cut for row in rows]}
 
 
 def _map(
@@ -259,12 +266,12 @@ def _map(
 
     if not tokenizer.is_fast:
         raise DataError(
-            f"model.name: the tokenizer of '{tokenizer.name_or_path}' ({type(tokenizer).__name__}) cannot say where in "
-            "a text its tokens stand; a checkpoint with a fast tokenizer (tokenizer.json) can."
+            f"model.name: the tokenizer of '{tokenizer.name_or_path}' ({type(tokenizer).__name__}) has no character "
+            "offsets. Set a checkpoint with a fast tokenizer (tokenizer.json)."
         )
     keep = [name for name in dict.fromkeys(keep) if name in dataset.column_names]
-    manner = [tokenizer.model_input_names, "hftl windows 2"]
-    key = [dataset._fingerprint, tokenizer_identity(tokenizer), manner, list(columns), max_length, stride, keep]
+    version = [tokenizer.model_input_names, "hftl windows 2"]
+    key = [dataset._fingerprint, tokenizer_identity(tokenizer), version, list(columns), max_length, stride, keep]
     with main_process_first("tokenize"):
         encoded = dataset.map(
             encode,
@@ -275,13 +282,13 @@ def _map(
         )
     cut = sum(encoded[_CUT])
     if cut:
-        log(f"data: {cut} of {len(encoded)} questions are longer than half of {max_length} tokens: their ends are cut")
+        log(f"data: truncated {cut} of {len(encoded)} questions to half of {max_length} tokens (data.max_length)")
     rows = TextRows(encoded.remove_columns(_CUT))
     long = int((rows.lengths > max_length).sum())
     if long:
-        share = max_length // 4 if stride is None else stride
+        overlap = max_length // 4 if stride is None else stride
         log(
-            f"data: {long} of {len(rows)} texts are longer than {max_length} tokens (data.max_length) and are read in "
-            f"windows that share {share} tokens (data.stride); nothing is cut off"
+            f"data: {long} of {len(rows)} texts are longer than {max_length} tokens (data.max_length) and are split "
+            f"into windows with {overlap} tokens of overlap (data.stride)"
         )
     return rows

@@ -1,4 +1,4 @@
-"""Pairs of texts that are looked at one by one: token ids of both, apart."""
+"""Text pairs for bi-encoders: separate token ids of both texts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hftl.loading.loader import Example
 from hftl.preprocessing.tokenization import TextRows
 
 PAIR = "pair_"
-"""What the names of second texts' inputs begin with."""
+"""Prefix of the inputs of second texts."""
 
 
 class TextPairRows:
-    """Rows with the token ids of one text or two.
+    """Rows with the token ids of one or two texts.
 
     Args:
-        first: Rows of the first texts, with whatever else stays in an example.
-        second: Rows of the second ones, in the same order; None where there are none.
+        first: Rows of the first texts, with all other columns.
+        second: Rows of the second texts, in the same order, or None.
     """
 
     def __init__(self, first: TextRows, second: TextRows | None) -> None:
@@ -30,13 +30,13 @@ class TextPairRows:
         return len(self.first)
 
     def identity(self) -> list[str]:
-        """Returns what the examples depend on."""
+        """Returns the cache key of the examples."""
         return [rows.identity() for rows in (self.first, self.second) if rows is not None]
 
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
-        """Returns examples with `input_ids` and, where there are second texts, `pair_input_ids`."""
+        """Returns examples with `input_ids` and, for pairs, `pair_input_ids`."""
         examples = self.first.fetch(rows, epoch)
         if self.second is not None:
-            for example, other in zip(examples, self.second.fetch(rows, epoch), strict=True):
-                example[PAIR + "input_ids"] = other["input_ids"]
+            for example, second in zip(examples, self.second.fetch(rows, epoch), strict=True):
+                example[PAIR + "input_ids"] = second["input_ids"]
         return examples

@@ -1,4 +1,4 @@
-"""Texts -> token ids: tokenized once into a memory-mapped file, padded per batch."""
+"""Tokenization: texts are tokenized once into a memory-mapped file and padded per batch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LENGTH = "hftl_length"
-"""Column with the number of tokens; `length` may be the user's own, a label perhaps."""
+"""Column with the number of tokens; not `length`, which may be a column of the user."""
 
 
 class TextRows:
-    """Rows with token ids; `lengths` [N] int32 counts tokens, so that like lengths share a batch."""
+    """Rows with token ids; `lengths` [N] int32 are numbers of tokens, for batching by length."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset.remove_columns(LENGTH)
@@ -31,11 +31,11 @@ class TextRows:
         return len(self.dataset)
 
     def identity(self) -> str:
-        """Returns what the examples depend on: the key of the tokenized rows."""
+        """Returns the cache key of the examples: the fingerprint of the tokenized rows."""
         return self.dataset._fingerprint
 
     def fetch(self, rows: Sequence[int], epoch: int) -> list[Example]:
-        """Returns examples with `input_ids` and, for pairs, `token_type_ids` as lists of unequal length."""
+        """Returns examples with `input_ids` and, for pairs, `token_type_ids` as ragged lists."""
         table = self.dataset[list(rows)]
         return [{name: table[name][i] for name in self.columns} for i in range(len(rows))]
 
@@ -43,14 +43,14 @@ class TextRows:
 def tokenize(
     dataset: Dataset, tokenizer: Any, columns: Sequence[str], max_length: int, keep: Iterable[str]
 ) -> TextRows:
-    """Returns the rows of `dataset` as token ids, from the cache when this was done before.
+    """Tokenizes the texts of `dataset`; cached.
 
     Args:
         dataset: Rows with the text columns.
-        tokenizer: The checkpoint's own.
+        tokenizer: Tokenizer of the checkpoint.
         columns: One text column, or two for pairs.
-        max_length: Tokens beyond this are cut (the longer text of a pair first).
-        keep: Columns that stay beside the token ids (labels).
+        max_length: Largest number of tokens; longer texts are truncated (the longer text of a pair first).
+        keep: Columns to keep (labels).
     """
     from datasets.fingerprint import Hasher
 
@@ -61,9 +61,9 @@ def tokenize(
         encoded = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
         return dict(encoded) | {LENGTH: [len(ids) for ids in encoded["input_ids"]]}
 
-    # the library would hash the tokenizer by pickling it, which changes once it has been used
-    manner = [tokenizer.model_input_names, tokenizer.truncation_side, "hftl 2"]
-    key = [dataset._fingerprint, tokenizer_identity(tokenizer), manner, list(columns), max_length, keep]
+    # datasets hashes the pickled tokenizer, which changes when it is used
+    version = [tokenizer.model_input_names, tokenizer.truncation_side, "hftl 2"]
+    key = [dataset._fingerprint, tokenizer_identity(tokenizer), version, list(columns), max_length, keep]
     with main_process_first("tokenize"):
         encoded = dataset.map(
             encode,
@@ -73,31 +73,34 @@ def tokenize(
             desc="tokenize",
         )
     rows = TextRows(encoded)
-    cut = int((rows.lengths >= max_length).sum())
-    if cut:
-        log(f"data: {cut} of {len(rows)} texts reach the limit of {max_length} tokens (data.max_length) and may be cut")
+    truncated = int((rows.lengths >= max_length).sum())
+    if truncated:
+        log(
+            f"data: {truncated} of {len(rows)} texts reach the limit of {max_length} tokens (data.max_length) and may "
+            "be truncated"
+        )
     return rows
 
 
 def token_limit(tokenizer: Any, max_length: int | None) -> int:
-    """Returns how many tokens a text may have: `max_length`, within what the tokenizer says of its model."""
+    """Returns the maximum number of tokens: `max_length`, at most the tokenizer's limit; default: 512."""
     limit = min(max_length or 10**9, tokenizer.model_max_length, 10**6)
     return limit if limit < 10**6 else 512
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Returns what a tokenizer computes as text, whatever it was used for before."""
+    """Returns the serialized tokenizer, independent of earlier calls."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return repr(sorted(tokenizer.get_vocab().items()))
-    fresh = type(backend).from_str(backend.to_str())
-    fresh.no_truncation()  # both are state of the last call, not of the vocabulary
-    fresh.no_padding()
-    return fresh.to_str()
+    copy = type(backend).from_str(backend.to_str())
+    copy.no_truncation()  # truncation and padding are state of the last call
+    copy.no_padding()
+    return copy.to_str()
 
 
 def empty_rows(dataset: Dataset, column: str) -> list[int]:
-    """Returns the numbers of the rows whose text is empty or missing."""
+    """Returns the row numbers with an empty or missing text."""
     empty: list[int] = []
     rows = dataset.select_columns([column])
     for start in range(0, len(rows), 10_000):
@@ -107,11 +110,11 @@ def empty_rows(dataset: Dataset, column: str) -> list[int]:
 
 
 def empty_texts(dataset: Dataset, columns: Sequence[str], split: str) -> list[str]:
-    """Returns a sentence for each text column of a split that has empty or missing texts."""
+    """Returns one problem per text column of a split with empty or missing texts."""
     problems = []
     for column in columns:
         empty = empty_rows(dataset, column)
         if empty:
-            where = shorten([str(row) for row in empty], 8)
-            problems.append(f"data.source: {split} column '{column}' has {len(empty)} empty text(s), at row {where}.")
+            numbers = shorten([str(row) for row in empty], 8)
+            problems.append(f"data.source: {split} column '{column}' has {len(empty)} empty text(s), at row {numbers}.")
     return problems

@@ -1,4 +1,4 @@
-"""A finished run as one HTML page that needs no network, and several runs side by side."""
+"""HTML reports of one run, and comparison pages of several runs."""
 
 from hftl.reporting.report import REPORT, compare_reports, write_report
 

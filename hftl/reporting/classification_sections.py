@@ -1,4 +1,4 @@
-"""Sections about rows with one class each: classes, confusion, calibration, errors."""
+"""Sections of single-label classification: per-class metrics, confusion matrix, calibration, errors."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ import numpy as np
 from hftl.evaluation.calibration import Calibration, fit_temperature
 from hftl.html import figures
 from hftl.html.blocks import Cell, Figure, Figures, Gallery, Measured, Note, Section, Table
-from hftl.reporting.examples import worst_errors
+from hftl.reporting.examples import largest_errors
 from hftl.reporting.run_record import RunRecord
-from hftl.reporting.run_view import CLASSES_LISTED, Run
+from hftl.reporting.run_view import MAX_LISTED_CLASSES, Run
 from hftl.statistics.confidence_intervals import wilson
 
-_FIT_VALUES = 10_000_000
-"""Probabilities that a temperature is fitted on."""
+_MAX_FIT_VALUES = 10_000_000
+"""Maximum number of probabilities for fitting a temperature."""
 
 
-def classes(run: Run) -> Section | None:
-    """Precision, recall and F1 of each class."""
+def per_class_metrics(run: Run) -> Section | None:
+    """Returns precision, recall and F1 of each class; None for other tasks."""
     record, split = run.record, run.record.main_split
-    if split not in record.judged:
+    if split not in record.class_predictions:
         return None
-    counts = record.judged[split].confusion
-    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
-    f1 = 2 * right / np.maximum(true + predicted, 1)
-    seen = np.nonzero(true + predicted)[0]
-    lowest = len(seen) > 20
-    order = seen[np.argsort(f1[seen], kind="stable")][:CLASSES_LISTED] if lowest else seen
+    counts = record.class_predictions[split].confusion
+    correct, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    f1 = 2 * correct / np.maximum(true + predicted, 1)
+    present = np.nonzero(true + predicted)[0]
+    is_sorted = len(present) > 20
+    order = present[np.argsort(f1[present], kind="stable")][:MAX_LISTED_CLASSES] if is_sorted else present
     table: list[list[Cell]] = [
         [
             record.classes[k],
             int(k),
             int(true[k]),
             int(predicted[k]),
-            _share(right[k], predicted[k]),
-            _share(right[k], true[k]),
+            _fraction(correct[k], predicted[k]),
+            _fraction(correct[k], true[k]),
             float(f1[k]),
         ]
         for k in order
     ]
-    caption = f"Classes of {split}" + (", lowest F1 first" if lowest else "")
-    caption += f" ({len(order)} of {len(seen)})" if len(order) < len(seen) else f" ({len(seen)})"
+    caption = f"Classes of {split}" + (", lowest F1 first" if is_sorted else "")
+    caption += f" ({len(order)} of {len(present)})" if len(order) < len(present) else f" ({len(present)})"
     head = ["class", "number", "rows", "predicted", "precision", "recall", "F1"]
     blocks: list[Any] = [Table(caption, head, table)]
-    absent = len(record.classes) - len(seen)
+    absent = len(record.classes) - len(present)
     if absent:
-        blocks.append(Note(f"{absent} class(es) have no row in {split} and were never predicted: they are left out."))
-    return Section("Classes", blocks)
+        blocks.append(Note(f"{absent} class(es) without rows and predictions in {split} are not listed."))
+    return Section("Per-class metrics", blocks)
 
 
 def confusion_section(run: Run) -> Section | None:
-    """The matrix, and the pairs that are taken for each other most."""
+    """Returns the confusion matrix and the most confused pairs of classes; None for other tasks."""
     record, split = run.record, run.record.main_split
-    if split not in record.judged:
+    if split not in record.class_predictions:
         return None
-    counts, names = record.judged[split].confusion, record.classes
+    counts, names = record.class_predictions[split].confusion, record.classes
     wrong = counts - np.diag(counts.diagonal())
     pairs = np.argsort(-wrong, axis=None, kind="stable")[:20]
     table: list[list[Cell]] = []
@@ -65,91 +65,95 @@ def confusion_section(run: Run) -> Section | None:
         if count:
             table.append([names[true], names[predicted], count, Measured(count / rows, wilson(count, rows))])
     alt = f"Confusion matrix of {split}: {int(counts.trace())} of {int(counts.sum())} rows on the diagonal"
-    caption = f"{split}, {int(counts.sum()):,} rows; colour: share of the true class"
+    caption = f"{split}, {int(counts.sum()):,} rows; color: fraction of the true class"
     if len(names) > 24:
-        caption += " (its square root); axes: class numbers, as in the table of classes"
-    drawn = Figures([Figure(figures.confusion_heatmap(counts, names, alt), caption, wide=True)])
-    listed = Table("Most confused", ["true class", "taken for", "rows", "of the true class"], table)
-    return Section("Confusion", [drawn, listed if table else Note("No row was confused.")])
+        caption += " (square root); axes: class numbers of the table of per-class metrics"
+    heatmap = Figures([Figure(figures.confusion_heatmap(counts, names, alt), caption, wide=True)])
+    pairs_table = Table("Most confused classes", ["true class", "predicted class", "rows", "of the true class"], table)
+    return Section("Confusion matrix", [heatmap, pairs_table if table else Note("There are no misclassified rows.")])
 
 
 def calibration(run: Run) -> Section | None:
-    """Reliability before and after temperature scaling."""
+    """Returns reliability diagram and scores before and after temperature scaling; None without probabilities."""
     record, split = run.record, run.record.main_split
     if split is None:
         return None
     before = _calibration(record, split, 1.0)
     if not before.rows:
         return None
-    found, notes, temperature = {"as trained": before}, [], None
+    calibrations, notes = {"uncalibrated": before}, []
     if split == "test" and "validation" in record.splits:
-        temperature, said = _temperature(record)
-        notes.append(Note(said))
+        temperature, note = _fit_temperature(record)
+        notes.append(Note(note))
         if temperature:
-            found[f"temperature {temperature:.2f}"] = _calibration(record, split, temperature)
+            calibrations[f"temperature {temperature:.2f}"] = _calibration(record, split, temperature)
     else:
-        notes.append(Note("No temperature is fitted: that takes a validation split beside the one that is measured."))
-    scores = {name: made.compute() for name, made in found.items()}
+        notes.append(Note("No temperature was fitted: temperature scaling needs a validation and a test split."))
+    scores = {name: calibration.compute() for name, calibration in calibrations.items()}
     table = [[name, *(score[key] for key in ("ece", "nll", "brier"))] for name, score in scores.items()]
-    said = "; ".join(f"{name}: ECE {score['ece']:.3f}" for name, score in scores.items())
-    drawn = figures.reliability(found, f"Reliability diagram of {split}. {said}")
-    caption = f"{split}: accuracy in 15 bins of confidence, larger marks for more rows; lines: 95 % Wilson intervals"
+    listed = "; ".join(f"{name}: ECE {score['ece']:.3f}" for name, score in scores.items())
+    diagram = figures.reliability_diagram(calibrations, f"Reliability diagram of {split}. {listed}")
+    caption = f"{split}: accuracy in 15 confidence bins; marker area: number of rows; lines: 95 % Wilson intervals"
     about = (
-        "ECE: mean distance between confidence and accuracy over the bins (Guo et al. 2017); it is above 0 even for a "
-        "perfect model, the more so the fewer rows. NLL: mean negative log-likelihood. Brier: squared distance of the "
-        "probabilities from the true class, summed over classes, 0 to 2. Lower is better in all."
+        "ECE: expected calibration error, the mean absolute difference of confidence and accuracy over the bins "
+        "(Guo et al. 2017). It is above 0 even for a perfectly calibrated model, and larger with fewer rows. NLL: mean "
+        "negative log-likelihood. Brier: squared difference of probabilities and one-hot target, summed over classes, "
+        "0 to 2. Lower is better for all."
     )
-    listed = Table(f"Calibration on {split}", ["probabilities", "ECE", "NLL", "Brier"], table)
-    return Section("Calibration", [Figures([Figure(drawn, caption)]), listed, *notes, Note(about)])
+    scores_table = Table(f"Calibration on {split}", ["probabilities", "ECE", "NLL", "Brier"], table)
+    return Section("Calibration", [Figures([Figure(diagram, caption)]), scores_table, *notes, Note(about)])
 
 
 def _calibration(record: RunRecord, split: str, temperature: float) -> Calibration:
-    made = Calibration(temperature)
+    calibration = Calibration(temperature)
     for probabilities, labels in record.probabilities(split):
-        made.update(probabilities, labels)
-    return made
+        calibration.update(probabilities, labels)
+    return calibration
 
 
-def _temperature(record: RunRecord) -> tuple[float | None, str]:
-    """Returns the temperature fitted on validation, and a sentence about it."""
-    limit = max(_FIT_VALUES // max(len(record.classes), 1), 1)
-    rows = len(record.judged["validation"].labels) if "validation" in record.judged else 0
-    every = -(-rows // limit) or 1
-    kept: list[Any] = []
-    place = 0
+def _fit_temperature(record: RunRecord) -> tuple[float | None, str]:
+    """Returns the temperature fitted on validation (None if not fitted), and a note about the fit."""
+    limit = max(_MAX_FIT_VALUES // max(len(record.classes), 1), 1)
+    rows = len(record.class_predictions["validation"].labels) if "validation" in record.class_predictions else 0
+    stride = -(-rows // limit) or 1
+    batches: list[Any] = []
+    position = 0
     for probabilities, labels in record.probabilities("validation"):
-        first = -place % every
-        kept.append((probabilities[first::every], labels[first::every]))
-        place += len(labels)
-    if not kept:
-        return None, "No temperature is fitted: there are no probabilities of validation rows."
-    probabilities, labels = (np.concatenate(part) for part in zip(*kept, strict=True))
+        first = -position % stride
+        batches.append((probabilities[first::stride], labels[first::stride]))
+        position += len(labels)
+    if not batches:
+        return None, "No temperature was fitted: there are no probabilities of validation rows."
+    probabilities, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     temperature = fit_temperature(probabilities, labels)
-    on = f"{len(labels):,} validation rows"
     if temperature is None:
-        return None, f"No temperature is fitted: all {on} are right, so none is best."
-    wrong = int((probabilities.argmax(1) != labels).sum())
-    surer = "surer than it is right" if temperature > 1 else "less sure than it is right"
+        return None, f"No temperature was fitted: all {len(labels):,} validation rows are correct."
+    errors = int((probabilities.argmax(1) != labels).sum())
+    confidence = "overconfident" if temperature > 1 else "underconfident"
     return temperature, (
-        f"Temperature {temperature:.3f} has the least NLL on {on} ({wrong} of them wrong): on these the model is "
-        f"{surer}. To use it, divide the logits by it; predictions stay the same."
+        f"Temperature {temperature:.3f} minimizes the NLL on {len(labels):,} validation rows ({errors} errors): the "
+        f"model is {confidence} on them. To apply it, divide the logits by it; predictions do not change."
     )
 
 
-def errors(run: Run) -> Section | None:
-    """The wrong rows that the model was surest of, or furthest from the truth in, shown."""
+def largest_errors_section(run: Run) -> Section | None:
+    """Returns examples of the most confident errors, or of the largest errors of other tasks."""
     record, split = run.record, run.record.main_split
     if split is None or split not in record.answers:
         return None
-    chosen, count, how = worst_errors(record, split)
-    title, rows = f"{'Most confident' if split in record.judged else 'Largest'} errors", len(record.answers[split].rows)
+    positions, count, order = largest_errors(record, split)
+    title = "Most confident errors" if split in record.class_predictions else "Largest errors"
+    rows = len(record.answers[split].rows)
     if not count:
-        return Section(title, [Note(f"All {rows:,} rows of {split} are right.")])
-    blocks: list[Any] = [Note(f"{len(chosen)} of {count:,} errors in {rows:,} rows of {split}, {how} first.")]
+        return Section(title, [Note(f"All {rows:,} rows of {split} are correct.")])
+    blocks: list[Any] = [Note(f"{len(positions)} of {count:,} errors in {rows:,} rows of {split}, {order} first.")]
     if run.rows.missing:
         blocks.append(Note(run.rows.missing, warning=True))
-    return Section(title, [*blocks, Gallery(run.rows.examples(split, chosen))])
+    return Section(title, [*blocks, Gallery(run.rows.examples(split, positions))])
 
 
-def _share(part: Any, whole: Any) -> Measured:
-    return Measured(float(part / whole), wilson(int(part), int(whole))) if whole else Measured(None)
+def _fraction(numerator: Any, denominator: Any) -> Measured:
+    """Returns a fraction with its Wilson interval; no value if the denominator is 0."""
+    if not denominator:
+        return Measured(None)
+    return Measured(float(numerator / denominator), wilson(int(numerator), int(denominator)))

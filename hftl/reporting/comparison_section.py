@@ -1,4 +1,4 @@
-"""Ways of training side by side, from compare.json: on the page of a comparison, and on that of the run it kept."""
+"""Section about the comparison of training methods (compare.json), for comparison pages and run reports."""
 
 from __future__ import annotations
 
@@ -11,79 +11,83 @@ from hftl.html.formatting import duration, mebibytes
 from hftl.reporting.run_view import Run
 
 
-def conclusion(run: Run) -> Section | None:
-    """The comparison that the run comes from, where it comes from one."""
-    found = run.record.comparison
-    return conclusion_section(found, kept=run.record.name) if found else None
+def transfer_gain(run: Run) -> Section | None:
+    """Returns the comparison that selected this run; None if the run is not part of one."""
+    comparison = run.record.comparison
+    return transfer_gain_section(comparison, is_run_report=True) if comparison else None
 
 
-def conclusion_section(found: Mapping[str, Any], kept: str | None = None) -> Section:
-    """Did transfer help? The sentence, the methods with their cost, differences and quality over time.
+def transfer_gain_section(comparison: Mapping[str, Any], is_run_report: bool = False) -> Section:
+    """Returns the conclusion of a comparison, and metrics, cost and differences of its training methods.
 
     Args:
-        found: What `hftl compare` wrote.
-        kept: The run whose page this is, None on the page of the comparison.
+        comparison: Content of compare.json.
+        is_run_report: Whether the page is the report of the selected run.
     """
-    blocks: list[Any] = [Note(found["sentence"]), *(Note(text, warning=True) for text in found["warnings"])]
-    blocks.append(_table(found))
-    drawn = [figure for figure in (_differences(found), _costs(found)) if figure]
-    if drawn:
-        blocks.append(Figures(drawn))
+    blocks: list[Any] = [Note(comparison["sentence"]), *(Note(text, warning=True) for text in comparison["warnings"])]
+    blocks.append(_methods_table(comparison))
+    plots = [figure for figure in (_difference_figure(comparison), _cost_figure(comparison)) if figure]
+    if plots:
+        blocks.append(Figures(plots))
     about = (
-        f"{found['budget'][0].upper()}{found['budget'][1:]}. In brackets: 95 % intervals of the difference over the "
-        f"{found['rows']:,} rows of {found['split']} (paired bootstrap) and over seeds (Student's t). Each interval is "
-        "for one comparison alone, and of many some miss by chance; the verdict is about one, the method that "
-        "validation chose. Time: training, evaluations included, mean over seeds; what one run computed and later ones "
-        "reuse counts where it was computed. Memory: the most that one run held."
+        f"{comparison['budget'][0].upper()}{comparison['budget'][1:]}. In brackets: 95 % intervals of the difference "
+        f"over the {comparison['rows']:,} rows of {comparison['split']} (paired bootstrap) and over seeds (Student's "
+        "t), not corrected for multiple comparisons. The conclusion refers to one comparison: the method selected on "
+        "validation. Time: training including evaluations, mean over seeds; results reused by later runs count for the "
+        "run that computed them. Memory: maximum over runs."
     )
     blocks.append(Note(about))
-    if kept is not None:
-        blocks.append(Note(f"This run ({found['kept']}) is the best of all on validation."))
-    return Section("Did transfer help?", blocks)
+    if is_run_report:
+        blocks.append(Note(f"This run ({comparison['kept']}) has the best validation metric of all runs."))
+    return Section("Transfer gain", blocks)
 
 
-def _table(found: Mapping[str, Any]) -> Table:
-    metric, baseline = f"{found['split']} {found['metric']}", found["baseline"]
+def _methods_table(comparison: Mapping[str, Any]) -> Table:
+    metric, baseline = f"{comparison['split']} {comparison['metric']}", comparison["baseline"]
     rows: list[list[Cell]] = []
-    for result in found["results"]:
-        apart, scores, peak = result["difference"], result["scores"], result["peak_bytes"]
+    for result in comparison["results"]:
+        difference, scores, peak = result["difference"], result["scores"], result["peak_bytes"]
         rows.append(
             [
                 result["method"],
                 len(scores),
                 sum(scores) / len(scores) if scores else None,
-                Measured(apart["value"], (apart["low"], apart["high"])) if apart else None,
+                Measured(difference["value"], (difference["low"], difference["high"])) if difference else None,
                 result["trainable"],
                 duration(result["seconds"]) if result["seconds"] is not None else None,
                 mebibytes(peak) if peak else None,
             ]
         )
-    head = ["method", "seeds", metric, f"against {baseline}", "trained", "time a run", "peak memory"]
-    return Table("Ways of training", head, rows)
+    head = ["method", "seeds", metric, f"vs {baseline}", "trainable parameters", "time per run", "peak memory"]
+    return Table("Training methods", head, rows)
 
 
-def _differences(found: Mapping[str, Any]) -> Figure | None:
-    drawn = {
-        result["method"]: tuple(100 * apart[end] for end in ("value", "low", "high")) if apart else (0.0, 0.0, 0.0)
-        for result in found["results"]
-        if (apart := result["difference"]) or result["method"] == found["baseline"]
+def _difference_figure(comparison: Mapping[str, Any]) -> Figure | None:
+    differences = {
+        result["method"]: tuple(100 * interval[end] for end in ("value", "low", "high"))
+        if interval
+        else (0.0, 0.0, 0.0)
+        for result in comparison["results"]
+        if (interval := result["difference"]) or result["method"] == comparison["baseline"]
     }
-    if len(drawn) < 2:
+    if len(differences) < 2:
         return None
-    said = ", ".join(f"{name} {value:+.1f} ({low:+.1f} to {high:+.1f})" for name, (value, low, high) in drawn.items())
-    axis = f"points of {found['split']} {found['metric']} against {found['baseline']}"
-    return Figure(figures.difference_plot(drawn, f"{axis}: {said}", x=axis), "Difference, with its 95 % interval")
+    listed = ", ".join(
+        f"{name} {value:+.1f} ({low:+.1f} to {high:+.1f})" for name, (value, low, high) in differences.items()
+    )
+    axis = f"points of {comparison['split']} {comparison['metric']} vs {comparison['baseline']}"
+    return Figure(figures.difference_plot(differences, f"{axis}: {listed}", x=axis), "Difference with 95 % interval")
 
 
-def _costs(found: Mapping[str, Any]) -> Figure | None:
-    drawn = {
+def _cost_figure(comparison: Mapping[str, Any]) -> Figure | None:
+    points = {
         result["method"]: ([result["seconds"]] * len(result["scores"]), result["scores"])
-        for result in found["results"]
+        for result in comparison["results"]
         if result["scores"] and result["seconds"]
     }
-    if not drawn:
+    if not points:
         return None
-    said = ", ".join(f"{name} {sum(ys) / len(ys):.3f} in {xs[0]:.3g} s" for name, (xs, ys) in drawn.items())
-    metric = f"{found['split']} {found['metric']}"
-    svg = figures.marks(drawn, f"{metric} by seconds of training: {said}", x="seconds a run", y=metric)
-    return Figure(svg, "Quality and cost, one mark a run, at the mean time of its method")
+    listed = ", ".join(f"{name} {sum(ys) / len(ys):.3f} in {xs[0]:.3g} s" for name, (xs, ys) in points.items())
+    metric = f"{comparison['split']} {comparison['metric']}"
+    svg = figures.scatter_plot(points, f"{metric} by training time: {listed}", x="seconds per run", y=metric)
+    return Figure(svg, "Metric over training time, one marker per run, at the mean time of its method")

@@ -1,4 +1,4 @@
-"""Report of one run and comparison page of several."""
+"""Report of one run, and comparison page of several runs."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ def write_report(
     splits: Mapping[str, Dataset] | None = None,
     show_rows: bool = True,
 ) -> Path:
-    """Writes the page of one run from what it left on disk, and returns where.
+    """Writes the report of one run from its run folder.
 
-    Sections appear where the run has what they show. Rows are shown from the run's own data source; where that is
-    gone or has changed, the page says so.
+    The task and the files of the run determine the sections. Examples are loaded from the data source of the run; if
+    it is missing or has changed, the report contains a warning instead.
 
     Args:
         folder: The run folder.
-        output: File to write; report.html in the run folder by default.
-        splits: The rows by split, where they are open already.
-        show_rows: Whether rows of the data appear; False for a page that others will read.
+        output: Output file; default report.html in the run folder.
+        splits: Rows by split, if already loaded.
+        show_rows: Whether rows of the data are displayed; False for a page that is published.
+
+    Returns:
+        The path of the page.
 
     Raises:
-        ArtifactError: The folder holds no finished run.
+        ArtifactError: The folder is not a finished run.
         ConfigError: `output` cannot be written.
     """
     from hftl.reporting.examples import ReportRows
@@ -44,35 +47,35 @@ def write_report(
     record = RunRecord(folder)
     target = page_path(output or record.folder / REPORT)
     run = Run(record, ReportRows(record, splits, show_rows))
-    sections = [section for make in SECTIONS if (section := make(run))]
-    chosen = [record.settings.get(name) for name in ("model.name", "adapt.method", "data.source")]
-    about = [record.task.replace("_", " "), *chosen, f"seed {record.settings.get('train.seed')}"]
-    return write_page(target, record.name, [str(part) for part in about if part], sections)
+    sections = [section for build in SECTIONS if (section := build(run))]
+    settings = [record.settings.get(name) for name in ("model.name", "adapt.method", "data.source")]
+    about = [record.task.replace("_", " "), *settings, f"seed {record.settings.get('train.seed')}"]
+    return write_page(target, record.name, [str(value) for value in about if value], sections)
 
 
 def compare_reports(
     folders: Sequence[str | Path], output: str | Path, comparison: Mapping[str, Any] | None = None
 ) -> Path:
-    """Writes one page with several runs side by side, and returns where.
+    """Writes one page that compares several runs.
 
     Args:
         folders: The run folders.
-        output: File to write.
-        comparison: What `hftl compare` found about these runs, as in compare.json; its verdict comes first then.
+        output: Output file.
+        comparison: Content of compare.json, if `hftl compare` made the runs; its conclusion is the first section.
+
+    Returns:
+        The path of the page.
 
     Raises:
-        ArtifactError: A folder holds no finished run.
+        ArtifactError: A folder is not a finished run.
         ConfigError: `output` cannot be written.
     """
     from hftl.reporting.compare import compare_sections
-    from hftl.reporting.comparison_section import conclusion_section
+    from hftl.reporting.comparison_section import transfer_gain_section
 
     target = page_path(output)
     records = [RunRecord(folder) for folder in folders]
-    first = [conclusion_section(comparison)] if comparison else []
-    about = [f"{comparison['model']} on {comparison['data']}"] if comparison else _names(records)
-    return write_page(target, f"{len(records)} runs compared", about, [*first, *compare_sections(records)])
-
-
-def _names(records: Sequence[RunRecord]) -> list[str]:
-    return [record.name for record in records]
+    sections = [transfer_gain_section(comparison)] if comparison else []
+    names = [record.name for record in records]
+    about = [f"{comparison['model']} on {comparison['data']}"] if comparison else names
+    return write_page(target, f"Comparison of {len(records)} runs", about, [*sections, *compare_sections(records)])

@@ -1,4 +1,4 @@
-"""What a run left on disk, read back: the one source of cards, pushes and reports, now or a year later."""
+"""Record of a run, read from its folder; the single source of model cards, pushes and reports."""
 
 from __future__ import annotations
 
@@ -11,118 +11,122 @@ from typing import Any
 import numpy as np
 
 from hftl.errors import ArtifactError, first_line, nearest
+from hftl.renames import upgrade_record, upgrade_settings
 from hftl.tasks.capabilities import Capability
 from hftl.tasks.predictions import ClassPredictions, Predictions, codes, needed_columns, read_predictions
 
 DESCRIPTION = "hftl.json"
-"""In `model/` and `adapter/`: task, labels, head and base model. Written last, so its presence means verified."""
+"""File in `model/` and `adapter/`: task, labels, head and base model. Written last: marks the folder as verified."""
 COMPARISON = "compare.json"
-"""In the folder of a comparison, and in that of the run it kept: ways of training side by side, and the verdict."""
-NEEDED = ("config.yaml", "metrics.json", "report.json")
-_VALUES_AT_A_TIME = 2_000_000
-"""Probabilities held at once while a predictions file is read: 16 MB."""
+"""File of a comparison and of its selected run: results of the training methods, and the conclusion."""
+REQUIRED_FILES = ("config.yaml", "metrics.json", "report.json")
+_MAX_BATCH_VALUES = 2_000_000
+"""Probabilities per batch when reading predictions: 16 MB."""
 
 
 class RunRecord:
-    """One run folder.
+    """Contents of one run folder.
 
     Raises:
-        ArtifactError: The folder holds no finished run, or one of its files cannot be read.
+        ArtifactError: The folder is not a finished run, or one of its files cannot be read.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        missing = [name for name in NEEDED if not (self.folder / name).is_file()]
+        missing = [name for name in REQUIRED_FILES if not (self.folder / name).is_file()]
         if missing:
-            raise ArtifactError(_no_run(self.folder, missing))
+            raise ArtifactError(_not_a_run(self.folder, missing))
         self.name = self.folder.resolve().name
         self.settings = self._settings()
-        """The configuration as `{"train.lr": 3e-4, …}`; also that of another version of hftl, with other settings."""
+        """Configuration as `{"train.lr": 3e-4, …}`; runs of other versions of hftl may have other settings."""
         self.metrics: dict[str, float | None] = self._json("metrics.json")
         self.facts: dict[str, Any] = self._json("report.json")
         self.environment: dict[str, Any] = self._json("environment.json")
-        self.described: dict[str, Any] = self._json(f"model/{DESCRIPTION}")
+        self.description: dict[str, Any] = self._json(f"model/{DESCRIPTION}")
         self.comparison: dict[str, Any] = self._json(COMPARISON)
         self.history = self._history()
 
     @property
     def task(self) -> str:
-        """Name of the task; empty where the model was not saved."""
-        return self.described.get("task", "")
+        """Name of the task; empty if the model was not saved."""
+        return self.description.get("task", "")
 
     @property
     def parts(self) -> list[str]:
-        """Verified artifacts: `model`, and `adapter` where there is one."""
+        """Names of verified artifacts: `model` and `adapter`."""
         return [part for part in ("model", "adapter") if (self.folder / part / DESCRIPTION).is_file()]
 
     @property
     def classes(self) -> list[str]:
-        """Class names in the order of the outputs; empty where a row does not have exactly one class."""
-        head = self.described.get("head", {})
+        """Class names in the order of the outputs; empty except for single-label classification."""
+        head = self.description.get("head", {})
         return head.get("labels", []) if head.get("problem_type") == "single_label_classification" else []
 
     @property
     def labels(self) -> list[str]:
-        """Names of classes, or of labels of which a row may have any number, in the order of the outputs."""
-        head = self.described.get("head", {})
+        """Names of classes, or of labels of multi-label classification, in the order of the outputs."""
+        head = self.description.get("head", {})
         return self.classes or (
             head.get("labels", []) if head.get("problem_type") == "multi_label_classification" else []
         )
 
     @property
     def primary_metrics(self) -> tuple[str, ...]:
-        """The metrics that are named first, in order."""
-        return tuple(self.described.get("primary_metrics", ("accuracy", "macro_f1")))
+        """Metrics that are listed first, in order."""
+        return tuple(self.description.get("primary_metrics", ("accuracy", "macro_f1")))
 
     def supports(self, capability: Capability) -> bool:
-        """Whether the task of the run supports a capability that takes its predictions."""
-        listed = self.described.get("capabilities")
-        # 0.1.0 listed none: there every task whose predictions can be read had all of these
-        return bool(needed_columns(self.described.get("head", {}))) if listed is None else capability in listed
+        """Whether the task of the run supports a capability that uses its predictions."""
+        listed = self.description.get("capabilities")
+        # 0.1.0 did not write capabilities; all its tasks with readable predictions supported these
+        return bool(needed_columns(self.description.get("head", {}))) if listed is None else capability in listed
 
     @property
     def splits(self) -> list[str]:
-        """Splits that were measured, in the order of the metrics."""
+        """Evaluated splits, in the order of the metrics."""
         return list(dict.fromkeys(name.split("/")[0] for name in self.metrics if "/" in name))
 
     @property
     def main_split(self) -> str | None:
-        """The split that measures the model: test where there is one."""
+        """Split of the reported metrics: test, or the first evaluated split."""
         return "test" if "test" in self.splits else next(iter(self.splits), None)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
-        """Returns steps and values of one recorded quantity."""
+        """Returns steps and values of one quantity of history.jsonl."""
         points = [(record["step"], record[name]) for record in self.history if record.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
     @cached_property
     def answers(self) -> Mapping[str, Predictions]:
-        """Truth and predictions by split; empty where the run wrote none, or none that this could read."""
-        return read_predictions(self.described, self._columns, lambda columns: self._batches(columns, 100_000))
+        """Targets and predictions by split; empty if the run wrote none, or of an unsupported task."""
+        return read_predictions(self.description, self._columns, lambda columns: self._batches(columns, 100_000))
 
     @property
-    def judged(self) -> dict[str, ClassPredictions]:
-        """True and predicted classes by split; empty where a row does not have exactly one class."""
-        return {split: found for split, found in self.answers.items() if isinstance(found, ClassPredictions)}
+    def class_predictions(self) -> dict[str, ClassPredictions]:
+        """True and predicted classes by split; empty except for single-label classification."""
+        return {split: each for split, each in self.answers.items() if isinstance(each, ClassPredictions)}
 
     def intervals(self, split: str) -> dict[str, tuple[float, float]]:
-        """Returns 95 % intervals of the metrics that the predictions on disk give as metrics.json has them."""
+        """Returns 95 % intervals of the metrics of a split whose values in metrics.json the predictions reproduce."""
         if split not in self.answers or not self.supports(Capability.INTERVALS):
             return {}
-        answers = self.answers[split]
-        said = {name: (self.metrics.get(f"{split}/{name}"), value) for name, value in answers.computed().items()}
-        agree = [name for name, (one, other) in said.items() if one is not None and np.isclose(one, other, 1e-9, 1e-9)]
-        found = answers.intervals()
-        return {name: found[name] for name in agree if name in found}
+        predictions = self.answers[split]
+        reproduced = []
+        for name, computed in predictions.computed().items():
+            recorded = self.metrics.get(f"{split}/{name}")
+            if recorded is not None and np.isclose(recorded, computed, 1e-9, 1e-9):
+                reproduced.append(name)
+        intervals = predictions.intervals()
+        return {name: intervals[name] for name in reproduced if name in intervals}
 
     def probabilities(self, split: str) -> Iterator[tuple[Any, Any]]:
-        """Yields probabilities [n, K] and true classes [n] of a split, a few rows at a time."""
+        """Yields batches of probabilities [n, K] and true classes [n] of a split."""
         count = len(self.classes)
         if not count or not {"split", "label", "probabilities"} <= set(self._columns):
             return
         import pyarrow as pa
 
-        for batch in self._batches(("split", "label", "probabilities"), max(_VALUES_AT_A_TIME // count, 1)):
+        for batch in self._batches(("split", "label", "probabilities"), max(_MAX_BATCH_VALUES // count, 1)):
             batch = batch.filter(pa.array(np.array(batch.column("split").to_pylist()) == split))
             labels = codes(batch.column("label"), self.classes)
             flat = batch.column("probabilities").flatten().to_numpy(zero_copy_only=False)
@@ -130,11 +134,11 @@ class RunRecord:
                 yield flat.reshape(-1, count)[labels >= 0], labels[labels >= 0]
 
     def masks(self, split: str, rows: Collection[int]) -> dict[int, str]:
-        """Returns the predicted masks (PNG, base64) of some rows of a split; empty where the task predicts none."""
+        """Returns predicted masks (PNG, base64) by row number, for `rows` of a split; empty for other tasks."""
         if not {"split", "row", "mask_png"} <= set(self._columns):
             return {}
-        listed = (row for batch in self._batches(("split", "row", "mask_png"), 100) for row in batch.to_pylist())
-        return {row["row"]: row["mask_png"] for row in listed if row["split"] == split and row["row"] in rows}
+        records = (row for batch in self._batches(("split", "row", "mask_png"), 100) for row in batch.to_pylist())
+        return {row["row"]: row["mask_png"] for row in records if row["split"] == split and row["row"] in rows}
 
     @cached_property
     def _columns(self) -> list[str]:
@@ -157,7 +161,7 @@ class RunRecord:
         if not path.is_file():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return upgrade_record(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ArtifactError(f"{path} is not valid JSON: {error}.") from error
 
@@ -169,7 +173,7 @@ class RunRecord:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise ArtifactError(f"{path} is not valid YAML: {first_line(error)}.") from error
-        return _flat(values) if isinstance(values, dict) else {}
+        return upgrade_settings(_flat(values)) if isinstance(values, dict) else {}
 
     def _history(self) -> list[dict[str, Any]]:
         path = self.folder / "history.jsonl"
@@ -181,15 +185,17 @@ class RunRecord:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings as one dict with dotted names."""
     out: dict[str, Any] = {}
     for name, value in values.items():
         out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out
 
 
-def _no_run(folder: Path, missing: list[str]) -> str:
+def _not_a_run(folder: Path, missing: list[str]) -> str:
+    """Returns the error message for a folder that is missing or lacks files."""
     if folder.is_dir():
-        return f"'{folder}' is not the folder of a finished run: it has no {', '.join(missing)}."
+        return f"'{folder}' is not a finished run: {', '.join(missing)} missing."
     parent = folder.parent
-    guess = nearest(folder.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
-    return f"there is no run folder '{folder}'.{guess}"
+    hint = nearest(folder.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
+    return f"run folder '{folder}' does not exist.{hint}"

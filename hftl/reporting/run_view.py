@@ -1,4 +1,4 @@
-"""A run folder as the sections of a page read it."""
+"""Run folder with cached values for report sections."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hftl.reporting.examples import ReportRows
 from hftl.reporting.run_record import RunRecord
 from hftl.tasks.capabilities import Capability
 
-CLASSES_LISTED = 200
-"""Classes in a table; of more, the ones that matter most to it."""
+MAX_LISTED_CLASSES = 200
+"""Maximum number of classes in a table."""
 
 
 class Run:
-    """A run folder, and what several sections compute from it."""
+    """Record and rows of a run, with values shared by several sections."""
 
     def __init__(self, record: RunRecord, rows: ReportRows) -> None:
         self.record = record
@@ -22,11 +22,11 @@ class Run:
 
     @cached_property
     def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """Intervals of metrics by split; only of metrics whose value the predictions confirm."""
+        """Confidence intervals of metrics by split; only of metrics that the predictions reproduce."""
         splits = self.record.answers if self.record.supports(Capability.INTERVALS) else ()
         return {split: self.record.intervals(split) for split in splits}
 
     def measured(self, name: str) -> Measured:
-        """Returns a metric as `test/accuracy` with its interval."""
+        """Returns a metric, such as `test/accuracy`, with its confidence interval."""
         split, _, metric = name.partition("/")
         return Measured(self.record.metrics.get(name), self.intervals.get(split, {}).get(metric))

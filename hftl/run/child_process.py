@@ -1,4 +1,4 @@
-"""Work in a process of its own: its memory can be measured, and when it is killed nothing else is."""
+"""Function calls in a separate process, which isolates memory use and crashes."""
 
 from __future__ import annotations
 
@@ -22,52 +22,51 @@ _IMPORTS = (
     "sklearn.model_selection", "scipy.stats", "transformers.models.timm_wrapper.modeling_timm_wrapper",
     "transformers.models.bert.modeling_bert",
 )  # fmt: skip
-"""What every training imports; the server does it once for all of them. A name that is missing is passed over."""
+"""Modules that every run imports; the fork server imports them once. Missing modules are skipped."""
 
 
 class ChildFailedError(HftlError):
-    """A child process that ended without an answer, or with an error that is not hftl's."""
+    """Child process that ended without a result, or with an error other than `HftlError`."""
 
 
 def run_in_child(work: Callable[..., Any], *arguments: Any, log: Path | None = None) -> Any:
     """Returns `work(*arguments)`, computed in a new process.
 
-    The process is forked from a server that has imported everything and computed nothing (`forkserver`; started anew,
-    `spawn`, where the system cannot fork), so that starting it costs milliseconds, threads and CUDA are safe, and its
-    peak memory is its own.
+    The process is forked from a server that has only imported modules (`forkserver`; `spawn` if the system cannot
+    fork). It therefore starts in milliseconds, is safe with threads and CUDA, and its peak memory is its own.
 
     Args:
         work: A function that can be imported.
-        arguments: Its arguments; they and what it returns must be picklable (multiprocessing sends them so).
-        log: File that gets what the process prints; None leaves it here.
+        arguments: Arguments of `work`; they and its result must be picklable.
+        log: File for the output of the process; None inherits stdout and stderr.
 
     Raises:
-        HftlError: What `work` raised, of the same class.
-        Failed: It raised something else, or the process was killed.
+        HftlError: The error of `work`, with the same class.
+        ChildFailedError: `work` raised another error, or the process was killed.
     """
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([work.__module__, *_IMPORTS])
-    mine, theirs = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     job = (work, arguments, dict(os.environ), str(log) if log else None)
-    process = context.Process(target=_child, args=(theirs, *job))
-    with _script_hidden():
+    process = context.Process(target=_child, args=(sender, *job))
+    with _hidden_main_module():
         process.start()
-    theirs.close()
+    sender.close()
     try:
-        answer = mine.recv()
+        result = receiver.recv()
     except EOFError:
-        answer = None
+        result = None
     except BaseException:
         _end(process)
         raise
     finally:
-        mine.close()
+        receiver.close()
     process.join()
-    if answer is None:
-        raise ChildFailedError(_how_it_ended(process.exitcode, log))
-    kind, value = answer
+    if result is None:
+        raise ChildFailedError(_exit_message(process.exitcode, log))
+    kind, value = result
     if kind == "returned":
         return value
     if kind == "complete":
@@ -76,7 +75,7 @@ def run_in_child(work: Callable[..., Any], *arguments: Any, log: Path | None = N
 
 
 def _child(connection: Any, work: Callable[..., Any], arguments: Any, environment: Mapping, log: str | None) -> None:
-    os.environ.update(environment)  # the server's own is that of the first call
+    os.environ.update(environment)  # the fork server has the environment of the first call
     if log:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sys.stdout.flush()
@@ -84,29 +83,29 @@ def _child(connection: Any, work: Callable[..., Any], arguments: Any, environmen
         os.dup2(descriptor, 2)
         os.close(descriptor)
     try:
-        answer = "returned", work(*arguments)
+        result = "returned", work(*arguments)
     except RunComplete as complete:
-        answer = "complete", (complete.folder, complete.metrics)
+        result = "complete", (complete.folder, complete.metrics)
     except KeyboardInterrupt:
-        answer = "Stopped", ("interrupted before training began.",)
+        result = "Stopped", ("interrupted before training started.",)
     except HftlError as error:
         if log:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        answer = type(error).__name__, error.problems
+        result = type(error).__name__, error.problems
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        answer = "Failed", (f"{type(error).__name__}: {first_line(error)}",)
+        result = "ChildFailedError", (f"{type(error).__name__}: {first_line(error)}",)
     sys.stdout.flush()
-    connection.send(answer)
+    connection.send(result)
 
 
 @contextmanager
-def _script_hidden() -> Iterator[None]:
-    """Keeps multiprocessing from running the caller's script again in the child, as it does to find functions in it.
+def _hidden_main_module() -> Iterator[None]:
+    """Prevents multiprocessing from running the script of the caller in the child to find its functions.
 
-    What is sent is found by import, and a script without `if __name__ == "__main__":` would start all over.
+    Functions are found by import, and a script without `if __name__ == "__main__":` would run again.
     """
     script = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -117,17 +116,17 @@ def _script_hidden() -> Iterator[None]:
 
 
 def _end(process: Any) -> None:
-    """Asks a process to end, and waits: a training saves its state first."""
+    """Terminates a process and waits until it has ended; a training saves a checkpoint first."""
     process.join(0.2)
     if process.is_alive():
         process.terminate()
     process.join()
 
 
-def _how_it_ended(status: int | None, log: Path | None) -> str:
-    said = f"; the end of {log} may say why" if log else ""
+def _exit_message(status: int | None, log: Path | None) -> str:
+    hint = f". See the end of {log}" if log else ""
     if status == -getattr(signal, "SIGKILL", 9):
-        return f"its process was killed (by the system where memory was short, or by somebody){said}."
+        return f"its process was killed with SIGKILL, possibly by the system when out of memory{hint}."
     if status is not None and status < 0:
-        return f"its process was ended by signal {-status} ({signal.Signals(-status).name}){said}."
-    return f"its process ended with status {status} and no answer{said}."
+        return f"its process was ended by signal {-status} ({signal.Signals(-status).name}){hint}."
+    return f"its process ended with exit status {status} and no result{hint}."

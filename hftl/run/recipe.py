@@ -1,4 +1,4 @@
-"""How a recipe is run from the command line: imported before torch, so that `--help` answers at once."""
+"""Command-line entry point of recipes, imported before torch so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -20,26 +20,31 @@ from hftl.logging import is_main_process, leave_process_group, log
 def run_recipe(main: Callable[[RunConfig], Any], defaults: RunConfig, description: str | None = None) -> None:
     """Runs a recipe's `main` with the configuration from the command line.
 
-    A problem ends it with a message and the error's `exit_code` (2 as a rule, 75 after a stop that was asked for),
-    without a traceback. A run that is complete already is said to be so, with status 0.
+    An `HftlError` ends the process with its message and `exit_code` (usually 2; 75 after a stop signal), without a
+    traceback. A run that is already complete is logged, with exit status 0.
+
+    Args:
+        main: Main function of the recipe.
+        defaults: Default configuration of the recipe.
+        description: Description for `--help`.
     """
     folder = "the run folder"
     try:
-        with _stopping():
+        with _interruptible():
             run = parse_config(defaults, description=description or "", defer=True)
             folder = run.output_dir or folder
             main(run)
     except RunComplete as complete:
         values = ", ".join(f"{name} {value}" for name, value in complete.metrics.items())
-        log(f"{complete}; nothing to do ({values})")
+        log(f"resume: {complete}; nothing to do ({values})")
     except KeyboardInterrupt as interrupt:
-        asked = interrupt.args[0] if interrupt.args else "SIGINT"
-        _end(Stopped(f"stopped ({asked}) outside of training; the same command with --resume auto goes on."))
+        name = interrupt.args[0] if interrupt.args else "SIGINT"
+        _end(Stopped(f"stopped ({name}) outside of training. Run the same command with --resume auto."))
     except Exception as error:
-        problem = readable(error) or disk_error(error, folder)
-        if problem is None:
+        known = readable(error) or disk_error(error, folder)
+        if known is None:
             raise
-        _end(problem)
+        _end(known)
     finally:
         leave_process_group()
 
@@ -51,8 +56,11 @@ def _end(error: HftlError) -> NoReturn:
 
 
 @contextmanager
-def _stopping() -> Iterator[None]:
-    """Makes SIGTERM and SIGINT a KeyboardInterrupt once; the next one ends the process. `fit` has its own ways."""
+def _interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt on the first SIGTERM or SIGINT; a second one ends the process.
+
+    `fit` replaces these handlers by `StopSignal`.
+    """
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -61,7 +69,7 @@ def _stopping() -> Iterator[None]:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     before = {}
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+    if threading.current_thread() is threading.main_thread():  # Python allows signal handlers only there
         before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield

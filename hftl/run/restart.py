@@ -1,10 +1,10 @@
-"""Resuming a run from which `data.on_error skip` leaves rows out that its checkpoints were made with."""
+"""Restart of a run if `data.on_error skip` now skips rows that its checkpoints were trained on."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hftl.config.parse import load_config
+from hftl.config.parse import load_saved_config
 from hftl.config.schema import RunConfig
 from hftl.data.source import load_splits
 from hftl.data.validation import InvalidRows
@@ -16,23 +16,23 @@ from hftl.training.checkpointer import data_fingerprint
 
 
 def restarts(run: RunConfig, bad: InvalidRows, rows: Any = None) -> bool:
-    """Whether the run in the folder begins again at step 0, because rows that it trained on are left out now.
+    """Whether the run in the folder restarts from step 0 because rows that it was trained on are now skipped.
 
-    Order of training, validation cut and metrics depend on the rows that remain, so a checkpoint of more training rows
-    cannot be continued exactly. It can if the rows of test are left out, or of a validation split that was never
-    evaluated. A checkpoint of other data is not replaced: `fit` rejects it.
+    Row order, validation split and metrics depend on the remaining rows, so training cannot resume exactly from a
+    checkpoint with more training rows. It can if only test rows are skipped, or rows of a validation split that was
+    never evaluated. A checkpoint of other data is not replaced: `fit` rejects it.
 
     Args:
-        run: As given, before `resume_problems` has compared its settings.
-        bad: The rows that are left out.
-        rows: Rows from Python in place of `run.data.source`.
+        run: The configuration before `resume_problems` has compared its settings.
+        bad: The skipped rows.
+        rows: In-memory rows that replace `run.data.source`.
     """
     folder = get_run_folder(run)
     counts = {split: len(bad.get(split, ())) for split in ("train", "validation")}
     if not any(counts.values()) or not resumes(run) or finished_metrics(run) is not None:
         return False
     try:
-        if load_config(folder / MARKER).data.on_error == "skip":
+        if load_saved_config(folder / MARKER).data.on_error == "skip":
             return False
         newest = Checkpoints(folder / "checkpoints", run.checkpoint.total_limit).newest()
     except HftlError:
@@ -44,12 +44,12 @@ def restarts(run: RunConfig, bad: InvalidRows, rows: Any = None) -> bool:
     if not counts["train"] and not history.get("best"):
         return False
     with suppress_logs():
-        before = load_splits(run.data, rows=rows)["train"]
-    if state.get("data") != data_fingerprint(before):
+        all_rows = load_splits(run.data, rows=rows)["train"]
+    if state.get("data") != data_fingerprint(all_rows):
         return False
-    left_out = " and ".join(f"{count} {split} row(s)" for split, count in counts.items() if count)
+    skipped = " and ".join(f"{count} {split} row(s)" for split, count in counts.items() if count)
     log(
-        f"resume: {left_out} of the checkpoint after step {history.get('steps')} are left out now "
+        f"resume: {skipped} of the checkpoint after step {history.get('steps')} are now skipped "
         "(data.on_error skip); training restarts from step 0"
     )
     return True

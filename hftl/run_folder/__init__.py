@@ -1,1 +1,1 @@
-"""The run folder: layout, history and checkpoint files."""
+"""Run folder: layout, history and checkpoint files."""

@@ -1,4 +1,4 @@
-"""What happened, as JSON lines on disk, to the trackers, and to the reader: a live bar or plain lines."""
+"""Training history: JSON lines on disk, trackers, and a progress bar or log lines."""
 
 from __future__ import annotations
 
@@ -24,61 +24,60 @@ if TYPE_CHECKING:
 
 @dataclass
 class History:
-    """The records of a run, in order; each has `step` and some of loss, lr and metrics by split."""
+    """Records of a run in order; each has `step` and some of loss, learning rates and metrics."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
-    """step, metric and value of the weights that were kept."""
+    """`step`, `metric` and `value` of the best checkpoint."""
     steps: int = 0
     skipped: int = 0
-    """Steps that left the weights as they were, because loss or gradient were not finite; those in which fp16 only
-    looks for its loss scale do not count."""
+    """Steps skipped for a non-finite loss or gradient, without those in which fp16 lowers its loss scale."""
     seconds: float = 0.0
-    """Wall time of training, evaluations included."""
+    """Wall-clock time of training in seconds, including evaluations."""
     selection: dict[str, Any] = field(default_factory=dict)
-    """Where settings were chosen by cross-validation: all that were tried, their scores, and the chosen ones."""
+    """Cross-validation results of a probe: scores of all settings, and the selected ones."""
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `values` with None for numbers that JSON cannot hold (NaN, infinities)."""
+    """Returns `values` with None for NaN and infinities, which JSON does not support."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
 
 
 class Recorder:
-    """Writes a `History` while it grows. Only the main process writes; all keep the records.
+    """Recorder of a `History`. All processes keep the records; the main process writes them.
 
     Args:
-        accelerator: From `start`.
-        run: Uses the trackers.
+        accelerator: From `create_accelerator`.
+        run: Uses `train.trackers`.
         folder: The run folder.
-        total_steps: Steps of the whole training.
-        earlier: What `state` returned when the training was stopped; history.jsonl is cut back to it.
+        total_steps: Steps of the training.
+        saved: Result of `state` in the checkpoint to resume from; history.jsonl is truncated to it.
     """
 
     def __init__(
-        self, accelerator: Accelerator, run: RunConfig, folder: Path, total_steps: int, earlier: dict[str, Any] | None
+        self, accelerator: Accelerator, run: RunConfig, folder: Path, total_steps: int, saved: dict[str, Any] | None
     ) -> None:
-        earlier = earlier or {"history": {}, "losses": [0.0, 0]}
-        self.history = History(**earlier["history"])
-        self._losses, self._count = earlier["losses"]
+        saved = saved or {"history": {}, "losses": [0.0, 0]}
+        self.history = History(**saved["history"])
+        self._losses, self._count = saved["losses"]
         self.accelerator = accelerator
         self.total = total_steps
         self.started = time.perf_counter() - self.history.seconds
         self.path = folder / "history.jsonl"
         self.file: TextIO | None = None
         self.failure: CheckpointError | None = None
-        """Why a record is not on disk; the loop brings it before all processes."""
+        """Error of a failed write, which the training loop raises on all processes."""
         run_on_main(accelerator, self._begin, folder)
         if run.train.trackers:
             values = leaves(run).items()
             config = {
                 name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values
             }
-            named = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
+            name_keys = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
             options: dict[str, Any] = {
-                tracker: {key: folder.name} for tracker, key in named.items() if tracker in run.train.trackers
+                tracker: {key: folder.name} for tracker, key in name_keys.items() if tracker in run.train.trackers
             }
             options["tensorboard"] = {"purge_step": self.history.steps + 1} if self.history.steps else {}
             accelerator.init_trackers("hftl", config=config, init_kwargs=options)
@@ -94,7 +93,7 @@ class Recorder:
         self.file = self.path.open("a", encoding="utf-8")
 
     def state(self) -> dict[str, Any]:
-        """Returns what another `Recorder` needs to go on, as JSON values."""
+        """Returns the state for a resumed `Recorder`, as JSON values."""
         seconds = time.perf_counter() - self.started
         history = {**vars(self.history), "records": [finite(record) for record in self.history.records]}
         return {"history": {**history, "seconds": seconds}, "losses": [self._losses, self._count]}
@@ -103,7 +102,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Ends the bar and the file. Trackers stay open for the metrics of `publish`, unless there will be none."""
+        """Closes bar and file. Trackers stay open for the metrics of `save_run`, except after an error."""
         self.history.seconds = time.perf_counter() - self.started
         if self.bar is not None:
             self.bar.close()
@@ -112,7 +111,7 @@ class Recorder:
             tracker.finish()
 
     def advance(self, loss: float | None) -> None:
-        """Counts a step and its mean loss; None where weights stayed as they were."""
+        """Counts a step and its mean loss; None for a step that left the weights unchanged."""
         self.history.steps += 1
         if loss is not None:
             self._losses += loss
@@ -121,13 +120,27 @@ class Recorder:
             self.bar.update()
 
     def mean_loss(self) -> float:
-        """Returns the mean loss of the steps since this was asked last; NaN where there were none."""
+        """Returns the mean loss of the steps since the last call; NaN without steps."""
         mean = self._losses / self._count if self._count else math.nan
         self._losses, self._count = 0.0, 0
         return mean
 
-    def log(self, values: dict[str, float], unsaid: Collection[str] = ()) -> None:
-        """Records values at the current step; those named in `unsaid` stand on file and in trackers alone."""
+    def log_step(self, epoch: float, skipped_loss: float | None, grad_norm: float, rates: Mapping[str, float]) -> None:
+        """Records the current step.
+
+        Args:
+            epoch: Epochs so far, with fraction.
+            skipped_loss: Loss of a step that left the weights unchanged; None records `mean_loss`.
+            grad_norm: Norm of the gradient before clipping.
+            rates: Learning rate by parameter group.
+        """
+        loss = self.mean_loss() if skipped_loss is None else skipped_loss
+        values = {"epoch": epoch, "train/loss": loss, "grad_norm": grad_norm}
+        values |= {f"lr/{group}": rate for group, rate in rates.items()}
+        self.log(values if skipped_loss is None else values | {"skipped_steps": self.history.skipped})
+
+    def log(self, values: dict[str, float], unlogged: Collection[str] = ()) -> None:
+        """Records values of the current step; names in `unlogged` go to file and trackers only."""
         record = {"step": self.history.steps, **values}
         self.history.records.append(record)
         try:
@@ -140,22 +153,23 @@ class Recorder:
             self._close_file()
             self.failure = CheckpointError(
                 f"history: the record of step {self.history.steps} cannot be written to '{self.path}': "
-                f"{error.strerror or first_line(error)}. Saved states are intact. Mend the disk and run the same "
+                f"{error.strerror or first_line(error)}. Saved checkpoints are intact. Fix the disk and run the same "
                 "command with --resume auto."
             )
-        line = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in unsaid)
+        numbers = (f"{name} {value:.4g}" for name, value in values.items() if name not in unlogged)
+        line = ", ".join([f"train: step {self.history.steps}/{self.total}", *numbers])
         if self.bar is not None:
-            self.bar.write(f"step {self.history.steps}/{self.total} {line}")
+            self.bar.write(line)
         else:
-            log(f"step {self.history.steps}/{self.total} {line}")
+            log(line)
 
     def flush(self) -> None:
-        """Raises the `CheckpointError` of a record that is not on disk; to be called by the main process for all."""
+        """Raises the `CheckpointError` of a failed write; call it through `run_on_main`."""
         if self.failure:
             raise self.failure
 
     def _close_file(self) -> None:
         if self.file is not None:
-            with suppress(OSError):  # what a failing disk did not take has been reported
+            with suppress(OSError):  # `failure` has the error of the write
                 self.file.close()
             self.file = None

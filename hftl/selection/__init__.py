@@ -1,1 +1,1 @@
-"""Before and between trainings: which backbone, which way of adapting, and did transfer help."""
+"""Backbone ranking, method comparison and transfer gain."""

@@ -1,4 +1,4 @@
-"""Scores into ranks, and how far both hold when the rows are drawn again."""
+"""Bootstrap intervals of transferability scores and ranks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Score:
-    """What one estimator says of one candidate, among the others.
+    """Score and rank of a candidate among all candidates.
 
     Attributes:
-        value: The score.
-        interval: 95 % of the resampled scores.
-        rank: 1 is best; equal scores share the better rank.
-        ranks: 95 % of the ranks in the resamples.
-        first: Share of the resamples in which no other candidate was better.
-        setting: What the estimator chose, in words.
+        value: Score on all rows; larger is better.
+        interval: 95 % bootstrap interval of the score.
+        rank: Rank from 1 (best); equal scores share the better rank.
+        ranks: 95 % bootstrap interval of the rank.
+        first: Fraction of resamples with rank 1, in [0, 1].
+        setting: Hyperparameters that the estimator selected, as text.
     """
 
     value: float
@@ -34,43 +34,48 @@ class Score:
     setting: str = ""
 
 
-def compare_scores(found: Mapping[str, Estimate], seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Score]:
-    """Returns the score of each candidate by name, from the estimates of one estimator on the same rows.
+def compare_scores(estimates: Mapping[str, Estimate], seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Score]:
+    """Returns the score of each candidate with bootstrap intervals of score and rank.
 
-    Rows are drawn again with replacement, the same draw for all candidates, so that what makes the rows easy or hard
-    for all of them does not blur their order. A score follows its rows by its influences (see `Estimate`).
+    All candidates share the resampled rows, so that rows that are easy or hard for all of them do not blur the order.
+    A resampled score is computed from the influences of its rows (see `Estimate`).
+
+    Args:
+        estimates: Estimates of one estimator by candidate, on the same rows.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples.
     """
-    if not found:
+    if not estimates:
         return {}
-    influences = np.stack([estimate.influence for estimate in found.values()], 1)  # [N, candidates]
-    values = np.array([estimate.value for estimate in found.values()])
+    influences = np.stack([estimate.influence for estimate in estimates.values()], 1)  # [N, candidates]
+    values = np.array([estimate.value for estimate in estimates.values()])
     rng, rows = np.random.default_rng(seed), len(influences)
-    drawn = np.empty((resamples, len(values)))
-    for number in range(resamples):
+    resampled = np.empty((resamples, len(values)))
+    for index in range(resamples):
         counts = np.bincount(rng.integers(0, rows, rows), minlength=rows)
-        drawn[number] = values + counts @ influences / rows  # influences are of mean 0
-    ranks, places = _ranks(values[None])[0], _ranks(drawn)
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    best, worst = np.quantile(places, [0.025, 0.975], axis=0, method="inverted_cdf")
+        resampled[index] = values + counts @ influences / rows  # influences have mean 0
+    ranks, resampled_ranks = _ranks(values[None])[0], _ranks(resampled)
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    best, worst = np.quantile(resampled_ranks, [0.025, 0.975], axis=0, method="inverted_cdf")
     return {
         name: Score(
             float(values[i]),
             (float(low[i]), float(high[i])),
             int(ranks[i]),
             (int(best[i]), int(worst[i])),
-            float((places[:, i] == 1).mean()),
+            float((resampled_ranks[:, i] == 1).mean()),
             estimate.setting,
         )
-        for i, (name, estimate) in enumerate(found.items())
+        for i, (name, estimate) in enumerate(estimates.items())
     }
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
-    """Returns 1 + the number of larger scores in each row of [B, C]."""
+    """Returns the rank of each score in its row, [B, C]: 1 + the number of larger scores."""
     return 1 + (scores[:, None, :] > scores[:, :, None]).sum(2)
 
 
 def by_size(candidates: Sequence[Candidate]) -> list[str]:
-    """Returns the names by parameters, most first: an order that never looks at the data, the baseline to beat."""
+    """Returns the names by number of parameters, most first: a baseline that does not use the data."""
     sized = [candidate for candidate in candidates if candidate.parameters is not None]
     return [candidate.name for candidate in sorted(sized, key=lambda each: -(each.parameters or 0))]

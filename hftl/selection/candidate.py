@@ -1,4 +1,4 @@
-"""One backbone among several: its features of the task's rows, and what every estimator says of them."""
+"""Transferability scores of a candidate backbone, computed on its features of the task's rows."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LAYER_MEAN = "layer mean"
-"""Name of the features that are the mean of a text model's pooled layers."""
+"""Name of the mean of the pooled layers of a text model."""
 KINDS: dict[str, LabelKind] = {
     "single_label_classification": "classes",
     "multi_label_classification": "labels",
     "regression": "values",
 }
-"""What the estimators take labels for, by transformers' name of the problem."""
+"""Label kind of the scores, by `problem_type` of transformers."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Features of a candidate read in one place, and their scores."""
+    """Scores of a candidate on the features of one layer."""
 
     feature_size: int
     forward_seconds: float
-    """Of the pass over all rows, when it was made; from the cache it costs nothing now."""
+    """Seconds of the forward pass over all rows, as measured when the features were computed (also if cached)."""
     score_seconds: float
     estimates: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backbone that was looked at, or the reason why it could not be.
+    """Scores of a backbone, or the reason why it has none.
 
     Attributes:
         name: As `model.name`.
-        problem: Why there are no scores; None where there are.
-        parameters: Of the backbone.
-        input_size: In words.
-        source_classes: Classes that its own head tells apart; None where it has none that can be read.
-        views: By the place that features are read at: `head`, and for text `layer mean`.
+        problem: Reason without scores; None with scores.
+        parameters: Number of parameters of the backbone.
+        input_size: Input size as text: "224 x 224" pixels or "512 tokens".
+        source_classes: Number of classes of the pretrained head; None without a readable one.
+        views: Scores by layer: `head` (input of the head), and for text models `layer mean`.
     """
 
     name: str
@@ -68,57 +68,59 @@ class Candidate:
 
     @property
     def head(self) -> View:
-        """The features that a new head is trained on."""
+        """Scores on the features that a new head is trained on."""
         return self.views["head"]
 
 
 def score_candidate(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset) -> Candidate:
-    """Returns what the backbone `run.model` is worth on labelled rows; its failure is its problem, not an error.
+    """Returns the scores of the backbone `run.model` on labeled rows; a failing backbone has `problem` set.
 
     Raises:
-        DataError: The rows cannot be used, by any candidate.
+        DataError: The rows are invalid for every candidate.
     """
     name = run.model.name
     try:
-        return _scored(accelerator, run, task, rows)
+        return _compute_scores(accelerator, run, task, rows)
     except DataError:
         raise
     except HftlError as error:
         problem = "; ".join(error.problems)
-    except Exception as error:  # of any library that was asked to open it
+    except Exception as error:  # third-party libraries raise arbitrary types
         problem = f"{type(error).__name__}: {first_line(error)}"
-    log(f"rank: {name} left out: {problem}")
+    log(f"rank: skipped {name}: {problem}")
     return Candidate(name, problem)
 
 
-def _scored(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset) -> Candidate:
+def _compute_scores(accelerator: Accelerator, run: RunConfig, task: Task, rows: Dataset) -> Candidate:
     kind = KINDS.get(task.head.problem_type or "")
     if kind is None:
         raise DataError(
-            f"rank: there are no scores for {task.name.replace('_', ' ')}; tasks of type {', '.join(KINDS)} have them."
+            f"task: '{task.name}' has no transferability scores; allowed: tasks of problem type {', '.join(KINDS)}."
         )
     model = build_model(run, task.head)
     views, classes = {}, None
-    places: dict[str, Layers] = {"head": "head"}
+    layers_by_view: dict[str, Layers] = {"head": "head"}
     if model.modality == "text" and model.backbone_root:
-        places[LAYER_MEAN] = "mean"
-    for place, layers in places.items():
-        found = compute_features(accelerator, model, task, rows, run, layers=layers)
-        if found.labels is None:
-            raise DataError("rank: the training rows have no labels.")
-        began = time.perf_counter()
-        source = source_probabilities(run, task, found.values) if layers == "head" and found.linear else None
+        layers_by_view[LAYER_MEAN] = "mean"
+    for view, layers in layers_by_view.items():
+        features = compute_features(accelerator, model, task, rows, run, layers=layers)
+        if features.labels is None:
+            raise DataError("data.source: training rows have no labels.")
+        started = time.perf_counter()
+        source = source_probabilities(run, task, features.values) if layers == "head" and features.linear else None
         classes = classes if source is None else source.shape[1]
-        sample = LabeledFeatures(found.values, found.labels, kind, source)
-        estimates = {key: each.compute(sample) for key, each in TRANSFERABILITY_SCORES.items() if each.fits(sample)}
-        seconds = time.perf_counter() - began
-        views[place] = View(found.values.shape[1], found.seconds, seconds, estimates)
-    parameters = sum(each.numel() for key, each in model.named_parameters() if not model.in_head(key))
+        labeled = LabeledFeatures(features.values, features.labels, kind, source)
+        estimates = {
+            name: score.compute(labeled) for name, score in TRANSFERABILITY_SCORES.items() if score.fits(labeled)
+        }
+        seconds = time.perf_counter() - started
+        views[view] = View(features.values.shape[1], features.seconds, seconds, estimates)
+    parameters = sum(weight.numel() for name, weight in model.named_parameters() if not model.in_head(name))
     return Candidate(run.model.name, None, parameters, _input_size(model, run), classes, views)
 
 
 def source_probabilities(run: RunConfig, task: Task, features: np.ndarray) -> np.ndarray | None:
-    """Returns what the checkpoint's own head says of the rows [N, Z], from the same features; None without one."""
+    """Returns class probabilities of the pretrained head on the features, [N, Z]; None without a pretrained head."""
     if task.head.problem_type != "single_label_classification":
         return None
     head = source_head(run.model, task.head.model_class)

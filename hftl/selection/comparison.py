@@ -1,4 +1,4 @@
-"""compare(): ways of training on the same split and budget, several seeds each, and whether transfer helped."""
+"""Comparison of training methods on the same split and budget, over several seeds."""
 
 from __future__ import annotations
 
@@ -34,45 +34,46 @@ def compare(
     model: str | None = None,
     methods: Sequence[str] = ("scratch", "frozen", "lora", "full"),
     *,
-    seeds: int = 3,
+    num_seeds: int = 3,
     run: RunConfig | None = None,
     config: str | Path | None = None,
     task: type[SupervisedTask] | None = None,
     output_dir: str | Path = "runs/compare",
     overwrite: bool = False,
 ) -> Comparison:
-    """Trains a model in several ways, and says whether transfer helped on these data.
+    """Trains a model with several methods and measures the transfer gain.
 
-    All methods learn from the same rows for the same number of passes (see
-    `hftl.selection.experiment_plan.make_experiment_plan`), each from the same seeds, each in a process of its own,
-    one after another; every training leaves a run folder `METHOD-sSEED`. Called again with
-    the same settings, complete runs are read and not trained again.
+    All methods train on the same rows for the same number of epochs (see
+    `hftl.selection.experiment_plan.make_experiment_plan`) and with the same seeds. Runs execute one after another, each
+    in a separate process, and write a run folder `METHOD-sSEED`. A repeated call with the same settings reuses complete
+    runs.
 
-    The best method is chosen on validation; the verdict compares it with scratch on test (see
-    `hftl.statistics.score_difference.difference`). Beside the runs are `compare.json` and the page `compare.html`;
-    the run that is best on validation gets a report with the verdict in it.
+    The best method is selected on validation and compared with scratch on test (see
+    `hftl.statistics.score_difference.difference`). The folder of the runs also contains `compare.json` and
+    `compare.html`. The report of the best run on validation includes the comparison.
 
     Args:
-        data: Source as in `data.source`; that of `run` by default.
-        model: As in `model.name`; that of `run` by default.
-        methods: Of scratch, probe, frozen, lora and full. Without scratch they are compared with the simplest.
-        seeds: Trainings of each method; `train.seed` counts up.
-        run: Settings that all trainings share.
-        config: YAML file with such settings, in place of `run`.
-        task: A task class of an importable module; found by the columns of the data by default.
+        data: Source as in `data.source`; default: that of `run`.
+        model: As `model.name`; default: that of `run`.
+        methods: Training methods: scratch, probe, frozen, lora, full. The baseline is scratch, or else the simplest
+            method.
+        num_seeds: Runs per method, at least 1; they use `train.seed`, `train.seed` + 1, ….
+        run: Settings shared by all runs.
+        config: YAML file with shared settings, instead of `run`.
+        task: Task class in an importable module; default: detected from the columns.
         output_dir: Folder of the runs.
-        overwrite: Train again what is there.
+        overwrite: Replace existing runs.
 
     Returns:
-        Results by method, the verdict (`verdict`, `sentence`) and warnings.
+        Results by method, the conclusion (`conclusion`, `sentence`) and warnings.
 
     Raises:
-        ConfigError: Every problem of configuration, data and model, before anything is trained.
-        ArtifactError: No training ended with a result.
-        Stopped: A signal asked for it; the same call goes on.
+        ConfigError: Configuration, data or model are invalid; lists all problems before any training.
+        ArtifactError: No run has a result.
+        Stopped: A stop signal was received; the same call resumes.
     """
     if run is not None and config is not None:
-        raise ConfigError("config: give settings as `run` or as a file, not as both.")
+        raise ConfigError("config: conflicts with `run`. Pass only one.")
     base = load_config(config) if config is not None else run or RunConfig()
     base = replace(
         base,
@@ -80,99 +81,99 @@ def compare(
         model=replace(base.model, name=model or base.model.name),
     )
     folder, methods = Path(output_dir), list(dict.fromkeys(methods))
-    problems = [*method_problems(methods, seeds, base), *_place_problems(folder, task)]
+    problems = [*method_problems(methods, num_seeds, base), *_call_problems(folder, task)]
     if problems:
         raise ConfigError(*problems)
-    with _interruptible():
-        place = f"{task.__module__}:{task.__qualname__}" if task else None
-        plan = run_in_child(make_experiment_plan, base, methods, seeds, folder, overwrite, place)
-        log(f"compare: {len(methods)} methods x {seeds} seeds; {plan.budget}; runs in {folder}")
-        found = run_plan(plan)
+    with _stop_on_interrupt():
+        task_path = f"{task.__module__}:{task.__qualname__}" if task else None
+        plan = run_in_child(make_experiment_plan, base, methods, num_seeds, folder, overwrite, task_path)
+        log(f"compare: {len(methods)} methods x {num_seeds} seeds; {plan.budget}; runs in {folder}")
+        comparison = run_plan(plan)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / COMPARISON, json.dumps(found.to_dict(), indent=2))
-    compare_reports([folder / name for result in found.results for name in result.runs], folder / PAGE, found.to_dict())
-    if found.kept is not None:
-        attach(found, folder / found.kept)
-    log(f"\nWritten: {folder / PAGE}")
-    return found
+    values = comparison.to_dict()
+    write_text(folder / COMPARISON, json.dumps(values, indent=2))
+    compare_reports([folder / name for result in comparison.results for name in result.runs], folder / PAGE, values)
+    if comparison.kept is not None:
+        attach(comparison, folder / comparison.kept)
+    log(f"\ncompare: wrote {folder / PAGE}")
+    return comparison
 
 
 def run_plan(plan: ExperimentPlan) -> Comparison:
-    """Trains what is planned, one after another, and judges it; the table is printed.
+    """Executes the runs of a plan one after another and logs the comparison.
 
-    A training that fails is a line with its reason; the others go on.
+    A failed run is logged with its reason; the other runs continue.
 
     Args:
-        plan: From `make_experiment_plan`, or of your own making.
+        plan: Plan, such as from `make_experiment_plan`.
 
     Raises:
-        ArtifactError: No training has a result.
-        Stopped: One was asked to stop.
+        ArtifactError: No run has a result.
+        Stopped: A run received a stop signal.
     """
-    folders: dict[str, dict[int, Path]] = {method: {} for method in plan.trainings}
-    failures: dict[str, list[Failure]] = {method: [] for method in plan.trainings}
-    width = max(map(len, plan.trainings))
-    for method, runs in plan.trainings.items():
+    folders: dict[str, dict[int, Path]] = {method: {} for method in plan.runs}
+    failures: dict[str, list[Failure]] = {method: [] for method in plan.runs}
+    width = max(map(len, plan.runs))
+    for method, runs in plan.runs.items():
         for run in runs:
-            place, seed = Path(run.output_dir or ""), run.train.seed
-            log_file = place.with_name(f"{place.name}.log")
+            folder, seed = Path(run.output_dir or ""), run.train.seed
+            log_file = folder.with_name(f"{folder.name}.log")
             try:
-                if str(place) not in plan.complete:
-                    place.parent.mkdir(parents=True, exist_ok=True)
+                if str(folder) not in plan.complete:
+                    folder.parent.mkdir(parents=True, exist_ok=True)
                     log_file.unlink(missing_ok=True)
                     run_in_child(train, run, plan.task, log=log_file)
             except Stopped as stopped:
-                happened = stopped.problems[0].partition(";")[0]  # what follows is about a run alone
+                event = stopped.problems[0].partition(";")[0]  # the rest applies to a single run
                 raise Stopped(
-                    f"{method}, seed {seed}: {happened}. Complete runs are kept; the same call goes on from here."
+                    f"{method}, seed {seed}: {event}. Complete runs are preserved. Repeat the call to resume."
                 ) from None
             except HftlError as error:
                 failures[method].append(Failure(seed, f"{first_line(error)} ({log_file})"))
                 log(f"  {method:<{width}} seed {seed}: failed: {first_line(error)}")
                 continue
-            folders[method][seed] = place
-            log(f"  {method:<{width}} seed {seed}: {_measured(place, plan.split)}")
-    found = judge(folders, plan.split, plan.budget, failures)
-    log("\n" + format_comparison(found) + "\n\n" + found.sentence)
-    for warning in found.warnings:
+            folders[method][seed] = folder
+            log(f"  {method:<{width}} seed {seed}: {_result_line(folder, plan.split)}")
+    comparison = judge(folders, plan.split, plan.budget, failures)
+    log("\n" + format_comparison(comparison) + "\n\n" + comparison.sentence)
+    for warning in comparison.warnings:
         log(f"Note: {warning}")
-    return found
+    return comparison
 
 
-def _place_problems(folder: Path, task: type | None) -> list[str]:
+def _call_problems(folder: Path, task: type | None) -> list[str]:
     problems = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append(
-            "compare starts its trainings itself, each on one process; call it without several processes of a "
-            "launcher. To train each run on several, launch a recipe for each and put the runs side by side with "
-            "`hftl report RUN RUN …`."
+            "compare: starts its runs itself, each in one process. Run it without a multi-process launcher, or launch "
+            "a recipe per run and compare the runs with `hftl report RUN RUN …`."
         )
     if folder.exists() and not folder.is_dir():
-        problems.append(f"output_dir: '{folder}' is a file.")
+        problems.append(f"output_dir: '{folder}' is a file. Set a folder.")
     if task is not None and task.__module__ == "__main__":
         problems.append(
-            f"task: {task.__name__} is defined in the script itself, which trainings in processes of their own cannot "
-            "import; put it into a module beside it."
+            f"task: {task.__name__} is defined in the main script, which separate processes cannot import. Move it to "
+            "an importable module."
         )
     return problems
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def _stop_on_interrupt() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped("stopped; complete runs are kept, and the same call goes on from here.") from None
+        raise Stopped("stopped. Complete runs are preserved. Repeat the call to resume.") from None
 
 
-def _measured(place: Path, split: str) -> str:
-    record = RunRecord(place)
+def _result_line(folder: Path, split: str) -> str:
+    record = RunRecord(folder)
     seconds = record.facts.get("training", {}).get("seconds", float("nan"))
     accuracy = record.metrics.get(f"{split}/accuracy")
     return f"{split} accuracy {float('nan') if accuracy is None else accuracy:.3f} ({seconds:.1f} s)"
 
 
-def attach(found: Comparison, folder: Path) -> None:
-    """Puts a comparison into the folder of the run that it kept, and draws that run's report with it."""
-    write_text(folder / COMPARISON, json.dumps(found.to_dict(), indent=2))
+def attach(comparison: Comparison, folder: Path) -> None:
+    """Writes a comparison to the folder of its best run and renders the report of that run."""
+    write_text(folder / COMPARISON, json.dumps(comparison.to_dict(), indent=2))
     write_report(folder)

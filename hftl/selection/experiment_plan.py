@@ -1,4 +1,4 @@
-"""What a comparison trains: the settings of every run, so that they differ in the way of training and nothing else."""
+"""Experiment plan of a comparison: settings of all runs, which differ in the training method only."""
 
 from __future__ import annotations
 
@@ -16,53 +16,52 @@ from hftl.selection.trial import find_task
 from hftl.tasks.capabilities import Capability
 
 SCRATCH = "scratch"
-"""The same architecture with random weights: what transfer is measured against."""
+"""Training of the same architecture from random weights; the baseline of transfer learning."""
 METHODS = (SCRATCH, "probe", "frozen", "lora", "full")
-"""Ways of training; those after scratch from the simplest to the dearest."""
+"""Training methods: scratch, then from the simplest to the most expensive."""
 
 
 @dataclass(frozen=True)
 class ExperimentPlan:
-    """The trainings of a comparison."""
+    """Runs of a comparison."""
 
-    trainings: dict[str, list[RunConfig]]
-    """By method, one for each seed."""
+    runs: dict[str, list[RunConfig]]
+    """Configurations by method, one per seed."""
     task: str
-    """Where the task class is, as `module:name`: what is sent to other processes."""
+    """Import path of the task class, as `module:name`."""
     budget: str
-    """What is the same for all, in words."""
+    """Training budget shared by all methods, as text."""
     split: str
-    """The split that the verdict is about."""
+    """Split on which the methods are compared."""
     complete: list[str] = field(default_factory=list)
-    """Run folders that hold a complete run already."""
+    """Folders of complete runs."""
 
 
 def make_experiment_plan(
     base: RunConfig,
     methods: Sequence[str],
-    seeds: int,
+    num_seeds: int,
     folder: Path,
     overwrite: bool,
     task: str | None = None,
 ) -> ExperimentPlan:
-    """Opens the data, writes out the settings of every run, and checks all that can be known before a training.
+    """Opens the data, creates the settings of all runs and validates them before any training.
 
-    Budget: every method makes the same number of passes over the same training rows (`train.num_epochs`, or
-    `train.max_steps`; without them the largest default of the methods that are compared, so that none has fewer than it
-    would have alone). Learning rates stay each method's own unless they are given: one rate for all would be the
-    wrong one for most. Frozen tries its grid of heads and a probe its settings, as they do alone. What a pass costs
-    differs, and is reported beside the result.
+    Budget: all methods train for the same number of epochs on the same training rows (`train.num_epochs` or
+    `train.max_steps`; default: the largest default of the compared methods, so that no method has fewer epochs than in
+    a single run). Each method uses its default learning rates, unless they are set: no single rate suits all methods.
+    Head search and probe cross-validation run as in single runs. The cost per epoch differs and is reported.
 
     Args:
-        base: What all runs share.
-        methods: Of `METHODS`, each once.
-        seeds: Trainings of each; their `train.seed` counts up from that of `base`. The split is the same for all.
-        folder: Gets one run folder for each.
-        overwrite: Replace runs that are there; otherwise complete ones are kept and unfinished ones go on.
-        task: Where the task class is, as `module:name`; found by the columns of the data by default.
+        base: Settings shared by all runs.
+        methods: Distinct names of `METHODS`.
+        num_seeds: Runs per method, with `train.seed` from that of `base` upwards. All runs use the same split.
+        folder: Parent of the run folders.
+        overwrite: Replace existing runs; otherwise reuse complete runs and resume incomplete ones.
+        task: Import path of the task class, as `module:name`; default: detected from the columns.
 
     Raises:
-        ConfigError: Every problem of configuration, data and model, in one message.
+        ConfigError: Configuration, data or model are invalid; lists all problems.
     """
     from hftl.data.usable_rows import load_usable_splits
     from hftl.run.setup import setup_run
@@ -72,41 +71,42 @@ def make_experiment_plan(
 
     try:
         with suppress_logs():
-            named: Any = find_task(task) if task else TASKS.get(base.task)
+            task_class: Any = find_task(task) if task else TASKS.get(base.task)
             splits, _ = load_usable_splits(
-                base.data, lambda splits: (named or infer_task(splits))(splits), pair_loss=base.train.pair_loss
+                base.data, lambda splits: (task_class or infer_task(splits))(splits), pair_loss=base.train.pair_loss
             )
-            kind: Any = named or infer_task(splits)
-            bound = kind(splits)
+            task_class = task_class or infer_task(splits)
+            bound = task_class(splits)
     except HftlError as error:
         raise ConfigError(*base.problems, *value_problems(base), *error.problems) from None
-    base, passes = _with_budget(replace(base, task=bound.name), methods, bound)
+    base, length = _with_budget(replace(base, task=bound.name), methods, bound)
     missing = unsupported(bound, Capability.COMPARE)
     problems = [*([missing] if missing else []), *_split_problems(list(splits))]
-    trainings = {
-        method: [trial(base, method, base.train.seed + number, folder, overwrite) for number in range(seeds)]
+    runs = {
+        method: [trial(base, method, base.train.seed + index, folder, overwrite) for index in range(num_seeds)]
         for method in methods
     }
     complete = []
-    for runs in trainings.values():
-        for run in runs:
-            there = resolve(run, bound.modality, getattr(bound, "defaults", {}))
-            problems += resume_problems(there)
-            if run.resume == "auto" and finished_metrics(there) is not None:
+    for method_runs in runs.values():
+        for run in method_runs:
+            resolved = resolve(run, bound.modality, getattr(bound, "defaults", {}))
+            problems += resume_problems(resolved)
+            if run.resume == "auto" and finished_metrics(resolved) is not None:
                 complete.append(str(run.output_dir))
         try:
             with suppress_logs():
-                setup_run(runs[0], kind)
+                setup_run(method_runs[0], task_class)
         except HftlError as error:
             problems += error.problems
     if problems:
         raise ConfigError(*problems)
-    rates = "all at the learning rate that was given" if _rate_given(base) else "rates are each method's own"
-    budget = f"{passes} over the same {len(splits['train']):,} training rows for every method; {rates}"
+    has_rate = base.train.lr is not None or base.train.head_lr is not None
+    rates = "same learning rates for all methods" if has_rate else "default learning rates of each method"
+    budget = f"{length} on the same {len(splits['train']):,} training rows for every method; {rates}"
     if "probe" in methods:
-        budget += "; a probe is fitted to all of them at once"
+        budget += "; the probe is fitted to all rows at once"
     split = "test" if "test" in splits else "validation"
-    return ExperimentPlan(trainings, f"{kind.__module__}:{kind.__qualname__}", budget, split, complete)
+    return ExperimentPlan(runs, f"{task_class.__module__}:{task_class.__qualname__}", budget, split, complete)
 
 
 def trial(base: RunConfig, method: str, seed: int, folder: Path, overwrite: bool) -> RunConfig:
@@ -123,39 +123,37 @@ def trial(base: RunConfig, method: str, seed: int, folder: Path, overwrite: bool
     )
 
 
-def method_problems(methods: Sequence[str], seeds: int, base: RunConfig) -> list[str]:
-    """Returns a sentence for each wish that a comparison cannot fulfil, seen without opening anything."""
+def method_problems(methods: Sequence[str], num_seeds: int, base: RunConfig) -> list[str]:
+    """Returns an error message for each invalid argument of a comparison, without opening data or model."""
     problems = [
-        f"methods: '{method}' is not one of {', '.join(METHODS)}.{nearest(str(method), METHODS)}"
+        f"methods: '{method}' is invalid; allowed: {', '.join(METHODS)}.{nearest(str(method), METHODS)}"
         for method in methods
         if method not in METHODS
     ]
     if len(set(methods)) < 2:
-        problems.append("methods: name at least two; one alone cannot be compared.")
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        problems.append(f"seeds: {seeds!r} is not a whole number of at least 1.")
+        problems.append(f"methods: {len(set(methods))} method(s) cannot be compared. Pass at least two.")
+    if isinstance(num_seeds, bool) or not isinstance(num_seeds, int) or num_seeds < 1:
+        problems.append(f"num_seeds: {num_seeds!r} is invalid; allowed: integers, at least 1.")
     if base.hub.repo_id:
         problems.append(
-            "hub.repo_id: a comparison makes many runs and pushes none; push the one that you want with "
+            f"hub.repo_id: '{base.hub.repo_id}' is invalid, because a comparison pushes no run. Remove it and run "
             "`hftl push RUN USER/NAME`."
         )
     return problems
 
 
-def _rate_given(base: RunConfig) -> bool:
-    return base.train.lr is not None or base.train.head_lr is not None
-
-
 def _split_problems(splits: Sequence[str]) -> list[str]:
     if "validation" in splits:
         return []
-    return ["data.validation_fraction: without validation rows nothing could choose the best method; say more than 0."]
+    return ["data.validation_fraction: no validation rows to select the best method on. Set it above 0."]
 
 
 def _with_budget(base: RunConfig, methods: Sequence[str], task: Any) -> tuple[RunConfig, str]:
-    """Returns `base` with the length of all trainings in it, and that in words."""
+    """Returns `base` with the training length of all runs, and the length as text."""
     if base.train.max_steps is not None:
         return base, f"{base.train.max_steps:,} steps"
-    own = getattr(task, "defaults", {})
-    epochs = base.train.num_epochs or max(default_epochs(method, task.modality, own) or 1 for method in methods)
-    return replace(base, train=replace(base.train, num_epochs=epochs)), f"{epochs:g} passes"
+    task_defaults = getattr(task, "defaults", {})
+    epochs = base.train.num_epochs or max(
+        default_epochs(method, task.modality, task_defaults) or 1 for method in methods
+    )
+    return replace(base, train=replace(base.train, num_epochs=epochs)), f"{epochs:g} epochs"

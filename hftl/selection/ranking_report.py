@@ -1,4 +1,4 @@
-"""A ranking as one HTML page."""
+"""Ranking result, as table, JSON and HTML page."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from hftl.selection.bootstrap_ranks import Score
 from hftl.selection.candidate import Candidate
 
 MEASURES: dict[LabelKind, str] = {"classes": "accuracy", "labels": "mean AUC", "values": "R²"}
-"""What the linear probe and k-NN measure, for each kind of labels."""
+"""Metric of the linear probe and k-NN by label kind."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Candidates, best first, and what was said of them.
+    """Ranked candidates and their scores.
 
     Attributes:
-        source: Of the rows.
-        task: Its name.
-        kind: What the labels are.
-        rows: Number of training rows that were used.
-        by: Estimator that orders the candidates.
-        place: Where the features that it orders by are read: `head`, or `layer mean`.
-        candidates: Those that could be scored, in order, then the others.
-        scores: Place of the features (`head`; for text `layer mean`) -> estimator -> candidate -> score.
-        by_size: Names by number of parameters, the order that does not look at the data.
+        source: Source of the rows.
+        task: Name of the task.
+        kind: Kind of the labels.
+        rows: Number of training rows used.
+        by: Score that the candidates are ranked by.
+        layer: Features of that score: `head` or `layer mean`.
+        candidates: Scored candidates, best first, then the failed ones.
+        scores: Scores by features (`head`; for text also `layer mean`), estimator and candidate.
+        by_size: Candidates by number of parameters, most first; a baseline that does not use the data.
     """
 
     source: str
@@ -41,30 +41,30 @@ class Ranking:
     kind: LabelKind
     rows: int
     by: str
-    place: str
+    layer: str
     candidates: list[Candidate]
     scores: dict[str, dict[str, dict[str, Score]]]
     by_size: list[str]
 
     @property
     def order(self) -> list[str]:
-        """Returns the names of the candidates that were scored, best first."""
+        """Names of the scored candidates, best first."""
         return [candidate.name for candidate in self.candidates if not candidate.problem]
 
     @property
     def leading(self) -> dict[str, Score]:
-        """Returns the scores that order the candidates, by name."""
-        return self.scores[self.place].get(self.by, {})
+        """Scores that the candidates are ranked by, by candidate."""
+        return self.scores[self.layer].get(self.by, {})
 
     @property
     def undecided(self) -> list[str]:
-        """Returns the other candidates that may as well be the first: their 95 % of ranks include it."""
+        """Candidates not distinguishable from the first: their 95 % interval of ranks includes 1."""
         return [name for name in self.order[1:] if name in self.leading and self.leading[name].ranks[0] == 1]
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all of it as JSON values."""
-        names = ("source", "task", "kind", "rows", "by", "place", "order", "undecided")
-        about = {name: getattr(self, name) for name in names}
+        """Returns the ranking as JSON values."""
+        about = {name: getattr(self, name) for name in ("source", "task", "kind", "rows", "by")}
+        about |= {"place": self.layer, "order": self.order, "undecided": self.undecided}
         candidates = []
         for candidate in self.candidates:
             entry = {
@@ -72,36 +72,42 @@ class Ranking:
                 for name in ("name", "problem", "parameters", "input_size", "source_classes")
             }
             entry["features"] = {
-                place: {
+                layer: {
                     "size": view.feature_size,
                     "forward_seconds": round(view.forward_seconds, 3),
                     "score_seconds": round(view.score_seconds, 3),
                     "scores": {
-                        estimator: asdict(found[candidate.name])
-                        for estimator, found in self.scores[place].items()
-                        if candidate.name in found
+                        estimator: asdict(by_candidate[candidate.name])
+                        for estimator, by_candidate in self.scores[layer].items()
+                        if candidate.name in by_candidate
                     },
                 }
-                for place, view in candidate.views.items()
+                for layer, view in candidate.views.items()
             }
             candidates.append(entry)
-        cited = {
-            name: {"assumes": each.assumes, "citation": each.citation}
-            for name, each in TRANSFERABILITY_SCORES.items()
-            if self.kind in each.kinds
+        estimators = {
+            name: {"assumes": score.assumes, "citation": score.citation}
+            for name, score in TRANSFERABILITY_SCORES.items()
+            if self.kind in score.kinds
         }
-        return about | {"baseline": {"by_size": self.by_size}, "candidates": candidates, "estimators": cited}
+        return about | {"baseline": {"by_size": self.by_size}, "candidates": candidates, "estimators": estimators}
 
 
 def write_ranking_page(ranking: Ranking, output: Path) -> Path:
-    """Writes the page, and returns where.
+    """Writes the HTML page and returns its path.
 
     Raises:
         ConfigError: `output` cannot be written.
     """
-    made = [_first(ranking), _picture(ranking), _scores(ranking), _baseline(ranking), _assumptions(ranking)]
+    sections = [
+        _ranking_section(ranking),
+        _cost_section(ranking),
+        _scores_section(ranking),
+        _baseline_section(ranking),
+        _assumptions_section(ranking),
+    ]
     about = [ranking.task.replace("_", " "), ranking.source, f"{ranking.rows:,} training rows", _by(ranking)]
-    return write_page(output, "Which backbone?", about, made)
+    return write_page(output, "Backbone ranking", about, sections)
 
 
 def _names(ranking: Ranking) -> dict[str, str]:
@@ -109,121 +115,122 @@ def _names(ranking: Ranking) -> dict[str, str]:
 
 
 def _by(ranking: Ranking) -> str:
-    return f"by {ranking.by}" + ("" if ranking.place == "head" else f" of the {ranking.place}")
+    return f"by {ranking.by}" + ("" if ranking.layer == "head" else f" of the {ranking.layer}")
 
 
-def _first(ranking: Ranking) -> Section:
-    """The winner, who else it may be, and all candidates with their cost."""
+def _ranking_section(ranking: Ranking) -> Section:
+    """Returns the best candidate, those not distinguishable from it, and all candidates with their cost."""
     names, leading = _names(ranking), ranking.leading
     rows: list[list[Cell]] = []
     for candidate in ranking.candidates:
         if candidate.problem:
             continue
         score, view = leading.get(candidate.name), candidate.head
-        seconds = sum(each.score_seconds for each in candidate.views.values())
+        score_seconds = sum(each.score_seconds for each in candidate.views.values())
         cells: list[Cell] = [names[candidate.name], Quantity(rank_text(score) if score else "–")]
         cells.append(Measured(score.value, score.interval) if score else None)
         cells.append(Quantity(f"{score.first:.0%}") if score else None)
         cells += [candidate.parameters, view.feature_size, Quantity(candidate.input_size or "–")]
-        rows.append([*cells, Quantity(f"{view.forward_seconds:.1f} s"), Quantity(f"{seconds:.1f} s")])
-    head = ["candidate", "rank", ranking.by, "first", "parameters", "features", "input", "forward", "scores"]
+        rows.append([*cells, Quantity(f"{view.forward_seconds:.1f} s"), Quantity(f"{score_seconds:.1f} s")])
+    header = ["candidate", "rank", ranking.by, "first", "parameters", "features", "input", "forward", "scores"]
     blocks: list[Any] = []
     if leading:
         best = leading[ranking.order[0]]
         tile = (names[ranking.order[0]], Measured(best.value, best.interval), "")
         blocks.append(Tiles([tile]))
-    blocks.append(Table(f"Candidates {_by(ranking)}", head, rows))
+    blocks.append(Table(f"Candidates {_by(ranking)}", header, rows))
     if ranking.undecided:
-        others = ", ".join(names[name] for name in ranking.undecided)
-        blocks.append(Note(f"Not distinguishable from the first on these rows: {others}.", warning=True))
-    left_out = [f"{names[each.name]}: {each.problem}" for each in ranking.candidates if each.problem]
-    blocks += [Note(f"Left out: {text}", warning=True) for text in left_out]
+        undecided = ", ".join(names[name] for name in ranking.undecided)
+        blocks.append(Note(f"Not distinguishable from the first on these rows: {undecided}.", warning=True))
+    failed = [f"{names[each.name]}: {each.problem}" for each in ranking.candidates if each.problem]
+    blocks += [Note(f"Skipped: {text}", warning=True) for text in failed]
     blocks.append(
         Note(
-            f"Linear probe and k-NN: leave-one-out {MEASURES[ranking.kind]}. In brackets: 95 % over resampled rows, "
-            "the same draws for all candidates; first: share of the draws in which no other was better. These are "
-            "scores of frozen features: fine-tuning may order the candidates otherwise."
+            f"Linear probe and k-NN: leave-one-out {MEASURES[ranking.kind]}. In brackets: 95 % bootstrap intervals, "
+            "with the same resampled rows for all candidates; first: fraction of resamples with rank 1. These are "
+            "scores of frozen features. Fine-tuning may change the order."
         )
     )
     return Section("Ranking", blocks)
 
 
-def _picture(ranking: Ranking) -> Section:
-    """Score over the cost of one row."""
+def _cost_section(ranking: Ranking) -> Section:
+    """Returns a plot of the score over the forward time per row."""
     names, leading = _names(ranking), ranking.leading
-    found = {}
+    points = {}
     for candidate in ranking.candidates:
         score = leading.get(candidate.name)
         if score:
             milliseconds = max(candidate.head.forward_seconds / ranking.rows * 1e3, 1e-3)
-            found[names[candidate.name]] = (milliseconds, score.value, score.interval)
-    if not found:
-        return Section("Cost and quality", [Note(f"No candidate has the score {ranking.by}.")])
-    said = "; ".join(f"{name}: {score:.3f} at {cost:.2g} ms" for name, (cost, score, _) in found.items())
-    x = "forward pass, ms a row"
-    svg = figures.cost_and_score(found, f"{ranking.by} by forward time: {said}", x=x, y=ranking.by)
-    caption = "Up is better, left is cheaper. Times as measured when the features were computed."
-    return Section("Cost and quality", [Figures([Figure(svg, caption, wide=True)])])
+            points[names[candidate.name]] = (milliseconds, score.value, score.interval)
+    if not points:
+        return Section("Score and cost", [Note(f"No candidate has the score '{ranking.by}'.")])
+    listed = "; ".join(f"{name}: {score:.3f} at {cost:.2g} ms" for name, (cost, score, _) in points.items())
+    x = "forward pass, ms per row"
+    svg = figures.cost_and_score(points, f"{ranking.by} by forward time: {listed}", x=x, y=ranking.by)
+    caption = "Higher is better, left is faster. Times as measured when the features were computed."
+    return Section("Score and cost", [Figures([Figure(svg, caption, wide=True)])])
 
 
-def _scores(ranking: Ranking) -> Section:
-    """Every estimator, for every place of the features."""
+def _scores_section(ranking: Ranking) -> Section:
+    """Returns a table of all scores for each kind of features."""
     names, blocks = _names(ranking), []
-    for place, found in ranking.scores.items():
+    for layer, scores in ranking.scores.items():
         rows: list[list[Cell]] = []
         for name in ranking.order:
             cells: list[Cell] = [names[name]]
-            for of in found.values():
-                cells.append(Measured(of[name].value, of[name].interval) if name in of else None)
-                cells.append(of[name].rank if name in of else None)
-            if any(name in of for of in found.values()):
+            for by_candidate in scores.values():
+                score = by_candidate.get(name)
+                cells += [Measured(score.value, score.interval), score.rank] if score else [None, None]
+            if any(name in by_candidate for by_candidate in scores.values()):
                 rows.append(cells)
-        caption = "Input of the head" if place == "head" else f"{place.capitalize()}: all layers in place of the last"
-        heads = [part for estimator in found for part in (estimator, "rank")]
-        blocks.append(Table(caption, ["candidate", *heads], rows))
-    return Section("Every score", blocks)
+        caption = "Input of the head" if layer == "head" else f"{layer.capitalize()}: all layers instead of the last"
+        header = [column for estimator in scores for column in (estimator, "rank")]
+        blocks.append(Table(caption, ["candidate", *header], rows))
+    return Section("All scores", blocks)
 
 
-def _baseline(ranking: Ranking) -> Section:
+def _baseline_section(ranking: Ranking) -> Section:
     names, leading = _names(ranking), ranking.leading
     rows: list[list[Cell]] = [
-        [names[name], place, leading[name].rank if name in leading else None]
-        for place, name in enumerate(ranking.by_size, 1)
+        [names[name], position, leading[name].rank if name in leading else None]
+        for position, name in enumerate(ranking.by_size, 1)
     ]
-    text = "An order by size alone never looks at the data: a score is worth its cost where it orders better."
-    table = Table("By parameters, most first", ["candidate", "place by size", f"rank by {ranking.by}"], rows)
-    return Section("Baseline to beat", [table, Note(text)])
+    text = "The order by size does not use the data. A score is useful if it orders the candidates better."
+    table = Table("By parameters, most first", ["candidate", "rank by size", f"rank by {ranking.by}"], rows)
+    return Section("Size baseline", [table, Note(text)])
 
 
-def _assumptions(ranking: Ranking) -> Section:
+def _assumptions_section(ranking: Ranking) -> Section:
     rows = [
-        [name, each.assumes, each.citation]
-        for name, each in TRANSFERABILITY_SCORES.items()
-        if any(name in found for found in ranking.scores.values())
+        [name, score.assumes, score.citation]
+        for name, score in TRANSFERABILITY_SCORES.items()
+        if any(name in scores for scores in ranking.scores.values())
     ]
-    return Section("What each score assumes", [Table("Estimators", ["score", "assumes", "source"], rows)])
+    return Section("Assumptions", [Table("Estimators", ["score", "assumptions", "source"], rows)])
 
 
 def format_ranking(ranking: Ranking) -> str:
-    """Returns a line for each candidate, and for text a second table of the layer means."""
+    """Returns the ranking as a text table; for text models a second table with the scores of the other features."""
     measure, short = MEASURES[ranking.kind], short_names([candidate.name for candidate in ranking.candidates])
-    parts = [f"Ranked by {ranking.by}, {ranking.rows:,} training rows; linear probe and k-NN: leave-one-out {measure}."]
-    for place in sorted(ranking.scores, key=lambda place: place != ranking.place):
-        found = ranking.scores[place]
-        lines = [_head(ranking, found)]
+    blocks = [
+        f"Ranked by {ranking.by}, {ranking.rows:,} training rows; linear probe and k-NN: leave-one-out {measure}."
+    ]
+    for layer in sorted(ranking.scores, key=lambda layer: layer != ranking.layer):
+        lines = [_header(ranking, ranking.scores[layer])]
         for candidate in ranking.candidates:
-            if candidate.problem is None and place in candidate.views:
-                lines.append(_line(ranking, candidate, place, short))
+            if candidate.problem is None and layer in candidate.views:
+                lines.append(_line(ranking, candidate, layer, short))
         if len(ranking.scores) > 1:
-            parts.append("Features: the input of the head." if place == "head" else "Features: the mean of the layers.")
-        parts.append(_aligned(lines))
-    left_out = [f"– {short[each.name]}: {each.problem}" for each in ranking.candidates if each.problem]
-    return "\n\n".join([*parts, *(["\n".join(left_out)] if left_out else [])])
+            blocks.append("Features: head input." if layer == "head" else "Features: mean of the layers.")
+        blocks.append(_aligned(lines))
+    failed = [f"– {short[each.name]}: {each.problem}" for each in ranking.candidates if each.problem]
+    return "\n\n".join([*blocks, *(["\n".join(failed)] if failed else [])])
 
 
-def _head(ranking: Ranking, found: dict[str, dict[str, Score]]) -> list[str]:
-    others = [name for name in found if name != ranking.by]
-    leading = [ranking.by, "95 %"] if ranking.by in found else []
+def _header(ranking: Ranking, scores: dict[str, dict[str, Score]]) -> list[str]:
+    others = [name for name in scores if name != ranking.by]
+    leading = [ranking.by, "95 %"] if ranking.by in scores else []
     return [
         "rank",
         "candidate",
@@ -238,32 +245,32 @@ def _head(ranking: Ranking, found: dict[str, dict[str, Score]]) -> list[str]:
     ]
 
 
-def _line(ranking: Ranking, candidate: Candidate, place: str, short: dict[str, str]) -> list[str]:
-    found, view = ranking.scores[place], candidate.views[place]
-    score = found.get(ranking.by, {}).get(candidate.name)
+def _line(ranking: Ranking, candidate: Candidate, layer: str, short: dict[str, str]) -> list[str]:
+    scores, view = ranking.scores[layer], candidate.views[layer]
+    score = scores.get(ranking.by, {}).get(candidate.name)
     line = [rank_text(score) if score else "–", short[candidate.name]]
-    if ranking.by in found:
+    if ranking.by in scores:
         line += [f"{score.value:.4f}", f"[{score.interval[0]:.3f}, {score.interval[1]:.3f}]"] if score else ["–", "–"]
-    for estimator, of in found.items():
+    for estimator, by_candidate in scores.items():
         if estimator != ranking.by:
-            other = of.get(candidate.name)
-            line.append(f"{other.value:.4g} ({other.rank})" if other else "–")
+            other_score = by_candidate.get(candidate.name)
+            line.append(f"{other_score.value:.4g} ({other_score.rank})" if other_score else "–")
     size = ranking.by_size.index(candidate.name) + 1
     line += [f"{candidate.parameters:,}", f"{view.feature_size:,}", candidate.input_size or "–"]
     return [*line, f"{view.forward_seconds:.1f}", f"{view.score_seconds:.1f}", str(size)]
 
 
 def rank_text(score: Score) -> str:
-    """Returns the rank, and where it lies in 95 % of the resamples where that is not one rank."""
+    """Returns the rank, with its 95 % bootstrap interval if that contains other ranks."""
     low, high = score.ranks
     return f"{score.rank}" if low == high == score.rank else f"{score.rank} ({low}-{high})"
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Returns folders by their last part where that is unambiguous, other names as they are."""
+    """Returns unambiguous folders without their parent path; other names stay unchanged."""
     short = {name: Path(name.removeprefix("local-dir:")).name if _is_folder(name) else name for name in names}
-    taken = list(short.values())
-    return {name: each if taken.count(each) == 1 else name for name, each in short.items()}
+    values = list(short.values())
+    return {name: value if values.count(value) == 1 else name for name, value in short.items()}
 
 
 def _is_folder(name: str) -> bool:
@@ -272,10 +279,10 @@ def _is_folder(name: str) -> bool:
 
 def _aligned(lines: list[list[str]]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    texts = {0, 1}
+    left_aligned = {0, 1}
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column in texts else cell.rjust(width)
+            cell.ljust(width) if column in left_aligned else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -283,8 +290,8 @@ def _aligned(lines: list[list[str]]) -> str:
 
 
 def explanation(ranking: Ranking) -> str:
-    """Returns what each estimator in the table assumes, and its source."""
-    shown = [name for name in TRANSFERABILITY_SCORES if any(name in found for found in ranking.scores.values())]
+    """Returns assumptions and source of each score in the table."""
+    computed = [name for name in TRANSFERABILITY_SCORES if any(name in scores for scores in ranking.scores.values())]
     return "\n".join(
         textwrap.fill(
             f"{name}: {TRANSFERABILITY_SCORES[name].assumes} [{TRANSFERABILITY_SCORES[name].citation}]",
@@ -293,5 +300,5 @@ def explanation(ranking: Ranking) -> str:
             break_long_words=False,
             break_on_hyphens=False,
         )
-        for name in shown
+        for name in computed
     )

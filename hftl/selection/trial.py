@@ -1,4 +1,4 @@
-"""One training of a comparison, by the same verbs as a recipe; it leaves a run folder and nothing else."""
+"""Single run of a comparison, with the functions of a recipe."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hftl.config.schema import RunConfig
 
 
 def train(run: RunConfig, task: str) -> None:
-    """Trains, measures and publishes one run, without a page of its own (`hftl report RUN` draws it).
+    """Trains, evaluates and saves one run, without an HTML report (`hftl report RUN` renders it).
 
     Args:
-        run: Where `resume` is auto, a complete run is left as it is.
-        task: Where the task class is, as `module:name`.
+        run: Run configuration. With `resume: auto`, a complete run stays unchanged.
+        task: Import path of the task class, as `module:name`.
 
     Raises:
         HftlError: As in a recipe.
@@ -39,7 +39,7 @@ def train(run: RunConfig, task: str) -> None:
     save_run(accelerator, model, bound, splits, run, RunResult(report, history, metrics), page=False)
 
 
-def find_task(place: str) -> Any:
-    """Returns the task class at `module:name`."""
-    module, _, name = place.partition(":")
+def find_task(path: str) -> Any:
+    """Imports the task class at `module:name`."""
+    module, _, name = path.partition(":")
     return getattr(import_module(module), name)

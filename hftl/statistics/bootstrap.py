@@ -6,13 +6,19 @@ from typing import Any
 
 import numpy as np
 
-_DRAWN_AT_A_TIME = 2_000_000
-"""Weights of resampled rows held at once: 16 MB."""
+_MAX_WEIGHTS = 2_000_000
+"""Row weights in memory: 16 MB."""
 
 
 def draws(rows: int, resamples: int, seed: int) -> Any:
-    """Yields how often each row is taken in draws of as many rows with replacement, [some, N] float64 at a time."""
+    """Yields blocks of bootstrap weights [B, N] float64: the count of each row in N draws with replacement.
+
+    Args:
+        rows: Number of rows, N, at least 1.
+        resamples: Number of bootstrap resamples, the sum of B over all blocks.
+        seed: Seed of the resampling.
+    """
     rng = np.random.default_rng(seed)
-    at_once = max(_DRAWN_AT_A_TIME // rows, 1)
-    for start in range(0, resamples, at_once):
-        yield rng.multinomial(rows, np.full(rows, 1 / rows), min(at_once, resamples - start)).astype(np.float64)
+    block = max(_MAX_WEIGHTS // rows, 1)
+    for start in range(0, resamples, block):
+        yield rng.multinomial(rows, np.full(rows, 1 / rows), min(block, resamples - start)).astype(np.float64)

@@ -11,7 +11,7 @@ from hftl.data.validation import InvalidRows, validate_rows
 from hftl.loading.loader import Example
 from hftl.preprocessing.joint_transforms import GeometryRows, Places
 from hftl.tasks.inputs import ImageInputs
-from hftl.tasks.targets.detection.target import LabelledBoxes
+from hftl.tasks.targets.detection.target import DetectionTarget
 from hftl.tasks.task import Batch, SupervisedTask
 
 if TYPE_CHECKING:
@@ -41,18 +41,18 @@ for detection in detector("image.jpg", threshold=0.3):
     print(detection["label"], detection["score"], detection["box"])  # corners in pixels
 """
     inputs_type = ImageInputs
-    target_types = (LabelledBoxes,)
+    target_types = (DetectionTarget,)
     inputs: ImageInputs
-    target: LabelledBoxes
+    target: DetectionTarget
 
     def __init__(self, splits: Splits) -> None:
         inputs = ImageInputs.find(splits)
-        super().__init__(inputs, LabelledBoxes.find(splits, inputs.column))
+        super().__init__(inputs, DetectionTarget.find(splits, inputs.column))
 
     @classmethod
-    def make_target(cls, state: dict[str, Any]) -> LabelledBoxes:
+    def make_target(cls, state: dict[str, Any]) -> DetectionTarget:
         """See `SupervisedTask.make_target`."""
-        return LabelledBoxes(**state)
+        return DetectionTarget(**state)
 
     def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> DetectionRows:
         """Returns examples whose images are decoded on access; geometric transforms also apply to the boxes."""
@@ -81,7 +81,7 @@ class DetectionRows(GeometryRows):
         *rows: Arguments of `ImageRows`: dataset, image column, processor, seed, max_pixels, split.
     """
 
-    def __init__(self, target: LabelledBoxes, column: ObjectColumn | None, *rows: Any) -> None:
+    def __init__(self, target: DetectionTarget, column: ObjectColumn | None, *rows: Any) -> None:
         dataset, image, processor, seed, max_pixels, split = rows
         super().__init__(dataset, image, processor, seed, self._annotations, max_pixels, split)
         self.target = target
@@ -100,7 +100,7 @@ class DetectionRows(GeometryRows):
 class _BoxValidator:
     """Validator of objects, for rows with readable images."""
 
-    def __init__(self, target: LabelledBoxes, image: str) -> None:
+    def __init__(self, target: DetectionTarget, image: str) -> None:
         self.target = target
         self.image = image
 

@@ -11,7 +11,7 @@ from hftl.data.splits import Splits
 from hftl.loading.loader import Example, Examples
 from hftl.preprocessing.sliding_windows import OFFSETS, stack
 from hftl.tasks.targets.question_answering.span_search import allowed_tokens
-from hftl.tasks.targets.question_answering.target import ContextAnswers, answers_in
+from hftl.tasks.targets.question_answering.target import QuestionAnsweringTarget, answers_in
 from hftl.tasks.task import Batch, Outputs, SupervisedTask
 from hftl.tasks.windowed_inputs import PairInputs
 
@@ -46,19 +46,21 @@ class QuestionAnswering(SupervisedTask):
     primary_metrics = ("f1", "exact_match")
     usage = _USAGE
     inputs_type = PairInputs
-    target_types = (ContextAnswers,)
+    target_types = (QuestionAnsweringTarget,)
     inputs: PairInputs
-    target: ContextAnswers
+    target: QuestionAnsweringTarget
 
     def __init__(self, splits: Splits) -> None:
         inputs = PairInputs.find(splits)
         context = inputs.columns[1] if len(inputs.columns) == 2 else ""
-        super().__init__(inputs, ContextAnswers.find(splits, context) if context else ContextAnswers("", ""))
+        super().__init__(
+            inputs, QuestionAnsweringTarget.find(splits, context) if context else QuestionAnsweringTarget("", "")
+        )
 
     @classmethod
-    def make_target(cls, state: dict[str, Any]) -> ContextAnswers:
+    def make_target(cls, state: dict[str, Any]) -> QuestionAnsweringTarget:
         """See `SupervisedTask.make_target`."""
-        return ContextAnswers(**state)
+        return QuestionAnsweringTarget(**state)
 
     def encode(self, dataset: Any, processor: Any, seed: int | None, max_length: int | None) -> Examples:
         """See `Task.encode`."""

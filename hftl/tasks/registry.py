@@ -13,9 +13,9 @@ from hftl.tasks.inputs import ImageInputs, TextInputs
 from hftl.tasks.object_detection import ObjectDetection
 from hftl.tasks.question_answering import QuestionAnswering
 from hftl.tasks.semantic_segmentation import SemanticSegmentation
-from hftl.tasks.targets.multi_label.target import MultiLabel
-from hftl.tasks.targets.regression.target import Regression
-from hftl.tasks.targets.single_label.target import SingleLabel
+from hftl.tasks.targets.multi_label.target import MultiLabelTarget
+from hftl.tasks.targets.regression.target import RegressionTarget
+from hftl.tasks.targets.single_label.target import SingleLabelTarget
 from hftl.tasks.task import SupervisedTask, Task
 from hftl.tasks.text_classification import TextClassification
 from hftl.tasks.text_embedding import TextEmbedding
@@ -24,9 +24,9 @@ from hftl.tasks.token_classification import TokenClassification
 __all__ = [
     "TASKS",
     "ImageInputs",
-    "MultiLabel",
-    "Regression",
-    "SingleLabel",
+    "MultiLabelTarget",
+    "RegressionTarget",
+    "SingleLabelTarget",
     "SupervisedTask",
     "Task",
     "TextInputs",

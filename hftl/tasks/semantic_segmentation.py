@@ -12,7 +12,7 @@ from hftl.loading.loader import Example
 from hftl.preprocessing.joint_transforms import GeometryRows
 from hftl.tasks.inputs import ImageInputs
 from hftl.tasks.targets.segmentation.masks import find_image_and_mask
-from hftl.tasks.targets.segmentation.target import PixelClasses
+from hftl.tasks.targets.segmentation.target import SegmentationTarget
 from hftl.tasks.task import Batch, SupervisedTask
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ for segment in segmenter("image.jpg"):  # one mask of the image's size per predi
     print(segment["label"], segment["mask"].size)
 """
     inputs_type = ImageInputs
-    target_types = (PixelClasses,)
+    target_types = (SegmentationTarget,)
     inputs: ImageInputs
-    target: PixelClasses
+    target: SegmentationTarget
 
     def __init__(self, splits: Splits) -> None:
         image, mask = find_image_and_mask(splits["train"].features, splits.config)
-        super().__init__(ImageInputs.find(splits, image), PixelClasses.find(splits, image, mask))
+        super().__init__(ImageInputs.find(splits, image), SegmentationTarget.find(splits, image, mask))
 
     def encode(self, dataset: Dataset, processor: Any, seed: int | None, max_length: int | None) -> _MaskedRows:
         """Returns examples whose images and masks are decoded on access, with the same geometric transforms."""
@@ -65,9 +65,9 @@ for segment in segmenter("image.jpg"):  # one mask of the image's size per predi
         return super().collate(examples) | {"size": [example["size"] for example in examples]}
 
     @classmethod
-    def make_target(cls, state: dict[str, Any]) -> PixelClasses:
+    def make_target(cls, state: dict[str, Any]) -> SegmentationTarget:
         """See `SupervisedTask.make_target`."""
-        return PixelClasses(**state)
+        return SegmentationTarget(**state)
 
 
 class _MaskedRows(GeometryRows):

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from hftl.data.splits import Splits
 from hftl.data.validation import InvalidRows, validate_rows
-from hftl.errors import DataError
+from hftl.errors import ConfigError, DataError
 from hftl.loading.loader import Example, Examples
 from hftl.models.task_model import HeadSpec
+from hftl.renames import renamed_members
 from hftl.tasks.capabilities import Capability, supported
 from hftl.tasks.metrics import Metric
 
@@ -215,6 +216,9 @@ class SupervisedTask:
     """Classes of supported targets."""
 
     def __init__(self, inputs: Inputs, target: Target) -> None:
+        renamed = renamed_members((type(self), inputs, target))
+        if renamed:
+            raise ConfigError(*renamed)
         if inputs.problems or target.problems:
             raise DataError(*inputs.problems, *target.problems)
         self.inputs = inputs

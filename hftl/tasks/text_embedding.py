@@ -13,7 +13,7 @@ from hftl.loading.loader import Example
 from hftl.preprocessing.text_pairs import PAIR, TextPairRows
 from hftl.preprocessing.tokenization import token_limit, tokenize
 from hftl.tasks.inputs import TextInputs
-from hftl.tasks.targets.embedding.target import PairScores, PositivePairs, find_pair_target
+from hftl.tasks.targets.embedding.target import PositivePairsTarget, ScoredPairsTarget, find_pair_target
 from hftl.tasks.task import Batch, Outputs, SupervisedTask
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ model = SentenceTransformer("{place}")
 embeddings = model.encode(["A dog runs.", "An animal is moving."])
 print(model.similarity(embeddings, embeddings))"""
     inputs_type = TextPairs
-    target_types = (PairScores, PositivePairs)
-    target: PairScores | PositivePairs
+    target_types = (ScoredPairsTarget, PositivePairsTarget)
+    target: ScoredPairsTarget | PositivePairsTarget
 
     def __init__(self, splits: Splits) -> None:
         inputs = TextPairs.find(splits)
@@ -100,6 +100,6 @@ print(model.similarity(embeddings, embeddings))"""
         return self.target.loss(outputs, batch["labels"], batch.get("weight"))
 
     @classmethod
-    def make_target(cls, state: dict[str, Any]) -> PairScores | PositivePairs:
+    def make_target(cls, state: dict[str, Any]) -> ScoredPairsTarget | PositivePairsTarget:
         """See `SupervisedTask.make_target`."""
-        return PairScores(**state) if "low" in state else PositivePairs(**state)
+        return ScoredPairsTarget(**state) if "low" in state else PositivePairsTarget(**state)

@@ -9,7 +9,7 @@ import torch
 from hftl.data.splits import Splits
 from hftl.loading.loader import Example, Examples
 from hftl.preprocessing.sliding_windows import HOME, words_in
-from hftl.tasks.targets.tagging.target import WordTags
+from hftl.tasks.targets.tagging.target import TaggingTarget
 from hftl.tasks.task import Batch, SupervisedTask
 from hftl.tasks.windowed_inputs import WordInputs
 
@@ -26,18 +26,18 @@ class TokenClassification(SupervisedTask):
     primary_metrics = ("f1", "precision", "recall", "macro_f1", "accuracy")
     defaults = {"full": {"lr": 3e-4, "head_lr": 1e-3, "num_epochs": 3}}
     inputs_type = WordInputs
-    target_types = (WordTags,)
+    target_types = (TaggingTarget,)
     inputs: WordInputs
-    target: WordTags
+    target: TaggingTarget
 
     def __init__(self, splits: Splits) -> None:
         inputs = WordInputs.find(splits)
-        super().__init__(inputs, WordTags.find(splits, inputs.column))
+        super().__init__(inputs, TaggingTarget.find(splits, inputs.column))
 
     @classmethod
-    def make_target(cls, state: dict[str, Any]) -> WordTags:
+    def make_target(cls, state: dict[str, Any]) -> TaggingTarget:
         """See `SupervisedTask.make_target`."""
-        return WordTags(**state)
+        return TaggingTarget(**state)
 
     def encode(self, dataset: Any, processor: Any, seed: int | None, max_length: int | None) -> Examples:
         """See `Task.encode`; converts tags to the class indices of the model."""

@@ -1,1 +1,1 @@
-"""Refuse early, start, and train."""
+"""Training loop, optimizer, head search, probe, checkpointing and stop signals."""

@@ -1,4 +1,4 @@
-"""The best weights so far, as safetensors in the run folder."""
+"""Best checkpoint: weights selected on validation, as safetensors in the run folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class BestMetric:
-    """The best value of a metric so far, and whether a later one is worth its weights.
+    """Best value of a metric so far, with the one-standard-error rule for later values.
 
     Args:
-        task: Says which values are better, and whether they are shares of rows.
+        task: Defines the direction of the metric, and whether it is a fraction of rows.
         metric: Name of the metric.
-        rows: Size of the split that it is measured on.
+        rows: Rows of the evaluated split.
     """
 
     def __init__(self, task: Task, metric: str, rows: int) -> None:
@@ -36,15 +36,15 @@ class BestMetric:
         self.rows = rows if is_row_fraction(task, metric) else 0
         self.best: float | None = None
         self.since = 0
-        """Values since the best one."""
+        """Number of values since the best one."""
 
     def offer(self, value: float) -> bool:
-        """Returns whether to keep what has this value: unless it is worse than the best by more than a standard error.
+        """Returns whether to select weights with this value: it is at most one standard error below the best one.
 
-        A validation split of 77 rows cannot tell 76 right answers from 75, and of weights that it cannot tell apart the
-        later ones, trained longer at a falling rate, do better on new rows (the one-standard-error rule of Breiman et
-        al. 1984, which takes the simplest of the models within one error; measured here: RESULTS.md). For metrics that
-        are not shares of rows, such as the loss, the error is unknown and taken as 0.
+        With 77 validation rows, 76 and 75 correct predictions do not differ significantly. Among weights that do not
+        differ, the later ones, trained longer at a decaying learning rate, generalize better (one-standard-error rule,
+        Breiman et al. 1984, which selects the simplest model within one error; measured in RESULTS.md). For metrics
+        that are not fractions of rows, such as the loss, the error is unknown and taken as 0. NaN is never selected.
         """
         if math.isnan(value):
             self.since += 1
@@ -57,24 +57,24 @@ class BestMetric:
 
     @property
     def error(self) -> float:
-        """Returns the standard error of the best value as a share of rows (Agresti and Coull 1998), else 0."""
+        """Standard error of the best value if it is a fraction of rows (Agresti and Coull 1998), else 0."""
         assert self.best is not None
         if not self.rows:
             return 0.0
-        share = (self.best * self.rows + 2) / (self.rows + 4)
-        return math.sqrt(share * (1 - share) / self.rows)
+        fraction = (self.best * self.rows + 2) / (self.rows + 4)
+        return math.sqrt(fraction * (1 - fraction) / self.rows)
 
 
 class BestCheckpoint(BestMetric):
-    """Keeps the weights of the best evaluation on disk and puts them back at the end.
+    """Writes the weights of the best evaluation to disk and restores them after training.
 
     Args:
-        accelerator: Only its main process writes and reads; the others are sent the tensors.
-        model: The model itself, not the one that Accelerate prepared.
+        accelerator: Its main process reads and writes; tensors are broadcast to the others.
+        model: The model itself, not the one prepared by Accelerate.
         folder: The run folder.
-        task: As for `BestMetric`.
-        metric: Likewise.
-        rows: Size of the validation split.
+        task: Defines the direction of the metric, and whether it is a fraction of rows.
+        metric: Name of the metric.
+        rows: Rows of the validation split.
     """
 
     def __init__(
@@ -86,55 +86,55 @@ class BestCheckpoint(BestMetric):
         self.file = folder / "checkpoints" / "best" / "weights.safetensors"
 
     @property
-    def kept(self) -> Path | None:
-        """The file with the weights kept so far, on the main process."""
+    def path(self) -> Path | None:
+        """The file with the best weights, on the main process; None before the first evaluation."""
         return self.file if self.best is not None else None
 
     def state(self) -> dict[str, Any]:
-        """Returns what `load_state` needs, as JSON values."""
+        """Returns the state for `load_state`, as JSON values."""
         return {"best": self.best, "since": self.since}
 
-    def load_state(self, state: dict[str, Any], kept: Path | None) -> None:
-        """Goes on from an earlier state, whose weights are in the file `kept` (needed on the main process alone)."""
+    def load_state(self, state: dict[str, Any], weights: Path | None) -> None:
+        """Restores the state of a checkpoint with its file of weights, which only the main process needs."""
         self.best, self.since = state["best"], state["since"]
         if self.best is not None:
-            self._write(lambda aside: shutil.copyfile(str(kept), aside))
+            self._write(lambda path: shutil.copyfile(str(weights), path))
 
     def offer(self, value: float) -> bool:
-        """Keeps the current weights where their value is worth it; returns whether they were kept.
+        """Saves the current weights if `BestMetric.offer` selects this value; returns whether it does.
 
         Raises:
-            CheckpointError: They cannot be written; on all processes.
+            CheckpointError: The weights cannot be written; on all processes.
         """
         if not super().offer(value):
             return False
 
-        def save(aside: Path) -> None:
+        def save(path: Path) -> None:
             from safetensors.torch import save_file
 
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable_state(self.model).items()}
-            save_file(weights, aside)
+            save_file(weights, path)
 
         self._write(save)
         return True
 
     def _write(self, write: Callable[[Path], Any]) -> None:
-        """Replaces the file, on the main process, by what `write` puts into another."""
+        """Replaces the file on the main process; `write` writes to a temporary path."""
         run_on_main(self.accelerator, lambda: self._replace(write))
 
     def _replace(self, write: Callable[[Path], Any]) -> None:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.file) as aside:
-                write(aside)
+            with atomic_write(self.file) as path:
+                write(path)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"checkpoint: the best weights cannot be written to '{self.file}': {first_line(error)}. Those "
-                "before are intact. Mend the disk and run the same command with --resume auto."
+                f"checkpoint: best weights cannot be written to '{self.file}': {first_line(error)}. The "
+                "previous ones are intact. Fix the disk and run the same command with --resume auto."
             ) from error
 
     def share_buffers(self) -> None:
-        """Gives all processes the running statistics of the main one, where they move: each has seen its own rows."""
+        """Broadcasts running statistics from the main process if they are updated, since they differ by process."""
         if self.accelerator.num_processes == 1 or self.model.frozen != "nothing":
             return
         from accelerate.utils import broadcast
@@ -143,7 +143,7 @@ class BestCheckpoint(BestMetric):
             buffer.copy_(cast(Tensor, broadcast(buffer.clone(), from_process=0)))
 
     def restore(self) -> None:
-        """Puts the best weights back, on all processes."""
+        """Restores the best weights on all processes."""
         if self.best is None:
             return
         from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""Saving the state of a training and going on from it, on any number of processes."""
+"""Checkpointing and resuming, on any number of processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from hftl.errors import CheckpointError
 from hftl.logging import log
 from hftl.models.oom_retry import MicroBatchLimit
 from hftl.models.task_model import TaskModel
-from hftl.run_folder.checkpoint import BEST, Checkpoints, read_state
+from hftl.run_folder.checkpoint import BEST, VERSION, Checkpoints, read_state
 from hftl.run_folder.history import Recorder
 from hftl.training.best_checkpoint import BestCheckpoint
 from hftl.training.training_state import (
     OPTIMIZER,
-    VERSION,
     WEIGHTS,
     broadcast,
     frozen_fingerprint,
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Training:
-    """The parts of a running training whose state is saved."""
+    """Objects of a running training whose state is saved in checkpoints."""
 
     accelerator: Accelerator
     model: TaskModel
@@ -50,14 +49,14 @@ class Training:
     recorder: Recorder
     limit: MicroBatchLimit
     run_identity: dict[str, Any]
-    """What must be the same for a state to be usable: see `run_identity`."""
+    """Values that must match for a checkpoint to be usable; see `run_identity`."""
 
 
 class Checkpointer:
-    """Saves the state of a training when it is due, and finds the one to go on from.
+    """Saves checkpoints and finds the one to resume from.
 
     Args:
-        accelerator: From `start`. Its main process reads and writes, so that no disk need be shared.
+        accelerator: From `create_accelerator`. Its main process reads and writes, so no shared disk is needed.
         run: Uses `run.checkpoint`.
         folder: The run folder.
     """
@@ -68,7 +67,7 @@ class Checkpointer:
         self.store = Checkpoints(folder / "checkpoints", run.checkpoint.total_limit)
         self.saved_at = time.monotonic()
         self.failure: CheckpointError | None = None
-        self._found: Path | None = None
+        self._loaded_from: Path | None = None
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -77,96 +76,104 @@ class Checkpointer:
         self.store.close()
 
     def find(self) -> dict[str, Any] | None:
-        """Returns the JSON part of the newest valid state, the same on all processes; None where there is none.
+        """Returns the JSON part of the newest valid checkpoint, the same on all processes; None if there is none.
 
         Raises:
-            CheckpointError: There are some, and the disk does not let them be read, or another version wrote them.
+            CheckpointError: Checkpoints exist but cannot be read, or were written by another version.
         """
 
         def read() -> dict[str, Any] | None:
-            self._found = self.store.newest()
-            state = read_state(self._found) if self._found else None
+            self._loaded_from = self.store.newest()
+            state = read_state(self._loaded_from) if self._loaded_from else None
             if state and state.get("version") != VERSION:
                 raise CheckpointError(
-                    f"resume: {self._found} was written by another version of hftl (format {state.get('version')}, "
-                    f"here {VERSION}). Go on with that version, or choose another output_dir."
+                    f"resume: checkpoint '{self._loaded_from}' has format {state.get('version')} of another version of "
+                    f"hftl; allowed: {VERSION}. Install that version or set another output_dir."
                 )
             return state
 
         return run_on_main(self.accelerator, read, self.store.folder)
 
-    def check_room(self, training: Training) -> None:
-        """Refuses to begin where the disk has no room for the states to come, the one being written included.
+    def check_disk_space(self, training: Training) -> None:
+        """Checks that the disk has space for all checkpoints of the run, including one that is being written.
 
         Raises:
-            CheckpointError: Says what is needed and what is free; on all processes.
+            CheckpointError: The disk has too little free space; on all processes.
         """
 
         def check() -> None:
             weights = sum(tensor.nbytes for tensor in trainable_state(training.model).values())
-            learning = sum(each.nbytes for each in training.model.parameters() if each.requires_grad)
-            state, keep = 2 * weights + 2 * learning, self.config.total_limit  # the best weights, AdamW's two moments
-            needed = (keep + 1) * state
+            trainable = sum(each.nbytes for each in training.model.parameters() if each.requires_grad)
+            limit = self.config.total_limit
+            checkpoint = 2 * weights + 2 * trainable  # with the best weights and the two moments of AdamW
+            needed = (limit + 1) * checkpoint
             free = self.store.room()
             if free < needed:
                 raise CheckpointError(
-                    f"checkpoint: {keep} + 1 states of {size(state)} (weights, best weights, optimizer) need "
-                    f"{size(needed)} in '{self.store.folder}', where {size(free)} are free. Make room, lower "
-                    "checkpoint.total_limit, or choose an output_dir on another disk."
+                    f"checkpoint: {limit} + 1 checkpoints of {format_bytes(checkpoint)} (weights, best weights, "
+                    f"optimizer) need {format_bytes(needed)} in '{self.store.folder}'; {format_bytes(free)} are free. "
+                    "Free disk space, lower checkpoint.total_limit, or set an output_dir on another disk."
                 )
 
         run_on_main(self.accelerator, check)
 
-    def load(self, training: Training, state: dict[str, Any]) -> None:
-        """Puts the state that was found into all parts of the training but the recorder."""
+    def load(self, training: Training, state: dict[str, Any]) -> tuple[bool, bool]:
+        """Restores the checkpoint that `find` returned, except for the recorder.
+
+        Returns:
+            Whether the evaluation after the last step is pending, and whether training is finished.
+        """
         from safetensors.torch import load_file
 
-        accelerator, found = self.accelerator, self._found
-        read = {name: load_file(found / f"{name}.safetensors") if found else {} for name in (WEIGHTS, OPTIMIZER)}
-        broadcast(accelerator, trainable_state(training.model), read[WEIGHTS])
-        load_optimizer_tensors(accelerator, training.model, training.optimizer, read[OPTIMIZER])
-        training.best.load_state(state["best"], found / BEST if found else None)
+        accelerator, path = self.accelerator, self._loaded_from
+        tensors = {name: load_file(path / f"{name}.safetensors") if path else {} for name in (WEIGHTS, OPTIMIZER)}
+        broadcast(accelerator, trainable_state(training.model), tensors[WEIGHTS])
+        load_optimizer_tensors(accelerator, training.model, training.optimizer, tensors[OPTIMIZER])
+        training.best.load_state(state["best"], path / BEST if path else None)
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
-        world, before = accelerator.num_processes, len(state["processes"])
-        if world == before:
-            mine = state["processes"][accelerator.process_index]
-            load_random_state(accelerator.device, mine["random"])
-            training.limit.rows = mine["rows_training"] if training.limit.enabled else None
-            training.model.evaluation_limit.rows = mine["rows_evaluation"]
-        other = "" if world == before else f" (of {before} process(es): same rows in the same steps, other rounding)"
-        log(f"resume: going on after step {state['recorder']['history']['steps']} from {found}{other}")
+        world, saved_world = accelerator.num_processes, len(state["processes"])
+        note = ""
+        if world == saved_world:
+            own = state["processes"][accelerator.process_index]
+            load_random_state(accelerator.device, own["random"])
+            training.limit.rows = own["rows_training"] if training.limit.enabled else None
+            training.model.evaluation_limit.rows = own["rows_evaluation"]
+        else:
+            note = f" (saved with {saved_world} process(es); steps have the same rows, rounding differs)"
+        log(f"resume: resumed after step {state['recorder']['history']['steps']} from {path}{note}")
+        return state["eval_pending"], state["finished"]
 
     @property
     def due(self) -> bool:
-        """Whether the clock of this process asks for a save."""
+        """Whether `checkpoint.save_minutes` have passed on this process since the last checkpoint."""
         minutes = self.config.save_minutes
         return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     def failed(self, training: Training) -> bool:
-        """Whether something that this process wrote is known not to have reached the disk."""
+        """Whether a write of this process to the disk has failed."""
         return (self.failure or training.recorder.failure) is not None or self.store.failed
 
     def save(
         self, training: Training, *, eval_pending: bool = False, finished: bool = False, wait: bool = False
     ) -> None:
-        """Saves the state; all processes call it together.
+        """Saves a checkpoint; all processes must call it.
 
         Args:
-            training: What is saved.
-            eval_pending: The evaluation after the last step has not been made.
-            finished: No step is left.
-            wait: Return when it is on the disk, rather than when it has been copied.
+            training: The training to save.
+            eval_pending: Whether the evaluation after the last step is pending.
+            finished: Whether no step is left.
+            wait: Whether to return when the checkpoint is on disk, not already when its tensors are copied.
 
         Raises:
-            CheckpointError: It cannot be written (with `wait`; else `failed` tells, and `flush` raises).
+            CheckpointError: The checkpoint cannot be written. Without `wait`, `failed` is true and `flush` raises.
         """
-        mine = {
+        own = {
             "random": random_state(self.accelerator.device),
             "rows_training": training.limit.rows,
             "rows_evaluation": training.model.evaluation_limit.rows,
         }
-        processes = _gather(self.accelerator, mine)
+        processes = _gather(self.accelerator, own)
         self.saved_at = time.monotonic()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -183,24 +190,24 @@ class Checkpointer:
             tensors = {WEIGHTS: trainable_state(training.model)}
             tensors[OPTIMIZER] = optimizer_tensors(training.model, training.optimizer)
             try:
-                self.store.save(recorder["history"]["steps"], state, tensors, training.best.kept)
+                self.store.save(recorder["history"]["steps"], state, tensors, training.best.path)
             except CheckpointError as error:
                 self.failure = error
         if wait:
             self.flush(training)
 
-    def save_good(self, training: Training) -> bool:
-        """Saves the state, unless its weights are not all numbers; returns whether it did."""
-        good = run_on_main(self.accelerator, lambda: is_finite(training.model))
-        if good:
+    def save_if_finite(self, training: Training) -> bool:
+        """Saves a checkpoint if all weights are finite; returns whether they are."""
+        finite = run_on_main(self.accelerator, lambda: is_finite(training.model))
+        if finite:
             self.save(training, wait=True)
-        return good
+        return finite
 
     def flush(self, training: Training) -> None:
-        """Waits until everything is on the disk.
+        """Waits until all writes are on disk.
 
         Raises:
-            CheckpointError: It cannot be written; on all processes.
+            CheckpointError: A write failed; on all processes.
         """
 
         def check() -> None:
@@ -213,29 +220,36 @@ class Checkpointer:
 
 
 def run_identity(
-    model: TaskModel, rows: Dataset, effective_batch: int, total: int, earlier: dict[str, Any] | None
+    model: TaskModel, rows: Dataset, effective_batch: int, total: int, saved: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Returns what a state must have in common with a run that goes on from it, as JSON values.
+    """Returns the values that a checkpoint and the run that resumes from it must share, as JSON values.
+
+    Args:
+        model: The model before training.
+        rows: The training rows.
+        effective_batch: Rows per step.
+        total: Steps of the run.
+        saved: State of the checkpoint to resume from, if any.
 
     Raises:
-        CheckpointError: The `earlier` state has not.
+        CheckpointError: `saved` has other values.
     """
-    mine = {
+    identity = {
         "version": VERSION,
         "data": data_fingerprint(rows),
         "backbone": frozen_fingerprint(model),
         "effective_batch": effective_batch,
         "total": total,
     }
-    if earlier:
-        _refuse_other(earlier, mine)
-    return mine
+    if saved:
+        _check_identity(saved, identity)
+    return identity
 
 
 def data_fingerprint(rows: Dataset) -> str:
-    """Returns the number of rows and a hash of 64 of them, evenly spaced; of images on disk the name alone counts."""
-    picked = np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)
-    table: Any = rows.select(picked).with_format("arrow")[:]
+    """Returns the number of rows and a hash of 64 evenly spaced ones; images on disk are hashed by file name."""
+    indices = np.linspace(0, len(rows) - 1, min(len(rows), 64)).astype(int)
+    table: Any = rows.select(indices).with_format("arrow")[:]
     digest = hashlib.sha256()
     for row in table.to_pylist():
         for name, value in row.items():
@@ -245,22 +259,22 @@ def data_fingerprint(rows: Dataset) -> str:
     return f"{len(rows)} rows {digest.hexdigest()}"
 
 
-def _refuse_other(state: dict[str, Any], expected: dict[str, Any]) -> None:
-    words = {
-        "data": "was made with other training rows",
-        "backbone": "was made with other pretrained weights",
-        "total": "belongs to a training of another length",
+def _check_identity(state: dict[str, Any], expected: dict[str, Any]) -> None:
+    descriptions = {
+        "data": "other training rows",
+        "backbone": "other pretrained weights",
+        "total": "another number of steps",
     }
-    wrong = [words[name] for name in words if state.get(name) != expected[name]]
-    if wrong:
+    different = [descriptions[name] for name in descriptions if state.get(name) != expected[name]]
+    if different:
         raise CheckpointError(
-            f"resume: the newest checkpoint {' and '.join(wrong)}. Give the run what it was started with, or choose "
-            "another output_dir."
+            f"resume: the newest checkpoint was saved with {' and '.join(different)}. Restore the original data and "
+            "settings, or set another output_dir."
         )
 
 
-def size(count: float) -> str:
-    """Returns a number of bytes as people say it."""
+def format_bytes(count: float) -> str:
+    """Returns a number of bytes with its unit, such as "367 kB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

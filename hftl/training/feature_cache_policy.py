@@ -1,4 +1,4 @@
-"""Whether a frozen backbone has to run in every epoch."""
+"""Choice between cached features and running a frozen backbone in every epoch."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ if TYPE_CHECKING:
 
 
 def uses_cached_features(model: TaskModel, task: Task, splits: Splits, run: RunConfig) -> bool:
-    """Whether this run trains a head on features that are computed once; says why not, where it might have."""
+    """Whether this run trains the head on cached features; logs the reason if a frozen backbone prevents it."""
     if not _may_cache(run) or model.joins_vectors:
         return False
     rows = task.encode(splits["train"], model.processor, None, run.data.max_length)
-    before, batch = random_before_head(model), task.collate(rows.fetch([0], 0))
+    random_layers, batch = random_before_head(model), task.collate(rows.fetch([0], 0))
     if linear_head(model) is None:
-        why = "the new head is more than one linear layer (text: --model.pooling mean or cls makes it one)"
-    elif before:
-        why = f"{', '.join(before)} before the head draws anew for every row (--model.dropout 0 leaves it out)"
+        reason = "the new head is not one linear layer (text: set --model.pooling mean or cls)"
+    elif random_layers:
+        reason = f"{', '.join(random_layers)} before the head is random (--model.dropout 0 removes it)"
     elif set(batch) != {"inputs", "labels"}:
-        why = f"the task's batches hold more than inputs and labels ({', '.join(batch)})"
+        reason = f"batches of the task have keys other than inputs and labels ({', '.join(batch)})"
     elif not _linear_in_features(model, batch["inputs"]):
-        why = "the logits are not the output of the head's one linear layer"
+        reason = "the logits are not the output of the linear layer of the head"
     else:
         return True
-    log(f"adapt: frozen, the backbone runs in every epoch: {why}")
+    log(f"adapt: frozen without cached features; the backbone runs in every epoch because {reason}")
     return False
 
 
 def training_rows(
     accelerator: Accelerator, model: TaskModel, task: Task, splits: Splits, run: RunConfig
 ) -> tuple[Examples, Examples | None]:
-    """Returns the encoded rows of train, and of validation where there is one.
+    """Returns the encoded rows of train, and of validation if it exists.
 
-    Under a frozen model whose head joins the vectors of several encoders these are the vectors, computed once.
+    For a frozen model whose head fuses the embeddings of several encoders, the rows hold the cached embeddings.
     """
     encoded = [
         task.encode(splits[split], model.processor, seed, run.data.max_length) if split in splits else None
         for split, seed in (("train", run.train.seed), ("validation", None))
     ]
-    keeps_vectors = all(rows is None or hasattr(rows, "with_vectors") for rows in encoded)
-    if _may_cache(run) and model.joins_vectors and not keeps_vectors:
-        log("adapt: frozen, the encoders run in every epoch: what they see of a row is drawn anew each time")
+    accept_embeddings = all(rows is None or hasattr(rows, "with_vectors") for rows in encoded)
+    if _may_cache(run) and model.joins_vectors and not accept_embeddings:
+        log("adapt: frozen without cached embeddings; the encoders run in every epoch because their inputs are random")
     elif _may_cache(run) and model.joins_vectors:
-        log("adapt: frozen, on the vectors of the encoders, computed once; images as they are, without augmentation")
-        for place, split in enumerate(("train", "validation")):
-            rows = encoded[place]
+        log("adapt: frozen on cached encoder embeddings, without image augmentation")
+        for index, split in enumerate(("train", "validation")):
+            rows = encoded[index]
             if rows is not None:
-                found = compute_features(accelerator, model, task, splits[split], run, split=split)
-                encoded[place] = cast(Any, rows).with_vectors(found.values)
+                features = compute_features(accelerator, model, task, splits[split], run, split=split)
+                encoded[index] = cast(Any, rows).with_vectors(features.values)
     train, validation = encoded
     assert train is not None
     return train, validation
@@ -75,8 +75,8 @@ def _may_cache(run: RunConfig) -> bool:
 def _linear_in_features(model: TaskModel, inputs: Any) -> bool:
     from accelerate.utils import send_to_device
 
-    reader, training = FeatureExtractor(model), model.training
+    extractor, training = FeatureExtractor(model), model.training
     with torch.no_grad():
-        reader.eval()(send_to_device(inputs, next(model.parameters()).device))
+        extractor.eval()(send_to_device(inputs, next(model.parameters()).device))
     model.train(training)
-    return reader.linear
+    return extractor.linear

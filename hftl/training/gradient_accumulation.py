@@ -1,4 +1,4 @@
-"""The gradient of one step, from micro-batches on several processes, in as many pieces as memory demands."""
+"""Gradient accumulation over micro-batches and processes, with smaller micro-batches after OOM."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from hftl.training.training_state import broadcast, trainable_state
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_BUCKET = 25 * 2**20
-"""Gradient values that are exchanged at once: large enough for bandwidth, small enough beside the gradients."""
+_BUCKET_SIZE = 25 * 2**20
+"""Gradient values per all-reduce: large enough for bandwidth, with little additional memory."""
 
 
 @dataclass
 class StepLoss:
-    """What the forward passes of a step gave on this process."""
+    """Losses of a step on this process."""
 
     total: Tensor
-    """This process's part of the step's mean loss, a scalar; all parts add up to the mean."""
+    """Contribution of this process to the mean loss of the step, a scalar; the sum over processes is the mean."""
     rows: list[Tensor] = field(default_factory=list)
-    """Row numbers, [B] for each piece."""
+    """Row numbers, [B] per micro-batch."""
     losses: list[Tensor] = field(default_factory=list)
-    """Their losses, [B] for each piece."""
+    """Losses of the rows, [B] per micro-batch."""
     problem: RowError | None = None
-    """A row of this process that cannot be used; then the gradient of the step means nothing."""
+    """Error of an invalid row of this process; the gradient of the step is then unusable."""
 
 
 class StepGradient:
-    """Leaves the gradient of a step's mean loss in the parameters of a model, the same on all processes.
+    """Computes the gradient of the mean loss of a step, the same on all processes, into the parameters' `grad`.
 
-    DDP exchanges gradients during the last backward pass. A process that is out of memory there would leave the others
-    waiting in a half-done exchange, so where steps can be tried again there is no DDP, and gradients are exchanged
-    when all backward passes are through: exactly the same sums, without the overlap of computing and sending.
+    DDP reduces gradients during the last backward pass. A process out of memory there would leave the others waiting
+    in an incomplete all-reduce. If steps can be retried after OOM, the model is therefore not wrapped in DDP, and
+    gradients are reduced after all backward passes: the same sums, without overlap of computation and communication.
 
     Args:
-        accelerator: From `start`.
-        model: On its device; its weights become those of the main process.
-        task: Says the loss of each row.
-        limit: How many rows fit into memory; shared by all steps.
+        accelerator: From `create_accelerator`.
+        model: On its device; receives the weights of the main process.
+        task: Computes the loss per row.
+        limit: Rows per micro-batch that fit into memory; shared by all steps.
 
     Attributes:
-        net: The model as Accelerate prepared it.
+        net: The model as prepared by Accelerate.
     """
 
     def __init__(self, accelerator: Accelerator, model: TaskModel, task: Task, limit: MicroBatchLimit) -> None:
@@ -60,91 +60,93 @@ class StepGradient:
         self.model = model
         self.task = task
         self.limit = limit
-        self.late = limit.enabled and accelerator.num_processes > 1
-        self.net: nn.Module = accelerator.prepare_model(model, evaluation_mode=self.late)  # "evaluation": without DDP
-        if self.late:
+        self.reduces_after_backward = limit.enabled and accelerator.num_processes > 1
+        self.net: nn.Module = accelerator.prepare_model(
+            model, evaluation_mode=self.reduces_after_backward
+        )  # evaluation_mode: no DDP
+        if self.reduces_after_backward:
             broadcast(accelerator, trainable_state(model), trainable_state(model))
-        self._before: tuple[list[Tensor], list[Tensor]] = [], []
+        self._saved: tuple[list[Tensor], list[Tensor]] = [], []
 
     def __call__(self, micro_batches: Iterator[Batch], count: int) -> StepLoss:
-        """Returns the losses of a step. Out of memory, it begins the step again in pieces of half the rows.
+        """Computes the gradient and returns the losses of a step; after OOM, it retries with half the rows.
 
-        A row that cannot be used becomes the `problem` of the step, so that all processes reach its end.
+        The error of an invalid row is returned as `StepLoss.problem`, so that all processes finish the step.
 
         Args:
-            micro_batches: The next `count` ones are taken, on the host.
-            count: Micro-batches of a step.
+            micro_batches: Micro-batches on the host; the next `count` ones are used.
+            count: Micro-batches per step.
 
         Raises:
-            HftlError: Not even one row fits.
-            RowError: A row cannot be used, under DDP, whose exchange this process has to leave unfinished.
+            HftlError: A single row does not fit into memory.
+            RowError: A row is invalid and the model is wrapped in DDP, whose all-reduce cannot complete.
         """
-        self._before = self._generators(), [buffer.clone() for buffer in self._statistics()]
-        taken: list[Batch] = []
+        self._saved = self._generators(), [buffer.clone() for buffer in self._statistics()]
+        fetched: list[Batch] = []
 
-        def fresh() -> Iterator[Batch]:
-            while len(taken) < count:
-                taken.append(next(micro_batches))
-                yield taken[-1]
+        def fetch() -> Iterator[Batch]:
+            while len(fetched) < count:
+                fetched.append(next(micro_batches))
+                yield fetched[-1]
 
         def attempt() -> StepLoss:
-            return self._backward(chain(list(taken), fresh()), count)
+            return self._backward(chain(list(fetched), fetch()), count)
 
         try:
-            done = self.limit.retrying(attempt, lambda: max(len(batch["index"]) for batch in taken), self.undo)
+            step_loss = self.limit.retrying(attempt, lambda: max(len(batch["index"]) for batch in fetched), self.undo)
         except RowError as error:
-            if self.accelerator.num_processes > 1 and not self.late:
+            if self.accelerator.num_processes > 1 and not self.reduces_after_backward:
                 raise
-            done = StepLoss(torch.zeros((), device=self.accelerator.device), problem=error)
-        if self.late:
-            sum_over_processes(parameter for parameter in self.model.parameters() if parameter.requires_grad)
-        return done
+            step_loss = StepLoss(torch.zeros((), device=self.accelerator.device), problem=error)
+        if self.reduces_after_backward:
+            all_reduce_gradients(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        return step_loss
 
     def undo(self) -> None:
-        """Makes as if the step had not begun: no gradient, the random numbers and running statistics of before."""
-        generators, statistics = self._before
+        """Undoes the step: clears gradients, restores random states and running statistics."""
+        generators, statistics = self._saved
         torch.set_rng_state(generators[0])
         if self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(generators[1], self.accelerator.device)
-        for buffer, before in zip(self._statistics(), statistics, strict=True):
-            buffer.copy_(before)
+        for buffer, saved in zip(self._statistics(), statistics, strict=True):
+            buffer.copy_(saved)
         self.net.zero_grad(set_to_none=True)
 
     def _backward(self, micro_batches: Iterable[Batch], count: int) -> StepLoss:
         from accelerate.utils import send_to_device
 
         device = self.accelerator.device
-        # DDP averages over processes where it exchanges gradients; row weights add up to 1 over all of them
-        scale = 1 if self.late else self.accelerator.num_processes
-        done = StepLoss(torch.zeros((), device=device))
+        # DDP averages gradients over processes, but row weights already sum to 1 over all of them
+        scale = 1 if self.reduces_after_backward else self.accelerator.num_processes
+        step_loss = StepLoss(torch.zeros((), device=device))
         for number, micro_batch in enumerate(micro_batches, start=1):
             pieces = list(self.limit.cut(micro_batch))
             for piece in pieces:
-                exchanges = number == count and piece is pieces[-1]
-                with nullcontext() if exchanges else self.accelerator.no_sync(self.net):
+                is_last = number == count and piece is pieces[-1]
+                with nullcontext() if is_last else self.accelerator.no_sync(self.net):
                     batch = cast(Batch, send_to_device(piece, device, non_blocking=True))
                     losses = self.task.loss(self.net(batch["inputs"]), batch)
                     loss = (losses * batch["weight"]).sum()
                     self.accelerator.backward(loss * scale)
-                done.total += loss.detach()
-                done.rows.append(piece["index"])
-                done.losses.append(losses.detach())
-        return done
+                step_loss.total += loss.detach()
+                step_loss.rows.append(piece["index"])
+                step_loss.losses.append(losses.detach())
+        return step_loss
 
     def _generators(self) -> list[Tensor]:
-        """Returns the states of the generators that dropout draws from."""
+        """Returns the states of the random generators used by dropout."""
         device = self.accelerator.device
         states = [torch.get_rng_state()]
         return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
     def _statistics(self) -> list[Tensor]:
-        """Returns the running statistics that a forward pass changes (batch norms in training mode)."""
-        counting = (module for module in self.model.modules() if getattr(module, "running_mean", None) is not None)
-        return [buffer for module in counting if module.training for buffer in module.buffers(recurse=False)]
+        """Returns the running statistics that a forward pass updates (batch norm layers in training mode)."""
+        norms = (module for module in self.model.modules() if getattr(module, "running_mean", None) is not None)
+        return [buffer for module in norms if module.training for buffer in module.buffers(recurse=False)]
 
 
-def sum_over_processes(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds up gradients over all processes, in place; where a process has none it adds zeros."""
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums gradients over all processes in place; missing gradients count as zero."""
     for bucket in _buckets(parameters):
         for parameter in bucket:
             if parameter.grad is None:
@@ -157,11 +159,11 @@ def sum_over_processes(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yields parameters of one dtype together, up to `_BUCKET` values."""
+    """Yields lists of parameters of one dtype with up to `_BUCKET_SIZE` values."""
     bucket: list[nn.Parameter] = []
     size = 0
     for parameter in parameters:
-        if bucket and (size + parameter.numel() > _BUCKET or parameter.dtype != bucket[0].dtype):
+        if bucket and (size + parameter.numel() > _BUCKET_SIZE or parameter.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(parameter)

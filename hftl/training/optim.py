@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019) over backbone and head, and schedules counted in steps."""
+"""AdamW (Loshchilov and Hutter 2019) with parameter groups for backbone and head, and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hftl.models.task_model import TaskModel
 
 
 def make_optimizer(model: TaskModel, config: TrainConfig, device: torch.device) -> AdamW:
-    """Returns AdamW on the parameters that learn, in up to four groups.
+    """Returns AdamW for the trainable parameters, in up to four parameter groups.
 
-    Backbone (or adapters) at `config.lr`, head at `config.head_lr`; biases and norms without weight decay.
+    Backbone and adapters have learning rate `config.lr`, the head `config.head_lr`; biases and norms have no weight
+    decay.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -38,25 +39,25 @@ def make_optimizer(model: TaskModel, config: TrainConfig, device: torch.device) 
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total_steps: int) -> dict[str, float]:
-    """Sets every group's learning rate for `step` (from 0) and returns them by part: `head`, `backbone`.
+    """Sets the learning rate of every parameter group for `step` (from 0) and returns them by `head` and `backbone`.
 
-    They are a pure function of the step, so nothing about them has to be remembered. The backbone's schedule begins
-    after the fraction `config.freeze_backbone_ratio` of the steps (LP-FT, Kumar et al. 2022,
+    Learning rates are a pure function of the step, so checkpoints do not store them. The schedule of the backbone
+    starts after the fraction `config.freeze_backbone_ratio` of the steps (LP-FT, Kumar et al. 2022,
     https://arxiv.org/abs/2202.10054).
     """
-    alone = int((config.freeze_backbone_ratio or 0.0) * total_steps)
+    frozen_steps = int((config.freeze_backbone_ratio or 0.0) * total_steps)
     rates = {}
     for group in optimizer.param_groups:
-        waits = alone if group["name"] == "backbone" else 0
-        rest = total_steps - waits
-        warmup = math.ceil(config.warmup_ratio * rest)
-        factor = lr_factor(step - waits, config.lr_scheduler_type, rest, warmup) if step >= waits else 0.0
+        start = frozen_steps if group["name"] == "backbone" else 0
+        scheduled = total_steps - start
+        warmup = math.ceil(config.warmup_ratio * scheduled)
+        factor = lr_factor(step - start, config.lr_scheduler_type, scheduled, warmup) if step >= start else 0.0
         group["lr"] = rates[group["name"]] = group["peak_lr"] * factor
     return rates
 
 
 def lr_factor(step: int, kind: SchedulerType, total_steps: int, warmup_steps: int) -> float:
-    """Returns the share of the peak learning rate used in step `step` (from 0), in [0, 1]."""
+    """Returns the learning rate of `step` (from 0) as a fraction of the peak, in [0, 1]."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if kind == "constant":

@@ -1,4 +1,4 @@
-"""Everything that the future of a training depends on, as tensors and JSON values, and back."""
+"""Training state as tensors and JSON values: weights, optimizer, random generators."""
 
 from __future__ import annotations
 
@@ -16,44 +16,43 @@ from hftl.models.task_model import TaskModel
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-VERSION = 1
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 
 def trainable_state(model: TaskModel) -> dict[str, Tensor]:
-    """Returns what training can change: parameters that learn, and all buffers."""
-    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return learning | dict(model.named_buffers())
+    """Returns everything that training can change: trainable parameters and all buffers, by name."""
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trainable | dict(model.named_buffers())
 
 
 def is_finite(model: TaskModel) -> bool:
-    """Whether all weights and running statistics are numbers."""
+    """Whether all trainable weights and running statistics are finite."""
     return all(
         bool(tensor.isfinite().all()) for tensor in trainable_state(model).values() if tensor.is_floating_point()
     )
 
 
 def frozen_fingerprint(model: TaskModel) -> str:
-    """Returns a hash of the weights that training does not change: a checkpoint holds only the others.
+    """Returns a hash of the frozen weights, which checkpoints do not contain.
 
-    It tells another model or another revision, not every change that one could make up (`torch.hash_tensor` is an XOR).
+    It detects another model or revision, but not every possible change (`torch.hash_tensor` is an XOR).
     """
-    moved = trainable_state(model)
+    trainable = trainable_state(model)
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if name not in moved:
+        if name not in trainable:
             digest.update(f"{name} {tuple(parameter.shape)} {torch.hash_tensor(parameter.detach()).item()}\n".encode())
     return digest.hexdigest()
 
 
-def broadcast(accelerator: Accelerator, into: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copies tensors, which only the main process has, into those of all processes, by name."""
+def broadcast(accelerator: Accelerator, targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    """Copies `sources`, needed on the main process only, into `targets` on all processes, by name."""
     from accelerate.utils import broadcast
 
     with torch.no_grad():
-        for name, tensor in into.items():
+        for name, tensor in targets.items():
             if accelerator.is_main_process:
-                tensor.copy_(saved[name])
+                tensor.copy_(sources[name])
             if accelerator.num_processes > 1:
                 tensor.copy_(cast(Tensor, broadcast(tensor.detach().clone(), from_process=0)))
 
@@ -71,7 +70,7 @@ def optimizer_tensors(model: TaskModel, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     accelerator: Accelerator, model: TaskModel, optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
 ) -> None:
-    """Puts back what `optimizer_tensors` returned; `saved` is needed on the main process alone."""
+    """Restores the result of `optimizer_tensors`; `saved` is needed on the main process only."""
     from accelerate.utils import broadcast_object_list
 
     parameters = dict(model.named_parameters())
@@ -79,18 +78,20 @@ def load_optimizer_tensors(
     layout = broadcast_object_list([layout])[0] if accelerator.num_processes > 1 else layout
     state: dict[str, Tensor] = {}
     for key, (shape, dtype) in layout.items():
-        name, _, kind = key.rpartition("|")
+        name, _, entry = key.rpartition("|")
         parameter = parameters[name]
-        # moments lie in memory as their parameter does: the fused kernels go through both side by side
-        same = shape == parameter.shape and kind != "step"
-        device = parameter.device if same or accelerator.device.type != "cpu" else torch.device("cpu")
-        value = torch.empty_like(parameter, dtype=dtype) if same else torch.empty(shape, dtype=dtype, device=device)
-        optimizer.state[parameter][kind] = state[key] = value
+        # fused kernels need moments with the memory layout of their parameter
+        is_moment = shape == parameter.shape and entry != "step"
+        device = parameter.device if is_moment or accelerator.device.type != "cpu" else torch.device("cpu")
+        value = (
+            torch.empty_like(parameter, dtype=dtype) if is_moment else torch.empty(shape, dtype=dtype, device=device)
+        )
+        optimizer.state[parameter][entry] = state[key] = value
     broadcast(accelerator, state, saved)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Returns this process's random generators, as JSON values."""
+    """Returns the states of the random generators of this process, as JSON values."""
     generator = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
@@ -101,7 +102,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def load_random_state(device: torch.device, state: dict[str, Any]) -> None:
-    """Puts back what `random_state` returned."""
+    """Restores the result of `random_state`."""
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)

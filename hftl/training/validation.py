@@ -1,4 +1,4 @@
-"""Evaluations in the middle of training, and what they decide: which weights are kept, and whether to go on."""
+"""Evaluation during training, selection of the best checkpoint, and early stopping."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class Validation:
-    """Evaluates the validation split, records the metrics, and keeps the weights where they are the best so far.
+    """Evaluates the validation split, records the metrics and updates the best checkpoint.
 
     Args:
-        accelerator: From `start`.
-        model: The model itself, not the one that Accelerate prepared.
-        task: Says loss and metrics.
-        rows: The encoded validation split, or None where there is none: then nothing is ever due.
-        run: Uses `train.metric_for_best_model`, `train.eval_steps` and `train.early_stopping_patience`.
-        best: Keeps the weights.
-        recorder: Takes the metrics.
+        accelerator: From `create_accelerator`.
+        model: The model itself, not the one prepared by Accelerate.
+        task: Computes loss and metrics.
+        rows: The encoded validation split; None if it does not exist, which disables evaluation.
+        run: Uses `train.metric_for_best_model` and `train.early_stopping_patience`.
+        best: Best checkpoint.
+        recorder: Records the metrics.
         every: Steps between evaluations.
-        total: Steps of the whole training; the last one is always followed by an evaluation.
+        total: Steps of the training; an evaluation always follows the last one.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Validation:
 
     @property
     def due(self) -> bool:
-        """Whether the step that was done last is to be followed by an evaluation."""
+        """Whether an evaluation follows the last step."""
         step = self.recorder.history.steps
         return self.rows is not None and (step % self.every == 0 or step == self.total)
 
@@ -66,28 +66,28 @@ class Validation:
         """Evaluates once; returns whether training should end early.
 
         Args:
-            interrupted: Asked now and then by all processes together: whether to break off.
+            interrupted: Called every few batches by all processes; returns whether to interrupt the evaluation.
 
         Raises:
-            Interrupted: It said so; nothing has been recorded.
+            Interrupted: `interrupted` returned true; no metric is recorded.
         """
         assert self.rows is not None
         history, patience = self.recorder.history, self.run.train.early_stopping_patience
         metric = self.run.train.metric_for_best_model or self.task.best_metric
         self.best.share_buffers()
-        found = evaluate_rows(self.accelerator, self.model, self.task, self.rows, self.run, interrupted=interrupted)
-        values = {f"validation/{name}": value for name, value in found.items()}
+        metrics = evaluate_rows(self.accelerator, self.model, self.task, self.rows, self.run, interrupted=interrupted)
+        values = {f"validation/{name}": value for name, value in metrics.items()}
         self.recorder.log(values, unlogged_metrics(values, self.task, metric))
-        # a model that computes NaN for some rows may be right about the others, and is not to be kept for that
-        if self.best.offer(found[metric] if math.isfinite(found["loss"]) else math.nan):
-            history.best = {"step": history.steps, "metric": f"validation/{metric}", "value": found[metric]}
-        over = patience is not None and self.best.since >= patience
-        if over:
-            log(f"fit: stopped, no better {metric} in {self.best.since} evaluations")
-        return over
+        # a model with NaN outputs for some rows must not be selected for its metric on the others
+        if self.best.offer(metrics[metric] if math.isfinite(metrics["loss"]) else math.nan):
+            history.best = {"step": history.steps, "metric": f"validation/{metric}", "value": metrics[metric]}
+        end_early = patience is not None and self.best.since >= patience
+        if end_early:
+            log(f"train: stopped early; {metric} has not improved in {self.best.since} evaluations")
+        return end_early
 
 
 def unlogged_metrics(values: Mapping[str, float], task: Task, metric: str) -> set[str]:
-    """Returns the names of validation's metrics that no line says: neither `metric` nor one that the task shows."""
-    named = {name: name.removeprefix("validation/") for name in values if name.startswith("validation/")}
-    return {name for name, of in named.items() if of != metric and not is_logged(of, task)}
+    """Returns the names of validation metrics that are not logged: neither `metric` nor a metric logged by the task."""
+    short_names = {name: name.removeprefix("validation/") for name in values if name.startswith("validation/")}
+    return {name for name, short in short_names.items() if short != metric and not is_logged(short, task)}

@@ -1,4 +1,4 @@
-"""One process of a group, started by hand: `RANK=0 WORLD_SIZE=2 … group_job.py CASE`. Prints JSON lines."""
+"""One process of a process group: `RANK=0 WORLD_SIZE=2 … group_job.py CASE`. Prints events as JSON lines."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ RANK = int(os.environ["RANK"])
 TIMEOUT_S = 2.0
 
 
-def tell(**what) -> None:
-    print(json.dumps(what | {"rank": RANK, "at": round(time.monotonic(), 3)}), flush=True)
+def emit(**event) -> None:
+    print(json.dumps(event | {"rank": RANK, "at": round(time.monotonic(), 3)}), flush=True)
 
 
 def turns() -> None:
-    """The main process works for longer than the timeout; then one fails; then everything goes on."""
+    """The main process works for longer than the timeout; then one process fails; then all continue."""
     with main_process_first("work"):
-        tell(event="in")
+        emit(event="enter")
         time.sleep(2 * TIMEOUT_S if RANK == 0 else 0.1)
-        tell(event="out")
+        emit(event="leave")
     try:
         with heartbeat_barrier("fail"):
             if RANK == 2:
                 raise ValueError("mine")
             time.sleep(0.1)
     except (PeerError, ValueError) as error:
-        tell(event="failed", error=type(error).__name__, said=str(error))
+        emit(event="failed", error=type(error).__name__, message=str(error))
     with heartbeat_barrier("end"):
         pass
-    tell(event="through", processes=number_of_processes())
+    emit(event="finished", processes=number_of_processes())
 
 
-def lose(how: str, where: str) -> None:
-    def go() -> None:
-        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+def lose(signal_name: str, place: str) -> None:
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGKILL if signal_name == "killed" else signal.SIGSTOP)
 
-    if where == "wait":  # for the test, to cut the cable
+    if place == "wait":  # the test cuts the cable
         with heartbeat_barrier("work"):
-            tell(event="in")
+            emit(event="enter")
             time.sleep(4 * TIMEOUT_S if RANK == 0 else 0)
-    elif where == "together":
+    elif place == "barrier":
         with heartbeat_barrier("work"):
             if RANK == 1:
                 time.sleep(0.5)
-                go()
+                end()
     else:
         torch.distributed.all_reduce(torch.ones(2))
         if RANK == 1:
-            go()
+            end()
         torch.distributed.all_reduce(torch.ones(2))
 
 
@@ -64,11 +64,11 @@ if __name__ == "__main__":
     case, *arguments = sys.argv[1:]
     try:
         Accelerator(cpu=True, kwargs_handlers=[group_options(TIMEOUT_S / 60)])
-        tell(event="begin")
+        emit(event="begin")
         turns() if case == "turns" else lose(case, *arguments)
-    except Exception as raised:
-        error = raised if isinstance(raised, PeerError) else as_peer_error(raised)
-        if error is None:
+    except Exception as error:
+        peer_error = error if isinstance(error, PeerError) else as_peer_error(error)
+        if peer_error is None:
             raise
-        tell(event="lost", said=str(error))
-        sys.exit(error.exit_code)
+        emit(event="lost", message=str(peer_error))
+        sys.exit(peer_error.exit_code)

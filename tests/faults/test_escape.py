@@ -1,4 +1,4 @@
-"""Names that are markup, YAML or commands to a terminal come out as text: in the card, the page and on the screen."""
+"""Escaping of names with markup, YAML or terminal control sequences in model card, report and terminal output."""
 
 import csv
 import io
@@ -21,8 +21,8 @@ NAMES = (
 
 
 @pytest.fixture(scope="module")
-def made(texts, tiny_bert, tmp_path_factory):
-    """A run whose classes, texts and columns are hostile, with what it printed."""
+def hostile_run(texts, tiny_bert, tmp_path_factory):
+    """Run folder with hostile classes, texts and columns, and the printed output."""
     from contextlib import redirect_stdout
 
     root = tmp_path_factory.mktemp("hostile")
@@ -38,19 +38,19 @@ def made(texts, tiny_bert, tmp_path_factory):
         train=hftl.TrainConfig(max_steps=1, batch_size_per_device=8, trackers=[]),
         output_dir=str(root / "run"),
     )
-    said = io.StringIO()
-    with redirect_stdout(said):
+    printed = io.StringIO()
+    with redirect_stdout(printed):
         load_recipe("text_classification").main(run)
-    return root / "run", said.getvalue()
+    return root / "run", printed.getvalue()
 
 
-def test_the_card_stays_a_card(made):
-    card = (made[0] / "model" / "README.md").read_text()
+def test_model_card_escapes_names(hostile_run):
+    card = (hostile_run[0] / "model" / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front).get("license") is None and "hftl" in yaml.safe_load(front)["tags"]
     body = body.partition("<details>")[0]
     assert "\x1b" not in card and "\u202e" not in card
-    prose = re.sub("`[^`\\n]*`", "", re.sub(r"```.*?```", "", body, flags=re.DOTALL))  # code is not markup
+    prose = re.sub("`[^`\\n]*`", "", re.sub(r"```.*?```", "", body, flags=re.DOTALL))  # without code
     assert "<script" not in prose and not re.search(r"(?<!\\)\]\(javascript", prose)
     assert "\n---\n" not in body
     table = body.partition("| class |")[2].partition("\n\n")[0].splitlines()[1:]
@@ -58,22 +58,22 @@ def test_the_card_stays_a_card(made):
     assert len(table) == 6 and len({len(row) for row in cells}) == 1
 
 
-def test_the_page_runs_nothing(made):
-    page = (made[0] / "report.html").read_text()
+def test_report_escapes_names(hostile_run):
+    page = (hostile_run[0] / "report.html").read_text()
     assert "<script>alert" not in page and "\x1b" not in page
     assert not re.search(r"<[a-z]+[^>]* onload=", page) and 'href="javascript:' not in page
     assert "&lt;script&gt;" in page
 
 
-def test_the_screen_is_told_nothing(made, capsys):
+def test_terminal_output_escapes_control_characters(hostile_run, capsys):
     from hftl.inference.batch_inference import predict_to_file
 
-    _, said = made
-    predict_to_file(str(made[0]), "the cat")
-    for printed in (said, capsys.readouterr().out):
+    folder, run_output = hostile_run
+    predict_to_file(str(folder), "the cat")
+    for printed in (run_output, capsys.readouterr().out):
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", printed)
-    assert "\\x1b]0;owned\\x07" in said
+    assert "\\x1b]0;owned\\x07" in run_output
 
 
-def test_predictions_keep_the_names_as_they_are(made):
-    assert set(hftl.load(made[0]).labels) == set(NAMES)
+def test_labels_preserve_raw_names(hostile_run):
+    assert set(hftl.load(hostile_run[0]).labels) == set(NAMES)

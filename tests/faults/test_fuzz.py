@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (literal tables)
-"""Mutated tables and names: whatever the bytes are, what comes out of the readers is data or an error of ours."""
+"""Fuzzing of table readers and labels.json: mutated files return rows or raise `HftlError`."""
 
 import json
 import os
@@ -44,56 +44,56 @@ PIECES = [
     *(b"\xef\xbb\xbf", b"\xff\xfe", b"\r\n", b"\r", b'""', b'","', b"\t", b";", b"\x00", b"null", b"NaN", b"1e999", b"[", b"{"),
     *(b"}", b"]", b"9" * 30, b"-", b"true", b'"\\ud800"', b"\xe2\x82", b"text", b"label", b"PAR1", b"\xc0\x80", b"[" * 2000),
 ]  # fmt: skip
-CHANGE = st.tuples(
-    st.sampled_from(["insert", "replace", "delete", "repeat", "cut"]), st.floats(0, 1), st.sampled_from(PIECES)
+MUTATION = st.tuples(
+    st.sampled_from(["insert", "replace", "delete", "repeat", "truncate"]), st.floats(0, 1), st.sampled_from(PIECES)
 )
-TRIED: Counter[str] = Counter()
+OUTCOMES: Counter[str] = Counter()
 
 
-def mutated(content: bytes, changes) -> bytes:
-    for kind, place, piece in changes:
-        at = int(place * len(content))
-        before, after = content[:at], content[at:]
+def mutated(content: bytes, mutations) -> bytes:
+    for mutation, fraction, piece in mutations:
+        offset = int(fraction * len(content))
+        before, after = content[:offset], content[offset:]
         content = {
             "insert": before + piece + after,
             "replace": before + piece + after[len(piece) :],
             "delete": before + after[len(piece) :],
             "repeat": before + after[:40] + after,
-            "cut": before,
-        }[kind]
+            "truncate": before,
+        }[mutation]
     return content
 
 
 def read(name: str, content: bytes) -> None:
-    """Reads a folder with one table of these bytes, as a run does; only our own errors may come out of it."""
+    """Reads a folder with one file of this content, as a run does; only `HftlError` may be raised."""
     with tempfile.TemporaryDirectory() as folder:
         if name == "labels.json":
             (Path(folder) / "train.csv").write_bytes(SEEDS["train.csv"])
         (Path(folder) / name).write_bytes(content)
-        TRIED[name] += 1
+        OUTCOMES[name] += 1
         try:
             with suppress_logs(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 TextClassification(load_splits(DataConfig(source=folder, validation_fraction=0.25)))
-            TRIED["read"] += 1
+            OUTCOMES["read"] += 1
         except HftlError as error:
             assert all(problem and "\x00" not in problem for problem in error.problems)
-            TRIED["refused"] += 1
+            OUTCOMES["error"] += 1
 
 
 def fuzz(examples: int) -> None:
     @settings(
         max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
     )
-    @given(st.sampled_from(sorted(SEEDS)), st.lists(CHANGE, min_size=1, max_size=3))
-    def changed(name, changes):
-        read(name, mutated(SEEDS[name], changes))
+    @given(st.sampled_from(sorted(SEEDS)), st.lists(MUTATION, min_size=1, max_size=3))
+    def read_mutated(name, mutations):
+        read(name, mutated(SEEDS[name], mutations))
 
-    TRIED.clear()
+    OUTCOMES.clear()
     begin = time.perf_counter()
-    changed()
-    print(f"\nfuzz: {examples} examples in {time.perf_counter() - begin:.0f} s: {dict(TRIED)}")
-    assert sum(TRIED[name] for name in SEEDS) >= examples * 0.99 and TRIED["read"] and TRIED["refused"]
+    read_mutated()
+    print(f"\nfuzz: {examples} examples in {time.perf_counter() - begin:.0f} s: {dict(OUTCOMES)}")
+    assert sum(OUTCOMES[name] for name in SEEDS) >= examples * 0.99 and OUTCOMES["read"] and OUTCOMES["error"]
 
 
 @pytest.fixture(autouse=True)
@@ -101,11 +101,11 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
 
 
-def test_two_hundred_mutated_tables_are_read_or_refused():
+def test_200_mutated_tables_are_read_or_raise():
     fuzz(200)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_thousands_of_mutated_tables_are_read_or_refused():
+def test_thousands_of_mutated_tables_are_read_or_raise():
     fuzz(int(os.environ.get("HFTL_FUZZ", "5000")))

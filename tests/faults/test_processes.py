@@ -1,4 +1,4 @@
-"""Processes of one run: who waits for whom and how long; what is said, and when, if one of them is lost."""
+"""`hftl.distributed`: barriers with heartbeats, and errors and exit times after the loss of a process."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from hftl.errors import EXIT_PEER_LOST
 GROUP = str(Path(__file__).with_name("group_job.py"))
 TIMEOUT_S = 2.0
 START_S = 60
-"""What starting takes at most, on a machine that is busy with other things."""
+"""Maximum seconds of startup on a busy machine."""
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def mark(tmp_path):
 
 @pytest.fixture
 def group(tmp_path, mark):
-    """Returns a function that starts the processes of a group, as many to a machine as `local` says."""
+    """Returns a function that starts the processes of a group, with `local` processes per machine."""
 
     def start(ranks: list[int], world: int, *arguments: str, local: int = 1) -> list[Job]:
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -43,66 +43,66 @@ def group(tmp_path, mark):
     return start
 
 
-def told(job: Job) -> list[dict]:
+def events(job: Job) -> list[dict]:
     return [json.loads(line) for line in job.out.splitlines()]
 
 
 @pytest.mark.slow
-def test_turns_are_taken_patiently_and_a_failure_is_everybodys(group, mark):
-    """Two processes on one machine, one on another; the main one works for twice the timeout of the group."""
+def test_barrier_waits_beyond_timeout_and_shares_failure(group, mark):
+    """Two processes on one machine and one on another; the main process works for twice the timeout."""
     jobs = group([0, 1, 2], 3, "turns", local=2)
     for job in jobs:
         job.end(START_S)
         assert job.process.returncode == 0, job.out + job.err[-2000:]
-    at = {(line["rank"], line["event"]): line["at"] for job in jobs for line in told(job)}
-    assert at[0, "out"] - at[0, "in"] >= 2 * TIMEOUT_S
-    assert at[0, "out"] <= at[2, "in"] < at[2, "out"] <= at[1, "in"]
-    failed = {line["rank"]: line for job in jobs for line in told(job) if line["event"] == "failed"}
-    assert failed[2]["error"] == "ValueError" and failed[2]["said"] == "mine"
+    times = {(line["rank"], line["event"]): line["at"] for job in jobs for line in events(job)}
+    assert times[0, "leave"] - times[0, "enter"] >= 2 * TIMEOUT_S
+    assert times[0, "leave"] <= times[2, "enter"] < times[2, "leave"] <= times[1, "enter"]
+    failed = {line["rank"]: line for job in jobs for line in events(job) if line["event"] == "failed"}
+    assert failed[2]["error"] == "ValueError" and failed[2]["message"] == "mine"
     for rank in (0, 1):
-        assert failed[rank]["error"] == "PeerError" and "process 2 failed (fail)" in failed[rank]["said"]
-    assert all((rank, "through") in at for rank in range(3)), "a failure that is caught leaves the group in step"
+        assert failed[rank]["error"] == "PeerError" and "process 2 failed (fail)" in failed[rank]["message"]
+    assert all((rank, "finished") in times for rank in range(3)), "processes stay synchronized after a caught failure"
 
 
 @pytest.mark.parametrize(
-    ("how", "where", "words"),
+    ("how", "place", "words"),
     [
-        ("killed", "together", "has not heard of process 1"),
-        pytest.param("stopped", "together", "has not heard of process 1", marks=pytest.mark.slow),
+        ("killed", "barrier", "received no heartbeat from process 1"),
+        pytest.param("stopped", "barrier", "received no heartbeat from process 1", marks=pytest.mark.slow),
         pytest.param("killed", "collective", "has ended or was killed", marks=pytest.mark.slow),
-        pytest.param("stopped", "collective", "did not answer", marks=pytest.mark.slow),
+        pytest.param("stopped", "collective", "did not respond", marks=pytest.mark.slow),
     ],
 )
-def test_a_lost_process_is_one_sentence_in_bounded_time(how, where, words, group, mark):
-    jobs = group([0, 1], 2, how, where)
+def test_lost_process_raises_peer_error_in_bounded_time(how, place, words, group, mark):
+    jobs = group([0, 1], 2, how, place)
     jobs[0].until("begin", START_S)
-    began = time.monotonic()
+    started = time.monotonic()
     jobs[0].end(TIMEOUT_S + 10)
-    print(f"process {how} ({where}), timeout {TIMEOUT_S} s: noticed within {time.monotonic() - began:.1f} s")
-    (line,) = (line for line in told(jobs[0]) if line["event"] == "lost")
-    assert words in line["said"] and "Process 0 of 2" in line["said"] and "--resume auto" in line["said"]
+    print(f"process {how} ({place}), timeout {TIMEOUT_S} s: noticed within {time.monotonic() - started:.1f} s")
+    (line,) = (line for line in events(jobs[0]) if line["event"] == "lost")
+    assert words in line["message"] and "Process 0 of 2" in line["message"] and "--resume auto" in line["message"]
     assert jobs[0].process.returncode == EXIT_PEER_LOST and "Traceback" not in jobs[0].err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_never_comes_is_one_sentence(rank, group, mark):
-    (job,) = group([rank], 2, "killed", "together")
+def test_missing_process_raises_peer_error(rank, group, mark):
+    (job,) = group([rank], 2, "killed", "barrier")
     print(f"process {1 - rank} missing: process {rank} ended after {job.end(START_S):.1f} s in all")
-    (line,) = told(job)
-    assert "did not find the other processes" in line["said"] and "meet at 127.0.0.1" in line["said"]
+    (line,) = events(job)
+    assert "did not find the other processes" in line["message"] and "rendezvous at 127.0.0.1" in line["message"]
     assert job.process.returncode == EXIT_PEER_LOST
 
 
-def test_alone_nothing_is_waited_for_and_errors_of_other_kinds_are_not_explained_away():
+def test_as_peer_error_returns_none_for_other_errors():
     with heartbeat_barrier("work"), main_process_first("work"):
         pass
     for error in (RuntimeError("CUDA error: out of memory"), ValueError("gloo/"), RuntimeError("Timed out")):
         assert as_peer_error(error) is None
 
 
-def test_tokenizing_leaves_it_to_start_to_form_the_group(text_run):
-    """Accelerate's state is made once: made by tokenizing, it would have no timeout, and be of one process on CPUs."""
+def test_encode_initializes_no_accelerate_state(text_run):
+    """Accelerate's state is created once; created by tokenization, it would lack the timeout and the group."""
     from accelerate import PartialState
 
     run, splits, task = hftl.setup_run(text_run(), hftl.TextClassification)
@@ -115,18 +115,18 @@ def test_tokenizing_leaves_it_to_start_to_form_the_group(text_run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_launcher(rank, texts, tiny_bert, tmp_path, mark):
-    """At a random moment of training, on one machine: one of the two processes is killed."""
-    long = {"train__num_epochs": 10_000, "train__log_every": 5, "train__eval_every": 40}
-    command = recipe(texts, tiny_bert, "run", train__timeout_minutes=0.3, **long)
+def test_killed_process_ends_launcher(rank, texts, tiny_bert, tmp_path, mark):
+    """One of two processes on one machine is killed at a random moment of training."""
+    settings = {"train__num_epochs": 10_000, "train__logging_steps": 5, "train__eval_steps": 40}
+    command = recipe(texts, tiny_bert, "run", train__timeout_minutes=0.3, **settings)
     job = Job(torchrun("--nproc_per_node", "2", "--master_port", free_port(), *command), tmp_path / "job", mark)
     job.until("step 10/", START_S)
-    time.sleep(random.SystemRandom().uniform(0, 3))  # the fixtures seed the usual one
+    time.sleep(random.SystemRandom().uniform(0, 3))  # fixtures seed the global generator
     os.kill(rank_of_job(mark, rank), signal.SIGKILL)
-    took = job.end(40)
-    own = "PeerError: " in job.err
-    print(f"rank {rank} killed: the launcher ended after {took:.1f} s; the other one left its sentence: {own}")
+    seconds = job.end(40)
+    has_message = "PeerError: " in job.err
+    print(f"rank {rank} killed: the launcher ended after {seconds:.1f} s; message of the other process: {has_message}")
     assert job.process.returncode != 0
-    assert own or "Signal 9 (SIGKILL)" in job.err, job.err[-3000:]
+    assert has_message or "Signal 9 (SIGKILL)" in job.err, job.err[-3000:]
     assert job.err.count("PeerError: ") <= 1 and 'text_classification.py", line' not in job.err
     assert gone(mark), alive(mark)

@@ -1,4 +1,4 @@
-"""No file of a run holds a secret or a pickle: every byte that a run writes is looked at."""
+"""Redaction of secrets: every file of a run and all output are scanned for secrets and pickles."""
 
 import io
 import pickletools
@@ -34,16 +34,16 @@ def secrets(monkeypatch):
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle, or a zip with pickles in it as torch.save writes."""
+    """Whether a file is a pickle, or a zip file with pickles, as written by torch.save."""
     content = path.read_bytes()
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # skops writes JSON and arrays; an array of objects is a pickle
-            inside = {name: archive.read(name) for name in archive.namelist()}
-        return any(_is_pickled(each) or _holds_objects(each) for each in inside.values())
+        with zipfile.ZipFile(path) as archive:  # skops: JSON and arrays; an array of objects is a pickle
+            members = [archive.read(name) for name in archive.namelist()]
+        return any(_is_pickled(member) or _is_object_array(member) for member in members)
     return _is_pickled(content)
 
 
-def _holds_objects(content: bytes) -> bool:
+def _is_object_array(content: bytes) -> bool:
     try:
         np.load(io.BytesIO(content), allow_pickle=False)
     except ValueError as error:
@@ -60,21 +60,21 @@ def _is_pickled(content: bytes) -> bool:
         return content[:1] == b"\x80" and content[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
 
 
-def look_at(*folders: Path) -> int:
-    """Returns how many files there are, after looking for secrets and pickles in each."""
+def assert_no_secrets(*folders: Path) -> int:
+    """Asserts that no file contains a secret or pickle or has an unknown suffix; returns the number of files."""
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     for file in files:
         content = file.read_bytes()
         for secret in SECRETS:
-            assert secret.encode() not in content, f"{file} holds {secret}"
+            assert secret.encode() not in content, f"{file} contains {secret}"
             assert secret.encode("utf-16-le") not in content, file
         assert not is_pickle(file), f"{file} is a pickle"
-        known = file.suffix in (*TEXTUAL, *BINARY) or "tfevents" in file.name or file.name.startswith("cache-")
-        assert known, f"{file} is of a kind that is not expected"
+        is_known = file.suffix in (*TEXTUAL, *BINARY) or "tfevents" in file.name or file.name.startswith("cache-")
+        assert is_known, f"{file} has an unknown suffix"
     return len(files)
 
 
-def test_the_proof_would_find_what_it_looks_for(tmp_path):
+def test_assert_no_secrets_detects_secrets_and_pickles(tmp_path):
     import pickle
 
     import torch
@@ -91,14 +91,14 @@ def test_the_proof_would_find_what_it_looks_for(tmp_path):
         "new.json",
         "objects.npz",
     }
-    (tmp_path / "told").mkdir()
-    (tmp_path / "told" / "a.json").write_text(f"x{KEY}y")
-    with pytest.raises(AssertionError, match="holds"):
-        look_at(tmp_path / "told")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "a.json").write_text(f"x{KEY}y")
+    with pytest.raises(AssertionError, match="contains"):
+        assert_no_secrets(tmp_path / "secret")
 
 
 @pytest.mark.parametrize(("kind", "method"), [("text", "lora"), ("image", "lora"), ("text", "probe")])
-def test_no_file_of_a_run_holds_a_secret_or_a_pickle(
+def test_run_files_contain_no_secret_or_pickle(
     kind, method, text_run, image_run, secrets, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -107,7 +107,7 @@ def test_no_file_of_a_run_holds_a_secret_or_a_pickle(
     run = replace(run, adapt=replace(run.adapt, probe=ProbeConfig("svm")))
     load_recipe(f"{kind}_classification").main(run)
     (tmp_path / "cache").mkdir(exist_ok=True)
-    assert look_at(tmp_path / "run", tmp_path / "cache") > 12
+    assert assert_no_secrets(tmp_path / "run", tmp_path / "cache") > 12
     printed = "".join(capfd.readouterr())
     assert not any(secret in printed for secret in SECRETS)
     command = (tmp_path / "run" / "environment.json").read_text()
@@ -115,7 +115,7 @@ def test_no_file_of_a_run_holds_a_secret_or_a_pickle(
     assert any("tfevents" in file.name for file in (tmp_path / "run").rglob("*"))
 
 
-def test_settings_are_stored_without_what_is_secret(text_run, secrets, tmp_path):
+def test_saved_settings_contain_no_secret(text_run, secrets, tmp_path):
     rows = [{"text": f"row {n}", "label": "ab"[n % 2]} for n in range(8)]
     run = text_run(batch_size_per_device=2, trackers=["tensorboard"])
     run = replace(run, data=DataConfig(source=f"{PASSWORD}-{TOKEN}", validation_fraction=0.25))
@@ -126,12 +126,12 @@ def test_settings_are_stored_without_what_is_secret(text_run, secrets, tmp_path)
     history = hftl.fit(accelerator, model, task, splits, run)
     metrics = hftl.evaluate(accelerator, model, task, splits, run)
     hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(report, history, metrics))
-    assert look_at(tmp_path / "run") > 10
+    assert assert_no_secrets(tmp_path / "run") > 10
     hftl.load(tmp_path / "run").predict("row")
 
 
 @pytest.mark.parametrize("hub", [pytest.param("lfs", marks=pytest.mark.slow), "xet"], indirect=True)
-def test_a_pushed_run_holds_no_secret_and_no_pickle(hub, text_run, tmp_path, monkeypatch):
+def test_pushed_run_contains_no_secret_or_pickle(hub, text_run, tmp_path, monkeypatch):
     from huggingface_hub import snapshot_download
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -146,19 +146,19 @@ def test_a_pushed_run_holds_no_secret_and_no_pickle(hub, text_run, tmp_path, mon
             )
 
 
-def test_what_is_printed_and_raised_tells_no_secret(secrets, capsys):
+def test_logs_and_errors_contain_no_secret(secrets, capsys):
     source = f"https://alice:{TOKEN}@example.org/{PASSWORD}/data"
     log(f"data: {source} {KEY}")
     with pytest.raises(DataError) as caught:
         hftl.load_splits(DataConfig(source=source))
-    with pytest.raises(hftl.HftlError) as together:
+    with pytest.raises(hftl.HftlError) as setup:
         hftl.setup_run(RunConfig(DataConfig(source=source)), hftl.TextClassification)
-    printed = capsys.readouterr().out + str(caught.value) + str(together.value) + repr(together.value.problems)
-    assert not any(secret in printed for secret in SECRETS) and "https://***@example.org/***/data" in printed
+    output = capsys.readouterr().out + str(caught.value) + str(setup.value) + repr(setup.value.problems)
+    assert not any(secret in output for secret in SECRETS) and "https://***@example.org/***/data" in output
 
 
 @pytest.mark.parametrize(
-    ("text", "clean"),
+    ("text", "redacted"),
     [
         (f"x {TOKEN} y", "x hf_*** y"),
         ("https://user:secret@host/path", "https://***@host/path"),
@@ -167,16 +167,16 @@ def test_what_is_printed_and_raised_tells_no_secret(secrets, capsys):
         ("hf-hub:timm/x hf_x", "hf-hub:timm/x hf_x"),
     ],
 )
-def test_only_what_is_secret_is_taken_out(text, clean, monkeypatch):
+def test_redact_removes_only_secrets(text, redacted, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    assert redact(text) == clean
+    assert redact(text) == redacted
 
 
 @pytest.mark.parametrize(
-    "command", ["\x1b]0;owned\x07", "\x1b[2J", "\r", "\x9b31m", "\u202eevil", "\x00", "\x7f", "\u2066"]
+    "characters", ["\x1b]0;owned\x07", "\x1b[2J", "\r", "\x9b31m", "\u202eevil", "\x00", "\x7f", "\u2066"]
 )
-def test_characters_that_command_a_terminal_are_written_out(command, capsys):
-    log(f"data: labels {command}cat")
-    text = capsys.readouterr().out + str(DataError(f"label {command}dog"))
-    assert command not in text and "cat" in text and "dog" in text and "\\" in text
+def test_log_and_errors_escape_terminal_control_characters(characters, capsys):
+    log(f"data: labels {characters}cat")
+    text = capsys.readouterr().out + str(DataError(f"label {characters}dog"))
+    assert characters not in text and "cat" in text and "dog" in text and "\\" in text
     assert sanitize("tab\tnewline\n\u00e9\U0001f642") == "tab\tnewline\n\u00e9\U0001f642"

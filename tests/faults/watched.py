@@ -1,4 +1,4 @@
-"""Processes that are started, watched and, whatever happens, ended; all of them with the parts that tests share."""
+"""Child processes of fault tests: start with captured output, search by environment variable, and cleanup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THR
 
 
 class Job:
-    """A command with its output in files, in a folder of its own; `mark` is found in all processes that it starts."""
+    """Child process with its output in files of `folder`; its descendants inherit `mark` as HFTL_TEST."""
 
     def __init__(self, command: list[str], folder: Path, mark: str, **environment: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,26 +40,26 @@ class Job:
         return (self.folder / "err.txt").read_text()
 
     def until(self, text: str, limit: float = 120) -> None:
-        """Waits until `text` was printed."""
-        ends = time.monotonic() + limit
+        """Waits until the output contains `text`; fails after `limit` seconds."""
+        deadline = time.monotonic() + limit
         while text not in self.out:
-            assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.out}\n{self.err[-3000:]}"
-            assert time.monotonic() < ends, f"no '{text}' in {limit} s: {self.out}\n{self.err[-3000:]}"
+            assert self.process.poll() is None, f"status {self.process.returncode}: {self.out}\n{self.err[-3000:]}"
+            assert time.monotonic() < deadline, f"no '{text}' in {limit} s: {self.out}\n{self.err[-3000:]}"
             time.sleep(0.05)
 
     def end(self, limit: float) -> float:
-        """Waits for the end of the process and returns the seconds that it took."""
-        began = time.monotonic()
+        """Waits for the end of the process and returns the elapsed seconds; fails after `limit` seconds."""
+        start = time.monotonic()
         try:
             self.process.wait(limit)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"alive after {limit} s: {self.out[-1500:]}\n{self.err[-3000:]}") from None
-        return time.monotonic() - began
+        return time.monotonic() - start
 
 
 def alive(mark: str) -> dict[int, dict[str, str]]:
-    """Returns pid -> environment of the living processes that were started under `mark`, which all inherit."""
-    found = {}
+    """Returns the environment of running processes with HFTL_TEST equal to `mark`, by pid."""
+    environments = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             pairs = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
@@ -67,19 +67,20 @@ def alive(mark: str) -> dict[int, dict[str, str]]:
         except (OSError, IndexError):
             continue
         if f"HFTL_TEST={mark}" in pairs and state != "Z":
-            found[int(folder.name)] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-    return found
+            environments[int(folder.name)] = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    return environments
 
 
 def rank_of_job(mark: str, rank: int) -> int:
-    """Returns the pid of one of a launcher's processes."""
+    """Returns the pid of the launched process with a rank."""
     (pid,) = (pid for pid, environment in alive(mark).items() if environment.get("RANK") == str(rank))
     return pid
 
 
 def gone(mark: str, within: float = 3) -> bool:
-    ends = time.monotonic() + within
-    while alive(mark) and time.monotonic() < ends:
+    """Whether all processes with `mark` end within a number of seconds."""
+    deadline = time.monotonic() + within
+    while alive(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not alive(mark)
 
@@ -96,7 +97,7 @@ def free_port() -> str:
 
 
 def recipe(source: object, model: str, output: str, **settings: object) -> list[str]:
-    """Returns the text recipe with options; in a job that may last, `num_epochs` is given so that it does."""
+    """Returns the path of the text recipe, followed by flags; `__` in setting names stands for a dot."""
     options = {
         "data.source": source,
         "model.name": model,
@@ -105,7 +106,7 @@ def recipe(source: object, model: str, output: str, **settings: object) -> list[
         "train.trackers": "[]",
         "train.lr": 1e-3,
     } | {name.replace("__", "."): value for name, value in settings.items()}
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    flags = [argument for name, value in options.items() for argument in (f"--{name}", str(value))]
     return [str(ROOT / "recipes" / "text_classification.py"), *flags]
 
 

@@ -1,6 +1,6 @@
-"""Passes over rows prepared by worker processes, one of which may misbehave: `worker_job.py '{"fault": …, "row": …}'`.
+"""Epoch over rows from data loader workers with an injected fault: `worker_job.py '{"fault": …, "row": …}'`.
 
-Prints a JSON line for everything that happens, with the time since the pass began.
+Prints events as JSON lines, with the seconds since the start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hftl.loading.workers import Batches
 
 
 class Faulty:
-    """30 rows; fetching row `row` hangs, dies or raises."""
+    """30 rows; fetching `row` hangs, kills the worker or raises."""
 
     lengths = None
 
@@ -34,7 +34,7 @@ class Faulty:
             if self.fault == "hang":
                 time.sleep(10_000)
             elif self.fault == "die":
-                time.sleep(0.3)  # so that the main process is somewhere in its own work by then
+                time.sleep(0.3)  # so that the main process is busy
                 os.kill(os.getpid(), signal.SIGKILL)
             elif self.fault == "exit":
                 os._exit(3)
@@ -47,43 +47,43 @@ def collate(examples):
     return {"value": torch.tensor([example["value"] for example in examples])}
 
 
-def tell(**what) -> None:
-    print(json.dumps(what | {"seconds": round(time.monotonic() - BEGAN, 2)}), flush=True)
+def emit(**event) -> None:
+    print(json.dumps(event | {"seconds": round(time.monotonic() - STARTED, 2)}), flush=True)
 
 
-def opened(rows: Faulty, workers: int, timeout: float = 0) -> Batches:
+def open_loader(rows: Faulty, workers: int, timeout: float = 0) -> Batches:
     share = Share(0, 1, 2)
     batches = lambda: eval_batches(len(rows), None, share)  # noqa: E731
     return make_loader(rows, batches, collate, device="cpu", num_workers=workers, timeout=timeout)
 
 
-def passes(spec: dict) -> None:
-    loader = opened(Faulty(spec["fault"], spec.get("row", -1)), 2, spec.get("timeout", 0))
+def run(spec: dict) -> None:
+    loader = open_loader(Faulty(spec["fault"], spec.get("row", -1)), 2, spec.get("timeout", 0))
     if not spec.get("with", True):
-        return go_through(loader, spec)
+        return iterate(loader, spec)
     with loader as batches:
-        go_through(batches, spec)
+        iterate(batches, spec)
 
 
-def go_through(batches, spec: dict) -> None:
-    seen = []
+def iterate(batches, spec: dict) -> None:
+    indices = []
     for batch in batches:
-        seen += batch["index"].tolist()
+        indices += batch["index"].tolist()
         assert batch["value"].tolist() == batch["index"].tolist()
-        tell(delivered=len(seen))
-        ends = time.monotonic() + spec.get("work", 0)
-        while time.monotonic() < ends:  # a model at work
+        emit(delivered=len(indices))
+        end = time.monotonic() + spec.get("work", 0)
+        while time.monotonic() < end:  # computation of the model
             pass
-    tell(complete=seen == list(range(30)))
+    emit(complete=indices == list(range(30)))
 
 
 if __name__ == "__main__":
     SPEC = json.loads(sys.argv[1])
-    BEGAN = time.monotonic()
+    STARTED = time.monotonic()
     try:
-        passes(SPEC)
+        run(SPEC)
     except HftlError as error:
-        tell(error=type(error).__name__, problems=error.problems)
+        emit(error=type(error).__name__, problems=error.problems)
         sys.exit(error.exit_code)
     finally:
-        tell(over=True)
+        emit(over=True)

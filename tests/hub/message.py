@@ -1,4 +1,4 @@
-"""A request as the routes see it, and what they answer."""
+"""Requests and responses of the Hub server."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .store import Refusal, User
+from .store import HubError, User
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request; `user` is whom its token stands for, if anyone."""
+    """HTTP request; `user` is the owner of its token, None for an unknown or missing token."""
 
     method: str
     path: str
@@ -27,34 +27,34 @@ class Request:
     def json(self) -> Any:
         return json.loads(self.body or b"{}")
 
-    def bytes_of(self, size: int) -> range:
-        """Returns the positions that the Range header asks for in content of `size` bytes; all without the header."""
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "bytes=0-")
-        if asked is None or (int(asked[1]) >= size > 0):
-            raise Refusal(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
-        return range(int(asked[1]), min(int(asked[2] or size), size - 1) + 1)
+    def byte_range(self, size: int) -> range:
+        """Returns the byte positions of the Range header in content of `size` bytes; all without the header."""
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "bytes=0-")
+        if requested is None or (int(requested[1]) >= size > 0):
+            raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
+        return range(int(requested[1]), min(int(requested[2] or size), size - 1) + 1)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An answer: bytes, or anything else to be sent as JSON."""
+class Response:
+    """HTTP response; a body other than bytes is sent as JSON."""
 
     body: Any = field(default_factory=dict)
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def refusal(cls, refusal: Refusal) -> Answer:
-        code = {"X-Error-Code": refusal.code} if refusal.code else {}
-        message = {"X-Error-Message": refusal.message.splitlines()[-1].encode("ascii", "replace").decode()}
-        return cls({"error": refusal.message}, refusal.status, {**refusal.headers, **code, **message})
+    def error(cls, error: HubError) -> Response:
+        code = {"X-Error-Code": error.code} if error.code else {}
+        message = {"X-Error-Message": error.message.splitlines()[-1].encode("ascii", "replace").decode()}
+        return cls({"error": error.message}, error.status, {**error.headers, **code, **message})
 
     @classmethod
-    def content(cls, request: Request, data: bytes, headers: Mapping[str, str]) -> Answer:
-        """Answers with `data`, or with the part of it that the request's Range header names."""
+    def content(cls, request: Request, data: bytes, headers: Mapping[str, str]) -> Response:
+        """Returns a response with `data`, or with the range of the request's Range header."""
         headers = {**headers, "Accept-Ranges": "bytes"}
         if "Range" not in request.headers:
             return cls(data, 200, headers)
-        part = request.bytes_of(len(data))
-        position = f"bytes {part.start}-{part.stop - 1}/{len(data)}"
-        return cls(data[part.start : part.stop], 206, {**headers, "Content-Range": position})
+        positions = request.byte_range(len(data))
+        content_range = f"bytes {positions.start}-{positions.stop - 1}/{len(data)}"
+        return cls(data[positions.start : positions.stop], 206, {**headers, "Content-Range": content_range})

@@ -1,4 +1,4 @@
-"""The HTTP side of the hub: reads requests, breaks the chosen ones, finds the route, answers, keeps a log."""
+"""HTTP server of the Hub: request parsing, fault injection, routing and request log."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from . import api, xet
-from .message import Answer, Request
-from .store import File, Refusal, Repo, Store, User
+from .message import Request, Response
+from .store import File, HubError, Repo, Store, User
 
-# The stages of a push, for Fault.match.
+# stages of a push, for Fault.match
 CREATE = r"^POST /api/repos/create"
 PREUPLOAD = r"^POST .*/preupload/"
 WEIGHTS = r"^(PUT /lfs/|POST .*/xorbs/)"
 COMMIT = r"^POST .*/commit/"
 
-ROUTES = [(method, re.compile(pattern), answer) for method, pattern, answer in api.ROUTES + xet.ROUTES]
+ROUTES = [(method, re.compile(pattern), handler) for method, pattern, handler in api.ROUTES + xet.ROUTES]
 
 
 @dataclass
 class Fault:
-    """Breaks the next `times` requests whose "METHOD /path" the regular expression `match` finds.
+    """Fault of the next `times` requests whose "METHOD /path" matches the regular expression `match`.
 
     Attributes:
-        action: an HTTP status to answer with; "reset": the connection is closed before the body is read;
-            "drop": closed after the body is read, nothing done; "lost": the request is carried out and the answer
-            never sent; "stall": carried out `seconds` later; or a function to call before the request is looked at.
-        times: how many requests; math.inf for all.
+        match: Regular expression.
+        action: HTTP status of the response; "reset": closes the connection before the body is read; "drop": closes it
+            after the body is read, without effect; "lost": handles the request without a response; "stall": handles
+            it after `seconds`; or a function that is called before the request is handled.
+        times: Number of requests; math.inf for all.
+        seconds: Duration of a stall.
+        headers: Headers of an error response.
+        body: Error message of an error response.
     """
 
     match: str
@@ -46,11 +50,11 @@ class Fault:
     body: str = "broken by the test"
 
 
-UNBROKEN = Fault("", "")
+NO_FAULT = Fault("", "")
 
 
 class Logged(NamedTuple):
-    """A request and what came of it: an HTTP status, or the action of the fault that left it unanswered."""
+    """Logged request; `status` is the HTTP status, or the action of the fault that prevented a response."""
 
     method: str
     path: str
@@ -59,14 +63,14 @@ class Logged(NamedTuple):
 
 
 class Hub:
-    """A hub on a free port of 127.0.0.1; it answers while the `with` block runs and refuses connections before.
+    """Hub server on 127.0.0.1; it accepts connections inside the `with` block only.
 
     Args:
-        users: whom each token stands for. Taking a token out revokes it.
-        port: 0 for a free one.
+        users: Users by token. Removing a token revokes it.
+        port: Port; 0 for a free one.
 
     Attributes:
-        mode: "lfs" or "xet", how the clients of the running test send weights; the hub itself takes both.
+        mode: "lfs" or "xet", the upload protocol of the clients in the current test; the server supports both.
     """
 
     mode = "xet"
@@ -74,7 +78,7 @@ class Hub:
     def __init__(self, users: Mapping[str, User], port: int = 0):
         self.lock = threading.RLock()
         self.connections: set[socket.socket] = set()
-        self.released = threading.Event()  # ends stalls
+        self.stall_ended = threading.Event()
         self.reset(users)
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", port), handler, bind_and_activate=False)
@@ -83,13 +87,13 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def reset(self, users: Mapping[str, User]) -> None:
-        """Makes the hub new and empty."""
-        self.released.set()
+        """Removes all repositories, faults and logged requests, and ends stalls."""
+        self.stall_ended.set()
         with self.lock:
             self.users, self.store, self.xet = dict(users), Store(), xet.ContentStore()
             self.faults: list[Fault] = []
             self.log: list[Logged] = []
-            self.released = threading.Event()
+            self.stall_ended = threading.Event()
 
     def __enter__(self) -> Hub:
         self.server.server_activate()
@@ -97,15 +101,15 @@ class Hub:
         return self
 
     def __exit__(self, *_) -> None:
-        self.released.set()
+        self.stall_ended.set()
         self.server.shutdown()
         self.server.server_close()
-        for connection in list(self.connections):  # the server goes on serving open ones
+        for connection in list(self.connections):  # the server would continue to serve open connections
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def add_repo(self, repo_id: str, files: Mapping[str, bytes] | None = None, private=False, gated=False) -> Repo:
-        """Adds a repository that is simply there."""
+        """Adds a repository without a request."""
         repo = self.store.repos[repo_id] = Repo(repo_id, private, gated)
         if files:
             content = {path: File(data, api.is_lfs(path, len(data))) for path, data in files.items()}
@@ -113,10 +117,10 @@ class Hub:
         return repo
 
     def requests(self, match: str) -> list[Logged]:
-        """Returns the logged requests whose "METHOD /path" the regular expression finds."""
+        """Returns the logged requests whose "METHOD /path" matches a regular expression."""
         return [logged for logged in self.log if re.search(match, f"{logged.method} {logged.path}")]
 
-    def fault_for(self, request: str) -> Fault | None:
+    def match_fault(self, request: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and re.search(fault.match, request):
@@ -124,24 +128,24 @@ class Hub:
                     return fault
         return None
 
-    def answer(self, request: Request) -> Answer:
-        """Finds the route of a request and carries it out; refusals become answers."""
+    def respond(self, request: Request) -> Response:
+        """Returns the response of the matching route; a `HubError` becomes an error response."""
         if request.token is not None and request.user is None and not request.path.startswith(xet.PREFIX):
-            return Answer.refusal(Refusal(401, "Invalid credentials in Authorization header"))
-        for methods, pattern, respond in ROUTES:
-            if request.method in methods.split() and (found := pattern.fullmatch(request.path)):
+            return Response.error(HubError(401, "Invalid credentials in Authorization header"))
+        for methods, pattern, handler in ROUTES:
+            if request.method in methods.split() and (match := pattern.fullmatch(request.path)):
                 try:
                     with self.lock:
-                        return respond(self, request, *(part and unquote(part) for part in found.groups()))
-                except Refusal as refusal:
-                    return Answer.refusal(refusal)
+                        return handler(self, request, *(group and unquote(group) for group in match.groups()))
+                except HubError as error:
+                    return Response.error(error)
                 except Exception:
-                    return Answer.refusal(Refusal(500, traceback.format_exc()))
-        return Answer.refusal(Refusal(404, f"no such route: {request.method} {request.path}"))
+                    return Response.error(HubError(500, traceback.format_exc()))
+        return Response.error(HubError(404, f"no such route: {request.method} {request.path}"))
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection of a client."""
+    """Handler of one client connection."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -156,13 +160,13 @@ class _Handler(BaseHTTPRequestHandler):
             super().finish()
 
     def log_message(self, format: str, *args):
-        pass  # hub.log is the log
+        pass  # requests are logged in hub.log
 
     def handle_request(self):
-        hub, url, released = self.hub, urlsplit(self.path), self.hub.released
-        fault = hub.fault_for(f"{self.command} {url.path}") or UNBROKEN
+        hub, url, stall_ended = self.hub, urlsplit(self.path), self.hub.stall_ended
+        fault = hub.match_fault(f"{self.command} {url.path}") or NO_FAULT
         if fault.action == "reset":
-            return self.hang_up("reset", None)
+            return self.close_without_response("reset", None)
         body = self.read_body()
         if callable(fault.action):
             fault.action()
@@ -171,24 +175,24 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.title(): value for name, value in self.headers.items()}
         request = Request(self.command, url.path, dict(parse_qsl(url.query)), headers, body, token, user)
         if fault.action == "drop":
-            return self.hang_up("drop", user)
-        if fault.action == "stall" and released.wait(fault.seconds):  # the hub has been reset meanwhile
+            return self.close_without_response("drop", user)
+        if fault.action == "stall" and stall_ended.wait(fault.seconds):  # the hub was reset during the stall
             self.close_connection = True
             return None
         if isinstance(fault.action, int):
-            answer = Answer({"error": fault.body}, fault.action, fault.headers)
+            response = Response({"error": fault.body}, fault.action, fault.headers)
         else:
-            answer = hub.answer(request)
+            response = hub.respond(request)
         if fault.action == "lost":
-            return self.hang_up("lost", user)
-        # Logged first: the client may look at the log as soon as it has its answer.
-        hub.log.append(Logged(self.command, self.path, answer.status, user and user.name))
+            return self.close_without_response("lost", user)
+        # log first: the test may read the log as soon as the client has the response
+        hub.log.append(Logged(self.command, self.path, response.status, user and user.name))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.send(answer)
+            self.send(response)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
-    def hang_up(self, reason: str, user: User | None) -> None:
+    def close_without_response(self, reason: str, user: User | None) -> None:
         self.hub.log.append(Logged(self.command, self.path, reason, user and user.name))
         self.close_connection = True
 
@@ -202,11 +206,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def send(self, answer: Answer) -> None:
-        body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
-        kind = "application/octet-stream" if isinstance(answer.body, bytes) else "application/json"
-        self.send_response(answer.status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **answer.headers}.items():
+    def send(self, response: Response) -> None:
+        body = response.body if isinstance(response.body, bytes) else json.dumps(response.body).encode()
+        kind = "application/octet-stream" if isinstance(response.body, bytes) else "application/json"
+        self.send_response(response.status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **response.headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -1,8 +1,10 @@
-"""The routes of a Xet content store: what hf_xet sends files to and fetches them from.
+"""Routes of a Xet content store, for uploads and downloads by hf_xet.
 
-A *chunk* is a piece of content of some 64 KiB, perhaps packed; a *xorb* is a row of chunks; a *shard* tells which
-chunks of which xorbs make up a file. Formats: https://huggingface.co/docs/xet. The sum of a file is checked when its
-shard arrives; from then on it can be committed, and fetched with and without Xet.
+A *chunk* is about 64 KiB of content, possibly compressed. A *xorb* is a sequence of chunks. A *shard* lists the chunks
+and xorbs of files. The upload of a shard verifies the SHA-256 of its files; afterwards a file can be committed, and
+downloaded with and without Xet.
+
+Source: https://huggingface.co/docs/xet (formats).
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow
 
 from .api import MODEL
-from .message import Answer, Request
-from .store import Refusal
+from .message import Request, Response
+from .store import HubError
 
 if TYPE_CHECKING:
     from .server import Hub
@@ -29,7 +31,7 @@ END_OF_FILES = b"\xff" * 32
 
 
 class Chunk(NamedTuple):
-    """Where a chunk lies in its xorb: the header starts at `start`, the packed content is `body`."""
+    """Position of a chunk in its xorb: the header starts at `start`, the compressed content is `body`."""
 
     start: int
     body: slice
@@ -44,17 +46,17 @@ class Chunk(NamedTuple):
         if self.scheme == LZ4:
             return content
         if self.scheme != LZ4_OF_GROUPED_BYTES:
-            raise Refusal(400, f"unknown packing of a chunk: {self.scheme}")
+            raise HubError(400, f"unknown compression scheme of a chunk: {self.scheme}")
         ungrouped, at = bytearray(self.size), 0
-        for remainder in range(4):  # the bytes at positions 0, 4, 8, …, then those at 1, 5, 9, …
+        for remainder in range(4):  # bytes at positions 0, 4, 8, …, then those at 1, 5, 9, …
             count = len(range(remainder, self.size, 4))
             ungrouped[remainder::4] = content[at : at + count]
             at += count
         return bytes(ungrouped)
 
 
-def chunks_of(xorb: bytes) -> list[Chunk]:
-    """Reads the 8-byte headers: version, packed size (3 bytes), packing, size (3 bytes), little-endian."""
+def parse_chunks(xorb: bytes) -> list[Chunk]:
+    """Parses 8-byte headers: version, compressed size (3 bytes), scheme, size (3 bytes), little-endian."""
     chunks, at = [], 0
     while at + 8 <= len(xorb) and xorb[at : at + 7] != b"XETBLOB":  # a footer may follow
         packed = int.from_bytes(xorb[at + 1 : at + 4], "little")
@@ -65,7 +67,7 @@ def chunks_of(xorb: bytes) -> list[Chunk]:
 
 
 class Term(NamedTuple):
-    """A part of a file: chunks `first` to before `last` of a xorb, `size` bytes when unpacked."""
+    """Segment of a file: chunks `first` (inclusive) to `last` (exclusive) of a xorb, `size` decompressed bytes."""
 
     xorb: str
     size: int
@@ -74,13 +76,13 @@ class Term(NamedTuple):
 
 
 def hash_text(raw: bytes) -> str:
-    """Returns a Xet hash as text: four little-endian words of 64 bits."""
+    """Returns a Xet hash as hexadecimal text: four little-endian 64-bit words."""
     return "".join(f"{word:016x}" for word in struct.unpack("<4Q", raw))
 
 
-def files_of(shard: bytes) -> Iterator[tuple[str, str | None, list[Term]]]:
-    """Yields the Xet hash, the SHA-256 if told, and the terms of each file; every record has 48 bytes."""
-    records = (shard[at : at + 48] for at in range(48, len(shard), 48))  # behind the header
+def parse_files(shard: bytes) -> Iterator[tuple[str, str | None, list[Term]]]:
+    """Yields Xet hash, SHA-256 (None if missing) and terms of each file; a record has 48 bytes."""
+    records = (shard[at : at + 48] for at in range(48, len(shard), 48))  # after the header
     for record in records:
         if record[:32] == END_OF_FILES:
             return
@@ -89,7 +91,7 @@ def files_of(shard: bytes) -> Iterator[tuple[str, str | None, list[Term]]]:
         for _ in range(count):
             term = next(records)
             terms.append(Term(hash_text(term[:32]), *struct.unpack_from("<III", term, 36)))
-        if flags & 1 << 31:  # a sum for each term, which we compute from the content itself
+        if flags & 1 << 31:  # skip the checksum of each term; the file's SHA-256 is verified
             for _ in range(count):
                 next(records)
         sha256 = hash_text(next(records)[:32]) if flags & 1 << 30 else None
@@ -97,13 +99,12 @@ def files_of(shard: bytes) -> Iterator[tuple[str, str | None, list[Term]]]:
 
 
 class ContentStore:
-    """Xorbs and files of one hub.
+    """Xorbs and files of one Hub server.
 
     Attributes:
-        number: a part of its address. hf_xet remembers per address what it has sent, so that a hub that was made
-            empty needs an address of its own.
+        number: Component of the URL. hf_xet caches uploads per URL, so a reset server needs a new one.
         hashes: Xet hashes by SHA-256.
-        tokens: the hub token, the repository and "read" or "write", by the token given out for them.
+        tokens: (Hub token, repository, "read" or "write") by Xet token.
     """
 
     def __init__(self):
@@ -115,81 +116,81 @@ class ContentStore:
 
     def xorb(self, name: str) -> bytes:
         if name not in self.xorbs:
-            raise Refusal(404, f"no xorb {name}")
+            raise HubError(404, f"no xorb {name}")
         return self.xorbs[name]
 
     def content(self, terms: list[Term]) -> bytes:
-        parts = []
+        segments = []
         for term in terms:
             xorb = self.xorb(term.xorb)
-            part = b"".join(chunk.unpack(xorb) for chunk in chunks_of(xorb)[term.first : term.last])
-            if len(part) != term.size:
-                raise Refusal(400, f"a term has {len(part)} bytes, its shard says {term.size}")
-            parts.append(part)
-        return b"".join(parts)
+            segment = b"".join(chunk.unpack(xorb) for chunk in parse_chunks(xorb)[term.first : term.last])
+            if len(segment) != term.size:
+                raise HubError(400, f"a term has {len(segment)} bytes, its shard has {term.size}")
+            segments.append(segment)
+        return b"".join(segments)
 
 
-def token(hub: Hub, request: Request, repo_id: str, right: str, revision: str) -> Answer:
+def token(hub: Hub, request: Request, repo_id: str, right: str, revision: str) -> Response:
     (hub.store.writable if right == "write" else hub.store.fetchable)(repo_id, request.user)
-    given = secrets.token_hex(8)
-    hub.xet.tokens[given] = (request.token, repo_id, right)
+    access_token = secrets.token_hex(8)
+    hub.xet.tokens[access_token] = (request.token, repo_id, right)
     url, expires = f"{hub.url}{PREFIX}{hub.xet.number}", int(time.time()) + 3600
-    # hf_xet reads the body, huggingface_hub the headers.
-    headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": given, "X-Xet-Token-Expiration": str(expires)}
-    return Answer({"casUrl": url, "accessToken": given, "exp": expires}, headers=headers)
+    # hf_xet reads the body, huggingface_hub the headers
+    headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": access_token, "X-Xet-Token-Expiration": str(expires)}
+    return Response({"casUrl": url, "accessToken": access_token, "exp": expires}, headers=headers)
 
 
 def check(hub: Hub, request: Request, number: str, right: str) -> None:
-    """Refuses tokens that this store did not give out, or whose hub token has been revoked since."""
-    hub_token, repo_id, given = hub.xet.tokens.get(request.token or "", (None, "", ""))
-    if number != hub.xet.number or not given or (hub_token is not None and hub_token not in hub.users):
-        raise Refusal(401, "this Xet token is not valid")
+    """Raises HubError for tokens that this store did not issue, or whose Hub token was revoked."""
+    hub_token, repo_id, granted = hub.xet.tokens.get(request.token or "", (None, "", ""))
+    if number != hub.xet.number or not granted or (hub_token is not None and hub_token not in hub.users):
+        raise HubError(401, "this Xet token is not valid")
     user = hub.users.get(hub_token or "")
     (hub.store.writable if right == "write" else hub.store.fetchable)(repo_id, user)
 
 
-def put_xorb(hub: Hub, request: Request, number: str, name: str) -> Answer:
+def put_xorb(hub: Hub, request: Request, number: str, name: str) -> Response:
     check(hub, request, number, "write")
     hub.xet.xorbs[name] = request.body
-    return Answer({"was_inserted": True})
+    return Response({"was_inserted": True})
 
 
-def put_shard(hub: Hub, request: Request, number: str) -> Answer:
+def put_shard(hub: Hub, request: Request, number: str) -> Response:
     check(hub, request, number, "write")
-    for name, told, terms in files_of(request.body):
+    for name, expected, terms in parse_files(request.body):
         content = hub.xet.content(terms)
         sha256 = hashlib.sha256(content).hexdigest()
-        if told not in (None, sha256):
-            raise Refusal(400, f"file {name} has the SHA-256 {sha256}, its shard says {told}")
-        hub.xet.files[name], hub.xet.hashes[sha256], hub.store.sent[sha256] = terms, name, content
-    return Answer({"result": 1})
+        if expected not in (None, sha256):
+            raise HubError(400, f"file {name} has the SHA-256 {sha256}, its shard has {expected}")
+        hub.xet.files[name], hub.xet.hashes[sha256], hub.store.uploaded[sha256] = terms, name, content
+    return Response({"result": 1})
 
 
-def reconstruction(hub: Hub, request: Request, number: str, name: str) -> Answer:
-    """Tells from which bytes of which xorbs the asked part of a file is made."""
+def reconstruction(hub: Hub, request: Request, number: str, name: str) -> Response:
+    """Returns the byte ranges of xorbs that contain the requested range of a file."""
     check(hub, request, number, "read")
     if name not in hub.xet.files:
-        raise Refusal(404, f"no file {name}")
-    asked = request.bytes_of(sum(term.size for term in hub.xet.files[name]))
+        raise HubError(404, f"no file {name}")
+    requested = request.byte_range(sum(term.size for term in hub.xet.files[name]))
     terms, sources, offset, at = [], {}, 0, 0
     for term in hub.xet.files[name]:
         begin, at = at, at + term.size
-        if at <= asked.start or begin >= asked.stop:
+        if at <= requested.start or begin >= requested.stop:
             continue
         if not terms:
-            offset = asked.start - begin
+            offset = requested.start - begin
         chunks = {"start": term.first, "end": term.last}
         terms.append({"hash": term.xorb, "unpacked_length": term.size, "range": chunks})
-        needed = chunks_of(hub.xet.xorb(term.xorb))[term.first : term.last]
-        position = {"start": needed[0].start, "end": needed[-1].body.stop - 1}
-        source = {"range": chunks, "url": f"{hub.url}{PREFIX}{number}/data/{term.xorb}", "url_range": position}
+        term_chunks = parse_chunks(hub.xet.xorb(term.xorb))[term.first : term.last]
+        positions = {"start": term_chunks[0].start, "end": term_chunks[-1].body.stop - 1}
+        source = {"range": chunks, "url": f"{hub.url}{PREFIX}{number}/data/{term.xorb}", "url_range": positions}
         if source not in sources.setdefault(term.xorb, []):
             sources[term.xorb].append(source)
-    return Answer({"offset_into_first_range": offset, "terms": terms, "fetch_info": sources})
+    return Response({"offset_into_first_range": offset, "terms": terms, "fetch_info": sources})
 
 
-def xorb_data(hub: Hub, request: Request, number: str, name: str) -> Answer:
-    return Answer.content(request, hub.xet.xorb(name), {})  # the public hub's address is signed: no token
+def xorb_data(hub: Hub, request: Request, number: str, name: str) -> Response:
+    return Response.content(request, hub.xet.xorb(name), {})  # no token: the public Hub uses signed URLs
 
 
 STORE = f"{PREFIX}([0-9a-f]+)"

@@ -1,1 +1,1 @@
-"""Layouts of data on disk."""
+"""Supported layouts of datasets: COCO, Pascal VOC, mask folders, in-memory rows, embedded digits."""

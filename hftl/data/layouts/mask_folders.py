@@ -1,4 +1,4 @@
-"""Folders of images with folders of masks beside them -> rows with the columns `image` and `mask`."""
+"""Segmentation folders: image and mask folders as rows with the columns `image` and `mask`."""
 
 from __future__ import annotations
 
@@ -18,67 +18,66 @@ if TYPE_CHECKING:
 
 _IMAGES = ("images", "image", "imgs", "img", "jpegimages")
 _MASKS = ("masks", "mask", "annotations", "annotation", "annot", "labels", "segmentation", "segmentationclass")
-_ENDING = re.compile(r"[_-](masks?|seg|labels?|l|gt|annot)$", re.IGNORECASE)
-"""What the name of a mask may have that the name of its image has not."""
+_SUFFIX = re.compile(r"[_-](masks?|seg|labels?|l|gt|annot)$", re.IGNORECASE)
+"""Suffix of mask names that image names lack."""
 
 
 def open_mask_folders(path: Path) -> Mapping[str, Dataset] | None:
-    """Returns the images and masks of a folder by split, or None where it is laid out otherwise.
+    """Returns images and masks by split, or None for other layouts.
 
-    Layouts: `SPLIT/` and `SPLITannot/` (or `SPLIT_masks/`, …); `images/` and `masks/` in each split's folder, or around
-    the folders of the splits, or without splits. A mask has the name of its image, but for the ending.
+    Layouts: `SPLIT/` and `SPLITannot/` (or `SPLIT_masks/`, …); `images/` and `masks/` inside or around the split
+    folders, or without splits. A mask has the name of its image, except for the extension and an optional suffix.
 
     Raises:
-        DataError: There are folders of both, and no mask is named as an image is, or several files are one image or
-            the mask of one.
+        DataError: No mask has the name of an image, or several files match one image or its mask.
     """
-    pairs = _pairs_of_folders(path)
-    found = {split: (pair.images, pair.masks) for split, pair in pairs.items() if pair.images and pair.masks}
+    pairs = _folder_pairs(path)
+    complete = {split: (pair.images, pair.masks) for split, pair in pairs.items() if pair.images and pair.masks}
     for split, pair in pairs.items():
-        if found and split not in found:
-            log(f"data: split '{pair.name}' has no {'masks' if pair.images else 'images'} and is not used")
-    return {split: _rows(*pair) for split, pair in found.items()} or None
+        if complete and split not in complete:
+            log(f"data: split '{pair.name}' has no {'masks' if pair.images else 'images'} and is ignored")
+    return {split: _rows(*folders) for split, folders in complete.items()} or None
 
 
-def folders_of_masks(path: Path) -> list[Path]:
-    """Returns the folders whose masks `open_mask_folders` would use."""
-    return [pair.masks for pair in _pairs_of_folders(path).values() if pair.images and pair.masks]
+def find_mask_folders(path: Path) -> list[Path]:
+    """Returns the mask folders that `open_mask_folders` would use."""
+    return [pair.masks for pair in _folder_pairs(path).values() if pair.images and pair.masks]
 
 
-class _Pair(NamedTuple):
-    """What a folder calls a split, and its folders of images and of masks; neither is empty."""
+class _FolderPair(NamedTuple):
+    """Image and mask folder of a split, both non-empty; `name` is the folder name of the split."""
 
     name: str
     images: Path | None
     masks: Path | None
 
 
-def _pairs_of_folders(path: Path) -> dict[str, _Pair]:
-    whole = _pair(path)
-    if whole.images and whole.masks:  # images/train and masks/train, or images and masks alone
-        images = split_folders(whole.images)
-        masks = {split: folder for split, folder in split_folders(whole.masks).items() if _has_images(folder)}
+def _folder_pairs(path: Path) -> dict[str, _FolderPair]:
+    root = _find_pair(path)
+    if root.images and root.masks:  # images/train and masks/train, or images and masks without splits
+        images = split_folders(root.images)
+        masks = {split: folder for split, folder in split_folders(root.masks).items() if _has_images(folder)}
         if images.keys() & masks.keys():
             names = {split: folder.name for split, folder in (masks | images).items()}
-            return {split: _Pair(name, images.get(split), masks.get(split)) for split, name in names.items()}
-        return {"train": whole}
+            return {split: _FolderPair(name, images.get(split), masks.get(split)) for split, name in names.items()}
+        return {"train": root}
     folders = split_folders(path)
-    within = {split: _pair(folder) for split, folder in folders.items()}
-    if any(pair.images and pair.masks for pair in within.values()):
-        return within
-    out: dict[str, _Pair] = {}
+    pairs = {split: _find_pair(folder) for split, folder in folders.items()}
+    if any(pair.images and pair.masks for pair in pairs.values()):
+        return pairs
+    out: dict[str, _FolderPair] = {}
     for split, folder in folders.items():
-        names = [f"{folder.name.lower()}{between}{word}" for word in _MASKS for between in ("", "_", "-")]
-        out[split] = _Pair(folder.name, folder, _first_with_images(path, names))
+        names = [f"{folder.name.lower()}{separator}{word}" for word in _MASKS for separator in ("", "_", "-")]
+        out[split] = _FolderPair(folder.name, folder, _first_with_images(path, names))
     return out
 
 
-def _pair(folder: Path) -> _Pair:
-    return _Pair(folder.name, _first_with_images(folder, _IMAGES), _first_with_images(folder, _MASKS))
+def _find_pair(folder: Path) -> _FolderPair:
+    return _FolderPair(folder.name, _first_with_images(folder, _IMAGES), _first_with_images(folder, _MASKS))
 
 
 def _first_with_images(folder: Path, names: Sequence[str]) -> Path | None:
-    """Returns the first folder of these names that holds images: `annotations` may be of XML."""
+    """Returns the first existing folder with images; `annotations` may contain XML only."""
     by_name = {entry.name.lower(): folder / entry.name for entry in os.scandir(folder) if entry.is_dir()}
     return next((by_name[name] for name in names if name in by_name and _has_images(by_name[name])), None)
 
@@ -92,21 +91,25 @@ def _is_image(file: Path) -> bool:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Returns the images below a folder by their place in it, without the ending."""
-    found: dict[str, list[Path]] = {}
+    """Returns the images in a folder tree by relative path without extension."""
+    by_name: dict[str, list[Path]] = {}
     for file in sorted(folder.rglob("*")):
         if _is_image(file):
-            found.setdefault(str(file.relative_to(folder).with_suffix("")), []).append(file)
-    return _the_only(found, folder)
+            by_name.setdefault(str(file.relative_to(folder).with_suffix("")), []).append(file)
+    return _require_unique(by_name, folder)
 
 
-def _the_only(files: Mapping[str, list[Path]], folder: Path) -> dict[str, Path]:
-    """Returns the file of each name, which has to be one."""
-    several = [" and ".join(str(file.relative_to(folder)) for file in each) for each in files.values() if len(each) > 1]
-    if several:
+def _require_unique(files: Mapping[str, list[Path]], folder: Path) -> dict[str, Path]:
+    """Returns the single file of each name; raises DataError for several files."""
+    duplicates = [
+        " and ".join(str(file.relative_to(folder)) for file in matches)
+        for matches in files.values()
+        if len(matches) > 1
+    ]
+    if duplicates:
         raise DataError(
-            f"data.source: in {folder} several files stand for one picture: {shorten(several, 3)}. Images and masks "
-            "meet by their names without the ending: keep one file of each name."
+            f"data.source: '{folder}' has several files for one image: {shorten(duplicates, 3)}. Images and masks are "
+            "matched by name without extension. Keep one file per name."
         )
     return {name: file for name, (file,) in files.items()}
 
@@ -115,23 +118,24 @@ def _rows(images: Path, masks: Path) -> Dataset:
     from datasets import Dataset, Features, Image
     from datasets.fingerprint import Hasher
 
-    of_images, of_masks = _files(images), _files(masks)
-    named: dict[str, list[Path]] = {}
-    for name, file in of_masks.items():
-        named.setdefault(name if name in of_images else _ENDING.sub("", name), []).append(file)
-    strays = [file.name for name, files in named.items() if name not in of_images for file in files]
-    if of_images and len(strays) == len(of_masks):
+    image_files, mask_files = _files(images), _files(masks)
+    by_name: dict[str, list[Path]] = {}
+    for name, file in mask_files.items():
+        by_name.setdefault(name if name in image_files else _SUFFIX.sub("", name), []).append(file)
+    unmatched = [file.name for name, files in by_name.items() if name not in image_files for file in files]
+    if image_files and len(unmatched) == len(mask_files):
         raise DataError(
-            f"data.source: no mask in {masks} is named as an image in {images} (images: {shorten(list(of_images), 3)}; "
-            f"masks: {shorten(list(of_masks), 3)}). Give both the same name, or a table with columns image and mask."
+            f"data.source: no mask in '{masks}' has the name of an image in '{images}' (images: "
+            f"{shorten(list(image_files), 3)}; masks: {shorten(list(mask_files), 3)}). Rename the masks, or pass a "
+            "table with the columns image and mask."
         )
-    if strays:
-        log(f"data: {len(strays)} mask(s) without an image in {masks} are not used: {shorten(strays, 3)}")
-    paired = _the_only({name: files for name, files in named.items() if name in of_images}, masks)
+    if unmatched:
+        log(f"data: {len(unmatched)} mask(s) without an image in {masks} are ignored: {shorten(unmatched, 3)}")
+    matched = _require_unique({name: files for name, files in by_name.items() if name in image_files}, masks)
     table = {
-        "image": [str(file.resolve()) for file in of_images.values()],
-        "mask": [str(paired[name].resolve()) if name in paired else None for name in of_images],
+        "image": [str(file.resolve()) for file in image_files.values()],
+        "mask": [str(matched[name].resolve()) if name in matched else None for name in image_files],
     }
     rows = Dataset.from_dict(table, features=Features({"image": Image(), "mask": Image()}))
-    rows._fingerprint = Hasher.hash(table)  # the same for the same files, in a resumed run too
+    rows._fingerprint = Hasher.hash(table)  # stable for the same files, also in resumed runs
     return rows

@@ -1,1 +1,1 @@
-"""Table files."""
+"""Readers of table files: CSV, TSV, JSON, JSON Lines and Parquet."""

@@ -1,4 +1,4 @@
-"""CSV and TSV, read strictly (RFC 4180): what other readers guess at or drop is an error with its line."""
+"""Strict CSV and TSV reader (RFC 4180): malformed lines are errors with a line number, never repaired or dropped."""
 
 from __future__ import annotations
 
@@ -15,62 +15,62 @@ from hftl.errors import DataError, shorten
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LARGEST_CELL = 64 << 20
-"""Characters of one cell. A quote that is never closed would otherwise take the rest of the file into memory."""
-ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 10_000, 16 << 20
+MAX_CELL_LENGTH = 64 << 20
+"""Characters per cell; otherwise an unclosed quote would load the rest of the file into memory."""
+BATCH_ROWS, BATCH_CHARACTERS = 10_000, 16 << 20
 _INT = re.compile(r"0|-?[1-9][0-9]*")
 _FLOAT = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _SPECIAL = ("nan", "inf", "-inf", "infinity", "-infinity")
 
 
 def scan_csv(path: Path) -> dict[str, set[str]]:
-    """Returns the kinds of cells in each column of the whole file: `int`, `float`, `special`, `bool`, `text`.
+    """Returns the cell types of each column over the whole file: `int`, `float`, `special`, `bool`, `text`.
 
-    Empty cells have no kind: they are missing.
+    Empty cells are missing values without a type.
 
     Raises:
-        DataError: The file is not UTF-8, not CSV, or its rows do not fit its header; names the line.
+        DataError: The file is not UTF-8, not CSV, or a row does not match the header; includes the line number.
     """
     rows = _rows(path)
     names = next(rows)[1]
-    kinds: dict[str, set[str]] = {name: set() for name in names}
-    numeric = list(enumerate(kinds.values()))
+    types: dict[str, set[str]] = {name: set() for name in names}
+    undecided = list(enumerate(types.values()))
     for _, cells in rows:
-        for position, found in numeric:
+        for position, column_types in undecided:
             if cells[position]:
-                found.add(_kind(cells[position]))
-        if any("text" in found for _, found in numeric):  # decided; texts are long, and most columns are texts
-            numeric = [(position, found) for position, found in numeric if "text" not in found]
-    return kinds
+                column_types.add(_cell_type(cells[position]))
+        if any("text" in column_types for _, column_types in undecided):  # skip text columns, the longest ones
+            undecided = [(position, column) for position, column in undecided if "text" not in column]
+    return types
 
 
-def csv_type(kinds: set[str]) -> pa.DataType:
-    """Returns the Arrow type of a column from the kinds of all its cells: numbers beside words are words."""
+def csv_type(types: set[str]) -> pa.DataType:
+    """Returns the Arrow type of a column from all its cell types; a mix of numbers and text is text."""
     import pyarrow as pa
 
-    if kinds == {"bool"}:
+    if types == {"bool"}:
         return pa.bool_()
-    if kinds == {"int"}:
+    if types == {"int"}:
         return pa.int64()
-    if kinds & {"int", "float"} and kinds <= {"int", "float", "special"}:
+    if types & {"int", "float"} and types <= {"int", "float", "special"}:
         return pa.float64()
     return pa.string()
 
 
 def read_csv(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yields the rows of a file, in the types of `schema`; empty cells are null."""
+    """Yields batches of rows with the types of `schema`; empty cells are null."""
     rows = _rows(path)
     names = next(rows)[1]
-    taken: list[list[str]] = []
+    batch: list[list[str]] = []
     characters = 0
     for _, cells in rows:
-        taken.append(cells)
+        batch.append(cells)
         characters += sum(map(len, cells))
-        if len(taken) == ROWS_AT_A_TIME or characters > CHARACTERS_AT_A_TIME:
-            yield _table(taken, names, schema)
-            taken, characters = [], 0
-    if taken:
-        yield _table(taken, names, schema)
+        if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield _table(batch, names, schema)
+            batch, characters = [], 0
+    if batch:
+        yield _table(batch, names, schema)
 
 
 def _table(rows: list[list[str]], names: Sequence[str], schema: pa.Schema) -> pa.Table:
@@ -85,8 +85,8 @@ def _table(rows: list[list[str]], names: Sequence[str], schema: pa.Schema) -> pa
     return pa.table(dict(zip(names, columns, strict=True))).select(schema.names)
 
 
-def _kind(cell: str) -> str:
-    # 0123 is a code rather than a number, and a whole number beyond 64 bits cannot be one here
+def _cell_type(cell: str) -> str:
+    # text: codes with leading zeros (0123) and integers beyond 64 bits
     if _INT.fullmatch(cell):
         return "int" if len(cell) <= 20 and -(2**63) <= int(cell) < 2**63 else "text"
     lowered = cell.lower()
@@ -98,85 +98,85 @@ def _kind(cell: str) -> str:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line, cells): the header first, then rows of as many cells. Blank lines are no rows."""
+    """Yields (line number, cells): the header first, then rows with as many cells. Skips blank lines."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    # "a, b, c" in the header: the blanks belong to the manner of writing
-    blanks = re.search(rf"{separator} +[^{separator} ]", next(text_lines(path), "")) is not None
-    with _large_cells():
-        reader = csv.reader(text_lines(path), delimiter=separator, strict=True, skipinitialspace=blanks)
+    # a header "a, b, c": spaces after separators are not part of the cells
+    skip_spaces = re.search(rf"{separator} +[^{separator} ]", next(text_lines(path), "")) is not None
+    with _raised_cell_limit():
+        reader = csv.reader(text_lines(path), delimiter=separator, strict=True, skipinitialspace=skip_spaces)
         names: list[str] | None = None
-        begins = 1
+        start = 1
         while True:
             try:
                 cells = next(reader)
             except StopIteration:
                 break
             except csv.Error as error:
-                raise DataError(_syntax(path, begins, reader.line_num, error)) from error
+                raise DataError(_syntax_problem(path, start, reader.line_num, error)) from error
             if not cells or len(cells) == 1 and not cells[0].strip() and (names is None or len(names) > 1):
-                begins = reader.line_num + 1
+                start = reader.line_num + 1
                 continue
             if names is None:
-                names = _header(path, cells, separator)
-                yield begins, names
+                names = _parse_header(path, cells, separator)
+                yield start, names
             elif len(cells) != len(names):
-                raise DataError(_ragged(path, begins, cells, names, separator))
+                raise DataError(_cell_count_problem(path, start, cells, names, separator))
             else:
-                yield begins, cells
-            begins = reader.line_num + 1
+                yield start, cells
+            start = reader.line_num + 1
     if names is None:
-        raise DataError(f"data.source: '{path}' is empty: there is no header with the names of the columns.")
+        raise DataError(f"data.source: '{path}' is empty: no header. Add one with the column names.")
 
 
-def _header(path: Path, cells: list[str], separator: str) -> list[str]:
+def _parse_header(path: Path, cells: list[str], separator: str) -> list[str]:
     names = [cell.strip() or f"Unnamed: {position}" for position, cell in enumerate(cells)]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"data.source: '{path}' has several columns named {shorten(twice)}; rename or remove them.")
-    others = {";": "a semicolon", "\t": "a tab", "|": "a bar", ",": "a comma"}
-    likely = [said for other, said in others.items() if other != separator and other in names[0]]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise DataError(f"data.source: '{path}' has duplicate columns: {shorten(duplicates)}. Rename or remove them.")
+    separators = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "commas"}
+    likely = [name for character, name in separators.items() if character != separator and character in names[0]]
     if len(names) == 1 and likely:
         raise DataError(
-            f"data.source: '{path}' seems to have {likely[0]} between its cells (its first line is "
-            f"{shorten_cell(names[0])}); write it with commas, or with tabs and the ending .tsv."
+            f"data.source: '{path}' appears to be separated by {likely[0]} (first line: {preview(names[0])}); allowed: "
+            "commas, or tabs with the extension .tsv. Convert the file."
         )
     return names
 
 
-def _ragged(path: Path, line: int, cells: list[str], names: list[str], separator: str) -> str:
-    manner = "a tab" if separator == "\t" else "a comma"
-    why = (
-        f"A cell that has {manner} in it must stand in double quotes."
+def _cell_count_problem(path: Path, line: int, cells: list[str], names: list[str], separator: str) -> str:
+    character = "a tab" if separator == "\t" else "a comma"
+    advice = (
+        f"Enclose cells that contain {character} in double quotes."
         if len(cells) > len(names)
-        else "A cell is missing, or the quotes of one before it are wrong."
+        else "Add the missing cell, or fix the quotes of an earlier one."
     )
     return (
-        f"data.source: '{path}' line {line} has {len(cells)} cell(s), but the header names {len(names)} "
-        f"({shorten(names, 6)}). {why}"
+        f"data.source: '{path}' line {line} has {len(cells)} cell(s), but the header has {len(names)} "
+        f"({shorten(names, 6)}). {advice}"
     )
 
 
-def _syntax(path: Path, begins: int, line: int, error: csv.Error) -> str:
-    where = f"data.source: '{path}' line {begins}"
+def _syntax_problem(path: Path, start: int, line: int, error: csv.Error) -> str:
+    prefix = f"data.source: '{path}' line {start}"
     if "unexpected end" in str(error):
-        return f"{where}: a cell begins with a double quote that is never closed (EOF inside string)."
+        return f"{prefix}: a double quote at the start of a cell is not closed (EOF inside string). Close it."
     if "field limit" in str(error):
-        return f"{where}: a cell is longer than {LARGEST_CELL >> 20} MB; is a double quote not closed there?"
+        return f"{prefix}: a cell is longer than {MAX_CELL_LENGTH >> 20} MB. Check for an unclosed double quote."
     return (
-        f"{where}: a cell goes on after its closing double quote, in line {line}. Double quotes within a cell are "
-        'written twice (""), and the cell stands in quotes.'
+        f"{prefix}: text follows the closing double quote of a cell, in line {line}. Double the quotes inside the cell "
+        '("") and enclose the cell in double quotes.'
     )
 
 
-def shorten_cell(text: str) -> str:
-    """Returns a cell as a message shows it: quoted, on one line, cut."""
+def preview(text: str) -> str:
+    """Returns a cell for messages: quoted, on one line, at most 60 characters."""
     return repr(text[:60]) + ("…" if len(text) > 60 else "")
 
 
 @contextmanager
-def _large_cells() -> Iterator[None]:
-    """The module's own limit is 128 kB; it is one for the whole process."""
-    before = csv.field_size_limit(LARGEST_CELL)
+def _raised_cell_limit() -> Iterator[None]:
+    """Raises the cell limit of the csv module, 128 kB and process-wide, to `MAX_CELL_LENGTH`."""
+    before = csv.field_size_limit(MAX_CELL_LENGTH)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Bytes of a table as lines of text; what is no text is named for what it is."""
+"""Text decoding: yields the lines of UTF-8 files; detects other encodings and file formats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hftl.errors import DataError
 
-_DISGUISES = (
+_OTHER_FORMATS = (
     (b"\x1f\x8b", "compressed by gzip", "unpack it (gunzip)"),
     (b"BZh", "compressed by bzip2", "unpack it (bunzip2)"),
     (b"\xfd7zXZ\x00", "compressed by xz", "unpack it (unxz)"),
@@ -19,63 +19,64 @@ _DISGUISES = (
     (b"SQLite format 3", "an SQLite database", "write its table as CSV or Parquet"),
     (b"\xff\xfe", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "convert it: iconv -f UTF-16 -t UTF-8"),
-    (b"version https://git-lfs", "a pointer of Git LFS, not the data", "run git lfs pull"),
-    (b"<!doctype html", "a web page; did its download need a login?", "download it again"),
-    (b"<html", "a web page; did its download need a login?", "download it again"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the data", "run git lfs pull"),
+    (b"<!doctype html", "a web page, perhaps a login page", "download the file again"),
+    (b"<html", "a web page, perhaps a login page", "download the file again"),
 )
+"""Magic bytes, format, and advice."""
 _BLOCK = 1 << 20
 
 
-def refuse_disguised(path: Path) -> None:
-    """Raises DataError where the first bytes say that a file is not what its name says. Nothing is ever unpacked."""
+def check_magic_bytes(path: Path) -> None:
+    """Raises DataError if the magic bytes contradict the extension. Archives are never unpacked."""
     with path.open("rb") as file:
         head = file.read(64)
-    for magic, what, todo in _DISGUISES:
-        named_so = magic == b"PAR1" and path.suffix.lower() == ".parquet"
-        if head.lower().startswith(magic.lower()) and not named_so:
-            raise DataError(f"data.source: '{path}' is {what}; {todo}.")
+    for magic, file_format, advice in _OTHER_FORMATS:
+        is_expected = magic == b"PAR1" and path.suffix.lower() == ".parquet"
+        if head.lower().startswith(magic.lower()) and not is_expected:
+            raise DataError(f"data.source: '{path}' is {file_format}; {advice}.")
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file with their endings (LF, CR LF or CR), without its byte order mark.
+    """Yields the lines of a UTF-8 file with their endings (LF, CR LF or CR), without the byte order mark.
 
     Raises:
-        DataError: There is a byte that is not UTF-8, or a NUL; names line and byte.
+        DataError: The file has a byte that is not UTF-8, or a NUL; includes line and byte.
     """
-    refuse_disguised(path)
+    check_magic_bytes(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
         number = 0
         try:
             for number, line in enumerate(file, 1):
                 if "\0" in line:
                     raise DataError(
-                        f"data.source: '{path}' line {number} holds a NUL byte, which no text has; is it binary, "
-                        "damaged, or UTF-16 (iconv -f UTF-16 -t UTF-8)?"
+                        f"data.source: '{path}' line {number} has a NUL byte; the file is binary, damaged, or UTF-16. "
+                        "Convert UTF-16: iconv -f UTF-16 -t UTF-8."
                     )
                 yield line
         except UnicodeDecodeError as error:
-            raise DataError(_not_utf8(path)) from error
+            raise DataError(_encoding_problem(path)) from error
 
 
-def _not_utf8(path: Path) -> str:
-    """Returns a sentence with the place of the first byte that is not UTF-8 (counted from 1)."""
-    line, at, rest = 1, 0, b""
+def _encoding_problem(path: Path) -> str:
+    """Returns a message with the position of the first byte that is not UTF-8 (counted from 1)."""
+    line, offset, invalid = 1, 0, b""
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
-            data = rest + block
+            data = invalid + block
             try:
                 data.decode("utf-8")
-                good, rest = data, b""
+                valid, invalid = data, b""
             except UnicodeDecodeError as error:
-                good, rest = data[: error.start], data[error.start :]
-                if error.end < len(data) or len(rest) > 3:  # else a character that the block cuts
-                    line += good.count(b"\n")
+                valid, invalid = data[: error.start], data[error.start :]
+                if error.end < len(data) or len(invalid) > 3:  # else a character that continues in the next block
+                    line += valid.count(b"\n")
                     break
-            line += good.count(b"\n")
-            at += len(good)
+            line += valid.count(b"\n")
+            offset += len(valid)
         else:
-            good = b""
+            valid = b""
     return (
-        f"data.source: '{path}' is not UTF-8: byte 0x{rest[:1].hex()} in line {line} (byte {at + len(good) + 1} of the "
-        "file). If it is Latin-1 or Windows text, convert it: iconv -f WINDOWS-1252 -t UTF-8."
+        f"data.source: '{path}' is not UTF-8: byte 0x{invalid[:1].hex()} in line {line} (byte "
+        f"{offset + len(valid) + 1} of the file). Convert Latin-1 or Windows text: iconv -f WINDOWS-1252 -t UTF-8."
     )

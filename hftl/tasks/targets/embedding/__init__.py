@@ -1,1 +1,1 @@
-"""Embedding."""
+"""Text and image-text embeddings."""

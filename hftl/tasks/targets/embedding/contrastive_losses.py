@@ -1,16 +1,15 @@
-"""Losses that compare each pair of a batch with all others, over all processes.
+"""Contrastive losses with in-batch negatives from all processes.
 
-A row's loss needs the embeddings of rows elsewhere. In training these are gathered with their gradients: the gradient
-that a process's loss sends to another one's embeddings is added up there, so that N processes have the gradient of one
-with the whole batch. Where nothing is learnt (evaluation) nothing is gathered: each batch stands for itself, and since
-batches are the same on any number of processes, so are their losses.
+The loss of a row depends on the embeddings of other rows. In training they are gathered with gradients: each process
+sums the gradients of all processes for its embeddings, so N processes have the gradient of one with the whole batch.
+In evaluation nothing is gathered. Batches are the same for any number of processes, and so are their losses.
 
-"A batch" is a micro-batch on all processes: accumulating gradients gives larger steps, not more negatives.
+A batch is a micro-batch on all processes: gradient accumulation makes steps larger, but adds no negatives.
 
-Rows of weight 0 (which fill up a batch) are no negatives, nor are pairs that share an image or a text with a row: their
-other half may be right for it too.
+Rows with weight 0 (padding rows) are not negatives. Neither are pairs that share an image or a text with a row, whose
+paired item may be correct for the row as well.
 
-Shapes: B pairs of this process, N of all processes, D embedding size.
+Shapes: B pairs of this process, N pairs of all processes, D embedding size.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ class Pairs:
     """One batch of pairs.
 
     Attributes:
-        first: Embeddings of length 1 [B, D], of images for instance.
-        second: Those of their other halves [B, D].
-        first_ids: What each first half is [B] int64: equal numbers for equal images or texts (`content_id`).
-        second_ids: The same of second halves.
-        weight: Of each row [B]; 0 marks one that counts nothing. None: all count.
+        first: Unit-length embeddings of the first items, such as images [B, D].
+        second: Unit-length embeddings of the paired items [B, D].
+        first_ids: Content ids of the first items [B] int64, equal for equal images or texts (`content_id`).
+        second_ids: Content ids of the paired items [B] int64.
+        weight: Row weights [B]; 0 for padding rows. None weights all rows equally.
     """
 
     first: Tensor
@@ -45,119 +44,123 @@ class Pairs:
 
 
 def info_nce(pairs: Pairs, scale: Tensor | float) -> Tensor:
-    """Returns the symmetric cross entropy of each pair [B]: its second half among all second halves, and vice versa.
+    """Returns the symmetric cross entropy of each pair [B], over all second items and over all first items.
 
-    As CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020, figure 3) and InfoNCE (van den Oord et al. 2018,
-    https://arxiv.org/abs/1807.03748).
+    Source: CLIP (Radford et al. 2021, https://arxiv.org/abs/2103.00020, figure 3) and InfoNCE (van den Oord et al.
+    2018, https://arxiv.org/abs/1807.03748).
 
     Args:
-        pairs: Of this process.
-        scale: What cosines are multiplied by, the inverse temperature.
+        pairs: Pairs of this process.
+        scale: Inverse temperature, the factor of cosines.
     """
-    forward, backward, masked, own = _compared(pairs, scale)
-    right = forward.gather(1, own[:, None])[:, 0]
-    sums = [logits.masked_fill(masked, -torch.inf).logsumexp(1) for logits in (forward, backward)]
-    return (sums[0] + sums[1]) / 2 - right
+    forward, backward, masked, positives = _pair_logits(pairs, scale)
+    positive_logits = forward.gather(1, positives[:, None])[:, 0]
+    normalizers = [logits.masked_fill(masked, -torch.inf).logsumexp(1) for logits in (forward, backward)]
+    return (normalizers[0] + normalizers[1]) / 2 - positive_logits
 
 
 def sigmoid_loss(pairs: Pairs, scale: Tensor | float, bias: Tensor | float) -> Tensor:
-    """Returns for each pair [B] the binary cross entropies of its first half with all second halves, added up.
+    """Returns the summed binary cross entropy of each first item with all second items [B].
 
-    As SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343, algorithm 1): no softmax, so each combination is
-    judged by itself.
+    Source: SigLIP (Zhai et al. 2023, https://arxiv.org/abs/2303.15343, algorithm 1). Without a softmax, the terms of
+    the combinations are independent.
 
     Args:
-        pairs: Of this process.
-        scale: What cosines are multiplied by.
-        bias: What is added then; a negative one, since most combinations are wrong.
+        pairs: Pairs of this process.
+        scale: Inverse temperature, the factor of cosines.
+        bias: Summand of scaled cosines; negative, since most combinations are negatives.
     """
-    forward, _, masked, own = _compared(pairs, scale)
+    forward, _, masked, positives = _pair_logits(pairs, scale)
     logits = forward + bias
-    signs = torch.full_like(logits, -1.0).scatter(1, own[:, None], 1.0)
+    signs = torch.full_like(logits, -1.0).scatter(1, positives[:, None], 1.0)
     return -functional.logsigmoid(signs * logits).masked_fill(masked, 0.0).sum(1)
 
 
 def cosent(cosines: Tensor, scores: Tensor, scale: float = 20.0, weight: Tensor | None = None) -> Tensor:
-    """Returns for each row [B] how far cosines of rows with lower scores come up to its own, in nats.
+    """Returns the CoSENT loss of each row [B] in nats.
 
-    log(1 + sum over j with score_j < score_i of exp(scale (cosine_j - cosine_i))): CoSENT (Su 2022,
-    https://kexue.fm/archives/8847) with one logarithm for each row rather than one for the batch, so that every row
-    has a loss of its own. Only the order of scores matters.
+    The loss is log(1 + sum over j with score_j < score_i of exp(scale (cosine_j - cosine_i))), which depends on scores
+    only through their order.
+
+    Source: CoSENT (Su 2022, https://kexue.fm/archives/8847), here with one logarithm per row instead of one per batch,
+    so every row has a loss.
 
     Args:
-        cosines: Of each pair [B].
-        scores: How alike the pair is [B].
-        scale: The inverse temperature.
-        weight: As `Pairs.weight`.
+        cosines: Cosine of each pair [B].
+        scores: Similarity score of each pair [B].
+        scale: Inverse temperature, the factor of cosines.
+        weight: Row weights [B]; 0 for padding rows.
     """
-    real = torch.ones_like(scores) if weight is None else (weight > 0).to(scores.dtype)
-    (others,), (known,), _ = _everywhere([cosines.float()[:, None]], [torch.stack([scores, real], 1)])
-    lower = (known[None, :, 0] < scores[:, None]) & (known[None, :, 1] > 0)
-    gaps = (scale * (others[None, :, 0] - cosines.float()[:, None])).masked_fill(~lower, -torch.inf)
+    valid = torch.ones_like(scores) if weight is None else (weight > 0).to(scores.dtype)
+    (all_cosines,), (all_scores,), _ = _all_rows([cosines.float()[:, None]], [torch.stack([scores, valid], 1)])
+    lower = (all_scores[None, :, 0] < scores[:, None]) & (all_scores[None, :, 1] > 0)
+    gaps = (scale * (all_cosines[None, :, 0] - cosines.float()[:, None])).masked_fill(~lower, -torch.inf)
     return functional.pad(gaps, (1, 0)).logsumexp(1)
 
 
 def content_id(content: str | bytes) -> int:
-    """Returns a number that equal contents share, within int64, and others practically never do."""
+    """Returns a 64-bit hash of a text or of image bytes, within int64."""
     data = content.encode() if isinstance(content, str) else content
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
-def _compared(pairs: Pairs, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns logits of both directions, what is not to be compared, and where each row's own pair is.
+def _pair_logits(pairs: Pairs, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the logits of all pair combinations.
 
-    Logits [B, N] of first with all second halves, and of second with all first ones; mask [B, N] of both; columns [B].
+    Returns:
+        Logits of first items with all second items [B, N], logits of second items with all first items [B, N], mask of
+        combinations to ignore [B, N], column of the positive pair of each row [B].
     """
     first, second = pairs.first.float(), pairs.second.float()
-    real = torch.ones_like(pairs.first_ids) if pairs.weight is None else (pairs.weight > 0).to(torch.int64)
-    about = torch.stack([pairs.first_ids, pairs.second_ids, real], 1)
-    (all_first, all_second), (known,), start = _everywhere([first, second], [about])
-    own = torch.arange(start, start + len(first), device=first.device)
-    masked = (about[:, None, :2] == known[None, :, :2]).any(-1) | (known[None, :, 2] == 0)
-    masked = masked.scatter(1, own[:, None], False)
-    return scale * first @ all_second.T, scale * second @ all_first.T, masked, own
+    valid = torch.ones_like(pairs.first_ids) if pairs.weight is None else (pairs.weight > 0).to(torch.int64)
+    ids = torch.stack([pairs.first_ids, pairs.second_ids, valid], 1)
+    (all_first, all_second), (all_ids,), start = _all_rows([first, second], [ids])
+    positives = torch.arange(start, start + len(first), device=first.device)
+    masked = (ids[:, None, :2] == all_ids[None, :, :2]).any(-1) | (all_ids[None, :, 2] == 0)
+    masked = masked.scatter(1, positives[:, None], False)
+    return scale * first @ all_second.T, scale * second @ all_first.T, masked, positives
 
 
-def _everywhere(learnt: list[Tensor], known: list[Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
-    """Returns the rows of all processes, in their order, and where this one's begin.
+def _all_rows(embeddings: list[Tensor], constants: list[Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
+    """Returns the rows of all processes in rank order, and the index of the first row of this process.
 
     Args:
-        learnt: Tensors [B, D] through which gradients pass.
-        known: Tensors [B, M] of equal type, without gradient.
+        embeddings: Tensors [B, D], gathered with gradients.
+        constants: Tensors [B, M] of equal type, gathered without gradients.
     """
-    if not (_processes() > 1 and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learnt)):
-        return learnt, known, 0
-    rank, size = torch.distributed.get_rank(), torch.tensor([len(learnt[0])], device=learnt[0].device)
-    sizes = [torch.empty_like(size) for _ in range(_processes())]
+    if not (_num_processes() > 1 and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in embeddings)):
+        return embeddings, constants, 0
+    rank, size = torch.distributed.get_rank(), torch.tensor([len(embeddings[0])], device=embeddings[0].device)
+    sizes = [torch.empty_like(size) for _ in range(_num_processes())]
     torch.distributed.all_gather(sizes, size)
     counts = [int(number) for number in sizes]
-    widths = [tensor.shape[1] for tensor in learnt]
-    joined = cast(Tensor, _Gather.apply(torch.cat(learnt, 1), counts, rank))
-    rows = [_gathered(tensor, counts) for tensor in known]
-    return list(joined.split(widths, 1)), rows, sum(counts[:rank])
+    widths = [tensor.shape[1] for tensor in embeddings]
+    gathered = cast(Tensor, _Gather.apply(torch.cat(embeddings, 1), counts, rank))
+    rows = [_gather(tensor, counts) for tensor in constants]
+    return list(gathered.split(widths, 1)), rows, sum(counts[:rank])
 
 
-def _processes() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
+def _num_processes() -> int:
+    initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if initialized else 1
 
 
-def _gathered(rows: Tensor, counts: list[int]) -> Tensor:
-    """Returns the rows [counts[process], …] of all processes; collectives want equal shapes, so these are filled up."""
-    filled = rows.new_zeros(max(counts), *rows.shape[1:])
-    filled[: len(rows)] = rows
-    parts = [torch.empty_like(filled) for _ in counts]
-    torch.distributed.all_gather(parts, filled)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def _gather(rows: Tensor, counts: list[int]) -> Tensor:
+    """Returns the rows [counts[process], …] of all processes; pads them, since collectives need equal shapes."""
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    received = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(received, padded)
+    return torch.cat([block[:count] for block, count in zip(received, counts, strict=True)])
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all processes; backwards, the gradients that all processes have for this one's rows are added up."""
+    """All-gather of rows; the backward pass sums the gradients of all processes for the rows of this process."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], rank: int) -> Tensor:
-        ctx.own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-        return _gathered(rows, counts)
+        ctx.local = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        return _gather(rows, counts)
 
     @staticmethod
     @once_differentiable
@@ -165,4 +168,4 @@ class _Gather(torch.autograd.Function):
         (gradient,) = gradients
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient)
-        return gradient[ctx.own], None, None
+        return gradient[ctx.local], None, None

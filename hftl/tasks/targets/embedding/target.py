@@ -1,4 +1,4 @@
-"""What pairs of texts teach: their scores, or that they belong together."""
+"""Targets of text embeddings: similarity scores of pairs, or positive pairs."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SCALE = 20.0
-"""What cosines of texts are multiplied by before a softmax, as is usual (sentence-transformers)."""
+"""Inverse temperature of cosines (the default of sentence-transformers)."""
 
 
-class PairScores:
-    """How alike the texts of each pair are.
+class ScoredPairsTarget:
+    """Similarity score of each text pair.
 
     Args:
         column: The score column.
-        low: Score that stands for 0.
-        high: Score that stands for 1.
-        pair_loss: `cosine`: the squared difference of cosine and score (Reimers and Gurevych 2019,
-            https://arxiv.org/abs/1908.10084, section 3). `cosent`: the order of scores alone counts.
+        low: Score that is mapped to 0.
+        high: Score that is mapped to 1.
+        pair_loss: `cosine` is the squared difference of cosine and score (Reimers and Gurevych 2019,
+            https://arxiv.org/abs/1908.10084, section 3). `cosent` uses only the order of scores.
     """
 
     best_metric = "spearman"
@@ -53,11 +53,11 @@ class PairScores:
         self.problems: list[str] = []
 
     def head(self, model_class: str) -> HeadSpec:
-        """Returns no head: the network itself learns."""
+        """Returns an empty head: the encoder is trained directly."""
         return HeadSpec(model_class, 0, problem_type=None)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
-        """Returns scores [B] with `low` as 0 and `high` as 1, or None where rows have none."""
+        """Returns scores [B], scaled to 0 at `low` and 1 at `high`, or None if a row has no score."""
         scores = [example.get(self.column) for example in examples]
         if any(score is None for score in scores):
             return None
@@ -69,34 +69,35 @@ class PairScores:
         return cosent(cosines, labels, SCALE, weight) if self.pair_loss == "cosent" else (cosines - labels).square()
 
     def metrics(self) -> list[Metric]:
-        """Returns Spearman's and Pearson's correlation."""
+        """Returns Spearman and Pearson correlation."""
         return [SimilarityCorrelation()]
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
-        """Returns the cosine of each pair, or the embedding where a row has one text."""
-        return _decoded(outputs)
+        """Returns the cosine of each pair, or the embedding of rows with one text."""
+        return _decode(outputs)
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows without a score, or with one that is no finite number."""
+        """Returns the rows without a finite score."""
         return {split: self.unusable(rows) for split, rows in splits.items()}
 
     def unusable(self, rows: Dataset) -> dict[int, BadRow]:
-        """Returns the rows of one split, as `invalid_rows`."""
-        return {row: BadRow("no score", self.column) for row in _without_score(rows, self.column)}
+        """Returns the rows of one split without a finite score."""
+        return {row: BadRow("no score", self.column) for row in _rows_without_score(rows, self.column)}
 
     def state(self) -> dict[str, Any]:
-        """Returns the arguments."""
+        """Returns the constructor's arguments."""
         return {"column": self.column, "low": self.low, "high": self.high, "pair_loss": self.pair_loss}
 
 
-class PositivePairs:
-    """Pairs that belong together; every other second text of a batch is a wrong one.
+class PositivePairsTarget:
+    """Positive pairs; the second texts of other rows of a batch are negatives.
 
-    In-batch negatives with a symmetric cross entropy (Henderson et al. 2017, https://arxiv.org/abs/1705.00652, section
-    4.4, there in one direction).
+    The loss is the symmetric cross entropy with in-batch negatives.
+
+    Source: Henderson et al. 2017, https://arxiv.org/abs/1705.00652, section 4.4 (there in one direction).
 
     Args:
-        columns: Both text columns: a pair is known by its texts.
+        columns: Both text columns; their texts identify a pair.
     """
 
     best_metric = "mrr"
@@ -108,11 +109,11 @@ class PositivePairs:
         self.problems: list[str] = []
 
     def head(self, model_class: str) -> HeadSpec:
-        """Returns no head: the network itself learns."""
+        """Returns an empty head: the encoder is trained directly."""
         return HeadSpec(model_class, 0, problem_type=None)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
-        """Returns what both texts of each pair are [B, 2] int64 (`content_id`), or None where one is missing."""
+        """Returns the content ids of both texts of each pair [B, 2] int64, or None if a text is missing."""
         texts = [[example.get(column) for column in self.columns] for example in examples]
         ids = [[content_id(text) for text in pair if isinstance(text, str)] for pair in texts]
         return torch.tensor(ids) if all(len(pair) == 2 for pair in ids) else None
@@ -127,98 +128,99 @@ class PositivePairs:
         return [TextRecall()]
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
-        """Returns the cosine of each pair, or the embedding where a row has one text."""
-        return _decoded(outputs)
+        """Returns the cosine of each pair, or the embedding of rows with one text."""
+        return _decode(outputs)
 
     def state(self) -> dict[str, Any]:
-        """Returns the columns."""
+        """Returns the constructor's arguments."""
         return {"columns": self.columns}
 
 
-def find_pair_target(splits: Splits, texts: Sequence[str]) -> PairScores | PositivePairs:
-    """Detects the score column and its range, or takes pairs to belong together; what is wrong goes into `problems`.
+def find_pair_target(splits: Splits, texts: Sequence[str]) -> ScoredPairsTarget | PositivePairsTarget:
+    """Returns a target for scores, or for positive pairs without a score column; collects errors in `problems`.
 
     Args:
-        splits: The data; `data.label_column` names the scores, `train.pair_loss` the loss.
+        splits: All rows; `data.label_column` names the score column, `train.pair_loss` the loss.
         texts: The text columns.
     """
     features, config = splits["train"].features, splits.config
-    others = {name: kind for name, kind in features.items() if name not in texts}
-    column = config.label_column or usual_column("score", others)
-    wanted = splits.pair_loss
+    other_columns = {name: kind for name, kind in features.items() if name not in texts}
+    column = config.label_column or usual_column("score", other_columns)
+    pair_loss = splits.pair_loss
     if column is None:
-        found = PositivePairs(texts)
-        if wanted not in ("auto", "infonce"):
-            found.problems = [
-                f"train.pair_loss: '{wanted}' learns from scores, and there is no column of them (looked for "
-                f"{', '.join(ROLES['score'].usual_names)}). Say --data.label_column NAME, or infonce for pairs that "
-                "belong together."
+        target = PositivePairsTarget(texts)
+        if pair_loss not in ("auto", "infonce"):
+            target.problems = [
+                f"train.pair_loss: '{pair_loss}' needs scores, but no column is named "
+                f"{', '.join(ROLES['score'].usual_names)}. Set --data.label_column NAME, or --train.pair_loss infonce "
+                "for positive pairs."
             ]
-        found.problems += _single_rows(splits)
-        log("data: no scores (data.label_column): the texts of each row are taken to belong together")
-        return found
+        target.problems += _single_pair_problems(splits)
+        log("data: no score column; the texts of each row are positive pairs")
+        return target
     if column not in features:
-        listed = ", ".join(features)
-        found = PairScores(column, 0.0, 1.0, "cosine")
-        found.problems = [
-            f"data.label_column: there is no column '{column}'.{nearest(column, features)} Columns: {listed}."
+        target = ScoredPairsTarget(column, 0.0, 1.0, "cosine")
+        target.problems = [
+            f"data.label_column: there is no column '{column}'.{nearest(column, features)} "
+            f"Columns: {', '.join(features)}."
         ]
-        return found
-    return _scores(splits, column, "cosine" if wanted == "auto" else wanted)
+        return target
+    return _scored_pairs(splits, column, "cosine" if pair_loss == "auto" else pair_loss)
 
 
-def _scores(splits: Splits, column: str, wanted: str) -> PairScores:
-    found = PairScores(column, 0.0, 1.0, wanted)
+def _scored_pairs(splits: Splits, column: str, pair_loss: str) -> ScoredPairsTarget:
+    target = ScoredPairsTarget(column, 0.0, 1.0, pair_loss)
     values, classes = _numbers(splits["train"], column), getattr(splits["train"].features[column], "names", [])
     if values is None or len(classes) > 2:
-        what = f"holds the classes {shorten(classes)}" if classes else "does not hold numbers"
-        found.problems = [f"data.label_column: '{column}' {what}; a score says how alike the texts of a pair are."]
-        return found
-    if wanted not in ("cosine", "cosent"):
-        found.problems.append(
-            f"train.pair_loss: '{wanted}' takes pairs that belong together, but column '{column}' scores them; say "
-            "cosine or cosent, or leave out that column and the rows with low scores."
+        fact = f"holds the classes {shorten(classes)}" if classes else "does not hold numbers"
+        target.problems = [f"data.label_column: '{column}' {fact}. Set a column of similarity scores."]
+        return target
+    if pair_loss not in ("cosine", "cosent"):
+        target.problems.append(
+            f"train.pair_loss: '{pair_loss}' needs positive pairs, but column '{column}' holds scores; allowed: "
+            "cosine, cosent. Set one of them, or remove the column and the rows with low scores."
         )
     for split, rows in splits.items() if not splits.lenient else ():
-        bad = _without_score(rows, column)
-        if bad:
-            found.problems.append(
-                f"data.source: {split} has {len(bad)} row(s) without a finite score in column '{column}', first at row "
-                f"{bad[0]}. Repair them, or leave them out with --data.on_error skip."
+        invalid = _rows_without_score(rows, column)
+        if invalid:
+            target.problems.append(
+                f"data.source: {split} has {len(invalid)} row(s) without a finite score in column '{column}', first at "
+                f"row {invalid[0]}. Correct them, or set --data.on_error skip."
             )
     finite = [value for value in values if value is not None and math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     if low == high:
-        found.problems.append(
-            f"data.label_column: all scores of train in column '{column}' are {low:g}: nothing to learn."
+        target.problems.append(
+            f"data.label_column: all training scores in column '{column}' are {low:g} and cannot be learned. "
+            "Set another column."
         )
-        return found
-    found.low, found.high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
-    log(f"data: scores from column '{column}', {found.low:g} to {found.high:g} (taken as 0 to 1); loss {wanted}")
-    return found
+        return target
+    target.low, target.high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+    log(f"data: scores from column '{column}', {target.low:g} to {target.high:g} (scaled to 0..1); loss {pair_loss}")
+    return target
 
 
 def _numbers(rows: Dataset, column: str) -> list[float | None] | None:
-    """Returns the values of a column, or None where they are not numbers."""
+    """Returns the values of a column, or None if they are not numbers."""
     values = arrow_column(rows, column).to_pylist()
-    numeric = all(value is None or isinstance(value, (bool, int, float)) for value in values)
-    return [None if value is None else float(value) for value in values] if numeric else None
+    is_numeric = all(value is None or isinstance(value, (bool, int, float)) for value in values)
+    return [None if value is None else float(value) for value in values] if is_numeric else None
 
 
-def _without_score(rows: Dataset, column: str) -> list[int]:
+def _rows_without_score(rows: Dataset, column: str) -> list[int]:
     values = _numbers(rows, column) if column in rows.features else [None] * len(rows)
     return [row for row, value in enumerate(values or ()) if value is None or not math.isfinite(value)]
 
 
-def _single_rows(splits: Splits) -> list[str]:
+def _single_pair_problems(splits: Splits) -> list[str]:
     return [
-        f"data.source: {split} has a single pair, and there is nothing to compare it with; two are needed at least."
+        f"data.source: {split} has a single pair, but in-batch negatives need at least two. Add rows."
         for split, rows in splits.items()
         if len(rows) < 2
     ]
 
 
-def _decoded(outputs: Outputs) -> list[dict[str, Any]]:
+def _decode(outputs: Outputs) -> list[dict[str, Any]]:
     if "pair_embedding" not in outputs:
         return [{"embedding": row} for row in outputs["embedding"].float().tolist()]
     cosines = (outputs["embedding"].double() * outputs["pair_embedding"].double()).sum(-1)

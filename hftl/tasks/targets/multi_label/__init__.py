@@ -1,1 +1,1 @@
-"""Multi label."""
+"""Multi-label classification."""

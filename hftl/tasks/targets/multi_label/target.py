@@ -1,9 +1,9 @@
-"""Any number of labels a row: a sigmoid for each, and thresholds that validation chooses."""
+"""Multi-label classification: binary cross entropy per label, and thresholds tuned on validation."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,25 +32,31 @@ PROBLEM = "multi_label_classification"
 
 
 @dataclass
-class _Seen:
-    """What the label cells of a split hold."""
+class _SplitLabels:
+    """Labels of one split.
+
+    Attributes:
+        counts: Number of rows of each label.
+        empty: Number of rows without labels.
+        invalid: Rows whose labels cannot be read: row number and reason.
+    """
 
     counts: Counter[Any] = field(default_factory=Counter)
-    without: int = 0
-    bad: list[tuple[int, str]] = field(default_factory=list)
+    empty: int = 0
+    invalid: list[tuple[int, str]] = field(default_factory=list)
 
 
-class MultiLabel:
-    """Zeros and ones for K labels.
+class MultiLabelTarget:
+    """Indicators of K labels per row.
 
     Args:
-        columns: The label column, or the column of each label.
-        form: How they are written: see `LabelCells`.
-        separator: Between labels in a text.
-        names: Of the labels, in the order of the outputs.
-        values: What the columns hold for each label, in the same order.
-        thresholds: A row is said to have a label where its probability is at least this; 0.5 until `tune_thresholds`.
-        problem_type: Always `PROBLEM`: what tells the state of this target from that of others.
+        columns: The label column, or one column per label.
+        form: Format of the cells; see `LabelCells`.
+        separator: Separator of labels in a string.
+        names: Label names, in the order of the outputs.
+        values: Cell value of each label, in the same order.
+        thresholds: Smallest probability at which each label is predicted; 0.5 before `tune_thresholds`.
+        problem_type: Always `PROBLEM`; identifies this target in `state()`.
     """
 
     best_metric = "map"
@@ -76,42 +82,42 @@ class MultiLabel:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits) -> MultiLabel:
-        """Detects the labels; what is wrong goes into `problems`. Rows without any label are counted and said."""
+    def find(cls, splits: Splits) -> MultiLabelTarget:
+        """Detects the label columns and the labels, logs their counts, and collects errors in `problems`."""
         try:
-            cells, why = _cells(splits)
+            cells, reason = _find_cells(splits)
         except DataError as error:
-            found = cls(["label"], "list", None, [], [])
-            found.problems = error.problems
-            return found
-        seen = {split: _look(cells, rows) for split, rows in splits.items()}
+            target = cls(["label"], "list", None, [], [])
+            target.problems = error.problems
+            return target
+        labels = {split: _read_labels(cells, rows) for split, rows in splits.items()}
         if cells.form == "flags":
-            values, names, origin = list(cells.columns), list(cells.columns), "with a column each"
+            values, names, origin = list(cells.columns), list(cells.columns), "named by their columns"
         else:
             feature = splits["train"].features[cells.columns[0]]
-            present = sorted(_present(splits, seen), key=_sortable)
+            present = sorted(_train_values(splits, labels), key=lambda value: (type(value).__name__, value))
             values, names, origin = named_classes(getattr(feature, "feature", feature), splits.class_names, present)
-        found = cls(cells.columns, cells.form, cells.separator, names, values)
-        found.problems = _problems(splits, seen, found)
+        target = cls(cells.columns, cells.form, cells.separator, names, values)
+        target.problems = _problems(splits, labels, target)
         where = f"{len(cells.columns)} columns" if cells.form == "flags" else f"column '{cells.columns[0]}'"
-        mean = seen["train"].counts.total() / max(len(splits["train"]), 1)
-        log(f"data: any number of labels a row from {where} ({why}); {len(names)} labels {origin}: {shorten(names)}")
-        none = ", ".join(f"{split} {each.without}" for split, each in seen.items() if each.without)
-        log(f"data: {mean:.2f} labels a training row; rows without any label: {none or 'none'}")
-        return found
+        mean = labels["train"].counts.total() / max(len(splits["train"]), 1)
+        log(f"data: labels from {where} ({reason}); {len(names)} labels {origin}: {shorten(names)}")
+        empty = ", ".join(f"{split} {of_split.empty}" for split, of_split in labels.items() if of_split.empty)
+        log(f"data: {mean:.2f} labels per training row; rows without labels: {empty or 'none'}")
+        return target
 
     def head(self, model_class: str) -> HeadSpec:
         """Returns a head with one output per label."""
         return HeadSpec(model_class, len(self.names), tuple(self.names), PROBLEM)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
-        """Returns zeros and ones [B, K] float32, or None where rows lack the label columns."""
+        """Returns zeros and ones [B, K] float32, or None if a row lacks a label column."""
         if any(column not in example for example in examples for column in self.columns):
             return None
-        found = torch.zeros(len(examples), len(self.names))
+        labels = torch.zeros(len(examples), len(self.names))
         for row, example in enumerate(examples):
-            found[row, [self.ids[value] for value in self.cells.read(example)]] = 1.0
-        return found
+            labels[row, [self.ids[value] for value in self.cells.read(example)]] = 1.0
+        return labels
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """Returns the binary cross entropy of each example [B], mean over labels, in float32."""
@@ -123,63 +129,63 @@ class MultiLabel:
         return [MultiLabelMetrics(self.thresholds)]
 
     def tune_thresholds(self, metrics: Sequence[Metric]) -> None:
-        """Sets the thresholds that have the largest F1 of each label on the rows that `metrics` has seen.
+        """Sets the threshold of each label to the one with the highest F1 on the rows of `metrics`.
 
-        See `best_thresholds` for the choice between equals. On the rows that chose them F1 flatters.
+        `best_thresholds` resolves ties. F1 on the rows used for tuning is optimistic.
         """
         for metric in metrics:
             if isinstance(metric, MultiLabelMetrics):
                 self.thresholds = best_thresholds(metric.labels, metric.probabilities)
                 metric.thresholds = self.thresholds
-                chosen = [f"{name} {at:.2f}" for name, at in zip(self.names, self.thresholds, strict=True)]
-                log(f"validation: thresholds by F1 of each label: {shorten(chosen)}")
+                listed = [f"{name} {value:.2f}" for name, value in zip(self.names, self.thresholds, strict=True)]
+                log(f"evaluate: thresholds with the highest F1 per label on validation: {shorten(listed)}")
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
-        """Returns the labels that reach their thresholds, and all probabilities in the order of the labels."""
-        shares = probabilities(outputs["logits"])
-        said = shares >= torch.tensor(self.thresholds, dtype=torch.float64).numpy()
+        """Returns the predicted labels, and all probabilities in the order of the labels; with labels also those."""
+        probs = probabilities(outputs["logits"])
+        predictions = probs >= torch.tensor(self.thresholds, dtype=torch.float64).numpy()
         rows = [
-            {"prediction": self._named(chosen), "probabilities": row.tolist()}
-            for chosen, row in zip(said, shares, strict=True)
+            {"prediction": self._label_names(predicted), "probabilities": row.tolist()}
+            for predicted, row in zip(predictions, probs, strict=True)
         ]
         if "labels" not in batch:
             return rows
-        true = batch["labels"].cpu().numpy() > 0.5
-        return [{"label": self._named(chosen)} | row for chosen, row in zip(true, rows, strict=True)]
+        labels = batch["labels"].cpu().numpy() > 0.5
+        return [{"label": self._label_names(true)} | row for true, row in zip(labels, rows, strict=True)]
 
-    def _named(self, chosen: Any) -> list[str]:
-        return [name for name, here in zip(self.names, chosen.tolist(), strict=True) if here]
+    def _label_names(self, indicators: Any) -> list[str]:
+        return [name for name, present in zip(self.names, indicators.tolist(), strict=True) if present]
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows whose cells cannot be read, and the held-out rows with a label that train lacks."""
-        parts = [splits[split] for split in splits.labelled_by_source]
-        known = {value for rows in parts for labels, _ in self.cells.rows(rows) for value in labels}
-        return {split: self._unusable(rows, known) for split, rows in splits.items()}
+        """Returns the rows whose labels cannot be read, and the rows with labels missing from train."""
+        labeled = [splits[split] for split in splits.labelled_by_source]
+        known = {value for rows in labeled for labels, _ in self.cells.rows(rows) for value in labels}
+        return {split: self._invalid_rows(rows, known) for split, rows in splits.items()}
 
     def unusable(self, rows: Dataset) -> dict[int, BadRow]:
-        """Returns the rows whose labels cannot be read, or are not of this target."""
-        return self._unusable(rows, set(self.values))
+        """Returns the rows whose labels cannot be read or are unknown to the model."""
+        return self._invalid_rows(rows, set(self.values))
 
-    def _unusable(self, rows: Dataset, known: set[Any]) -> dict[int, BadRow]:
-        found, where = {}, ", ".join(self.columns)
-        for number, (labels, why) in enumerate(self.cells.rows(rows)):
-            strange = [value for value in labels if value not in known]
-            if why:
-                found[number] = BadRow(f"label that cannot be read: {why}", where)
-            elif strange and self.cells.form != "flags":
-                found[number] = BadRow("label that train lacks", where, self._name(strange[0]))
-        return found
+    def _invalid_rows(self, rows: Dataset, known: set[Any]) -> dict[int, BadRow]:
+        invalid, where = {}, ", ".join(self.columns)
+        for number, (labels, problem) in enumerate(self.cells.rows(rows)):
+            unknown = [value for value in labels if value not in known]
+            if problem:
+                invalid[number] = BadRow(f"unreadable label: {problem}", where)
+            elif unknown and self.cells.form != "flags":
+                invalid[number] = BadRow("label missing from train", where, self._label_name(unknown[0]))
+        return invalid
 
     def counts(self, rows: Dataset) -> dict[str, int]:
-        """Returns the number of rows that have each label."""
-        found = Counter(value for labels, _ in self.cells.rows(rows) for value in labels)
-        return {name: found.get(value, 0) for name, value in zip(self.names, self.values, strict=True)}
+        """Returns the number of rows of each label."""
+        counts = Counter(value for labels, _ in self.cells.rows(rows) for value in labels)
+        return {name: counts.get(value, 0) for name, value in zip(self.names, self.values, strict=True)}
 
-    def _name(self, value: Any) -> str:
+    def _label_name(self, value: Any) -> str:
         return self.names[self.ids[value]] if value in self.ids else str(value)
 
     def state(self) -> dict[str, Any]:
-        """Returns where labels stand, what they are called, and the thresholds."""
+        """Returns the constructor's arguments."""
         return {
             "problem_type": PROBLEM,
             "columns": self.columns,
@@ -191,82 +197,82 @@ class MultiLabel:
         }
 
 
-def _cells(splits: Splits) -> tuple[LabelCells, str]:
-    """Returns where labels stand and why they are taken from there.
+def _find_cells(splits: Splits) -> tuple[LabelCells, str]:
+    """Returns the label cells and the reason for their choice.
 
     Raises:
-        DataError: There is no such column, or it cannot hold several labels.
+        DataError: No label column fits, or its type is not multi-label.
     """
     features, config = splits["train"].features, splits.config
     if config.label_columns:
         named_columns(features, config.label_columns)
         return LabelCells(tuple(config.label_columns), "flags"), "named by data.label_columns"
     column = find_column("label", features, config.label_column)
-    kind = features[column.name]
+    feature = features[column.name]
     if config.label_separator:
-        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        if getattr(feature, "dtype", None) not in ("string", "large_string"):
             raise DataError(
-                f"data.label_separator: column '{column.name}' holds no texts that '{config.label_separator}' could "
-                "separate; leave data.label_separator out for lists, or name another data.label_column."
+                f"data.label_separator: '{config.label_separator}' does not apply to column '{column.name}' "
+                f"({feature}), which does not hold strings. Remove it for lists, or set another data.label_column."
             )
         return LabelCells((column.name,), "text", config.label_separator), column.why
-    inner = getattr(kind, "feature", None)
-    known = type(inner).__name__ == "ClassLabel" or str(getattr(inner, "dtype", "")).startswith(
+    inner = getattr(feature, "feature", None)
+    is_label = type(inner).__name__ == "ClassLabel" or str(getattr(inner, "dtype", "")).startswith(
         ("string", "int", "null")
     )
-    if inner is None or not known:
+    if inner is None or not is_label:
         raise DataError(
-            f"data.label_column: column '{column.name}' ({kind}) does not hold several labels a row. Give lists "
-            "of names or of class numbers, texts with a data.label_separator, or a column of zeros and ones for each "
-            "label (data.label_columns)."
+            f"data.label_column: column '{column.name}' ({feature}) is not multi-label; allowed: "
+            "lists of names or class numbers, strings with data.label_separator, columns of zeros and ones. "
+            "Set another data.label_column, data.label_separator or data.label_columns."
         )
     return LabelCells((column.name,), "list"), column.why
 
 
-def _look(cells: LabelCells, rows: Any) -> _Seen:
-    seen = _Seen()
+def _read_labels(cells: LabelCells, rows: Any) -> _SplitLabels:
+    of_split = _SplitLabels()
     if any(name not in rows.features for name in cells.columns):
-        seen.bad = [(row, "no value") for row in range(len(rows))]
-        return seen
-    for row, (labels, why) in enumerate(cells.rows(rows)):
-        if why:
-            seen.bad.append((row, why))
-        seen.counts.update(labels)
-        seen.without += not labels and not why
-    return seen
+        of_split.invalid = [(row, "no value") for row in range(len(rows))]
+        return of_split
+    for row, (labels, problem) in enumerate(cells.rows(rows)):
+        if problem:
+            of_split.invalid.append((row, problem))
+        of_split.counts.update(labels)
+        of_split.empty += not labels and not problem
+    return of_split
 
 
-def _present(splits: Splits, seen: dict[str, _Seen]) -> set[Any]:
-    return {value for split in splits.labelled_by_source for value in seen[split].counts}
+def _train_values(splits: Splits, labels: dict[str, _SplitLabels]) -> set[Any]:
+    """Returns the labels in train, and in the validation split if hftl split it off."""
+    return {value for split in splits.labelled_by_source for value in labels[split].counts}
 
 
-def _problems(splits: Splits, seen: dict[str, _Seen], target: MultiLabel) -> list[str]:
-    out, train, present = [], seen["train"], _present(splits, seen)
+def _problems(splits: Splits, labels: dict[str, _SplitLabels], target: MultiLabelTarget) -> list[str]:
+    problems, train, known = [], labels["train"], _train_values(splits, labels)
     where = ", ".join(f"'{name}'" for name in target.columns)
-    for split, found in seen.items() if not splits.lenient else ():
-        if found.bad:
-            out.append(
-                f"data.source: {split} has {len(found.bad)} row(s) whose labels in column(s) {where} cannot be read: "
-                f"{unusable(found.bad)}. Correct them, or leave them out with --data.on_error skip."
+    for split, of_split in labels.items() if not splits.lenient else ():
+        if of_split.invalid:
+            problems.append(
+                f"data.source: {split} has {len(of_split.invalid)} row(s) with unreadable labels in column(s) {where}: "
+                f"{unusable(of_split.invalid)}. Correct them, or set --data.on_error skip."
             )
-        unseen = [value for value in found.counts if value not in present]
-        if split != "train" and unseen and target.cells.form != "flags":
-            names = sorted(target._name(value) for value in unseen)
-            rows = sum(found.counts[value] for value in unseen)
-            out.append(
-                f"data.source: {split} has the label(s) {shorten(names)} in {rows} row(s), which train lacks: no model "
-                "can learn them. Move rows into train, drop the label, or leave the rows out with "
-                "--data.on_error skip."
+        unknown = [value for value in of_split.counts if value not in known]
+        if split != "train" and unknown and target.cells.form != "flags":
+            quoted = shorten(_quoted(target._label_name(value) for value in unknown))
+            problems.append(
+                f"data.source: {split} has {sum(of_split.counts[value] for value in unknown)} row(s) with label(s) "
+                f"{quoted}, missing from train. Move rows into train, remove the label, or set --data.on_error skip."
             )
-    if not train.counts and not train.bad:
-        out.append(f"data.label_column: no training row has any label in column(s) {where}; there is nothing to learn.")
-    everywhere = [target._name(value) for value, count in train.counts.items() if count == len(splits["train"])]
+    if not train.counts and not train.invalid:
+        problems.append(f"data.label_column: no training row has a label in column(s) {where}. Add labeled rows.")
+    everywhere = [target._label_name(value) for value, count in train.counts.items() if count == len(splits["train"])]
     if everywhere and len(everywhere) == len(target.names):
-        out.append(
-            f"data.label_column: every training row has the label(s) {shorten(everywhere)}; nothing tells rows apart."
+        problems.append(
+            f"data.label_column: label(s) {shorten(_quoted(everywhere))} occur in every training row and cannot be "
+            "learned. Add rows without them."
         )
-    return out
+    return problems
 
 
-def _sortable(value: Any) -> tuple[str, Any]:
-    return type(value).__name__, value
+def _quoted(names: Iterable[str]) -> list[str]:
+    return [f"'{name}'" for name in sorted(names)]

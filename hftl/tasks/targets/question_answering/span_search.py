@@ -1,4 +1,4 @@
-"""Which part of a context is the answer: every span of every window is scored, exactly."""
+"""Exhaustive span search of extractive question answering over sliding windows."""
 
 from __future__ import annotations
 
@@ -9,83 +9,98 @@ import torch
 from torch import Tensor
 
 NO_SCORE = -1e9
-"""Score where there is no span at all."""
+"""Score of an empty context."""
 
 
 @dataclass(frozen=True)
 class SpanCandidate:
-    """A part of a context: its first character, the one after its last, its score, and its share of all spans'."""
+    """Span of a context.
+
+    Attributes:
+        start: Index of the first character.
+        end: Index after the last character.
+        score: Sum of the start logit and the end logit.
+        probability: Softmax over all spans of the context.
+    """
 
     start: int
     end: int
     score: float
-    share: float
+    probability: float
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found in one context."""
+class ContextSpans:
+    """Best spans of one context.
+
+    Attributes:
+        candidates: Distinct spans, highest score first; [] if the context is empty.
+        null_score: Score of "no answer": the minimum over windows, since one window with an answer suffices.
+        null_probability: Softmax of "no answer" over all spans and itself; 0 if "no answer" is not allowed.
+    """
 
     candidates: list[SpanCandidate]
-    """Different spans, best first; none where the context is empty."""
     null_score: float
-    """Score of "no answer": the least of the windows, since an answer in one of them is enough."""
-    null_share: float
-    """Share of "no answer" among all spans and it; 0 where it is not allowed."""
+    null_probability: float
 
 
 def allowed_tokens(offsets: Tensor) -> Tensor:
-    """Returns which tokens may begin or end what is said [B, W, T]: those of the context, and the first of each window.
+    """Returns whether a token may start or end an answer [B, W, T]: context tokens and the first token of each window.
 
     Args:
-        offsets: First character and end of each token in the context [B, W, T, 2], -1 where it is not of it.
+        offsets: Start and end character of each token in the context [B, W, T, 2]; -1 for tokens outside the context.
     """
     allowed = offsets[..., 0] >= 0
     allowed[..., 0] = True
     return allowed
 
 
-def find_spans(logits: Tensor, offsets: Tensor, windows: Tensor, longest: int, most: int, null: bool) -> list[Found]:
+def find_spans(
+    logits: Tensor, offsets: Tensor, windows: Tensor, max_tokens: int, num_candidates: int, null: bool
+) -> list[ContextSpans]:
     """Returns the best spans of each row over all of its windows.
 
-    A span's score is the sum of the logits of its first and of its last token (Devlin et al. 2019,
-    https://arxiv.org/abs/1810.04805); "no answer" is the span of each window's first token.
+    The score of a span is the sum of the logits of its first and of its last token (Devlin et al. 2019,
+    https://arxiv.org/abs/1810.04805). "No answer" is the span of the first token of a window.
 
     Args:
-        logits: Of being first and last [B, W, T, 2].
-        offsets: First character and end of each token in the context [B, W, T, 2], -1 where it is not of it.
-        windows: Which windows a row has [B, W] bool.
-        longest: Most tokens of a span.
-        most: Candidates to return.
-        null: Whether "no answer" takes a share.
+        logits: Start and end logits [B, W, T, 2].
+        offsets: Start and end character of each token in the context [B, W, T, 2]; -1 for tokens outside the context.
+        windows: Whether a row has a window [B, W] bool.
+        max_tokens: Largest number of tokens of a span.
+        num_candidates: Number of candidates per row.
+        null: Whether "no answer" is allowed.
     """
     logits = logits.float()
-    inside = offsets[..., 0] >= 0
-    first, last = (logits[..., i].masked_fill(~inside, -torch.inf) for i in (0, 1))
-    longest = min(longest, logits.shape[2])
-    ends = torch.nn.functional.pad(last, (0, longest - 1), value=-torch.inf).unfold(-1, longest, 1)
-    scores = (first[..., None] + ends).flatten(1)  # [B, W x T x longest]
-    nulls = logits[:, :, 0].sum(-1).masked_fill(~windows, torch.inf).amin(1)
-    whole = scores.logsumexp(1)
-    whole = torch.logaddexp(whole, nulls) if null else whole
-    count = min(most * logits.shape[1], scores.shape[1])  # a span stands in several windows perhaps
-    best, places = scores.topk(count, dim=1)
-    tokens = torch.div(places, longest, rounding_mode="floor")
-    starts = offsets[..., 0].flatten(1).gather(1, tokens)
-    ends_at = offsets[..., 1].flatten(1).gather(1, (tokens + places % longest).clamp(max=inside[0].numel() - 1))
-    shares = (best - whole[:, None]).exp()
-    columns = (starts.tolist(), ends_at.tolist(), best.tolist(), shares.tolist())
-    null_shares = (nulls - whole).exp().tolist() if null else [0.0] * len(scores)
+    in_context = offsets[..., 0] >= 0
+    start_logits, end_logits = (logits[..., i].masked_fill(~in_context, -torch.inf) for i in (0, 1))
+    max_tokens = min(max_tokens, logits.shape[2])
+    span_ends = torch.nn.functional.pad(end_logits, (0, max_tokens - 1), value=-torch.inf).unfold(-1, max_tokens, 1)
+    scores = (start_logits[..., None] + span_ends).flatten(1)  # [B, W x T x max_tokens]
+    null_scores = logits[:, :, 0].sum(-1).masked_fill(~windows, torch.inf).amin(1)
+    normalizer = scores.logsumexp(1)
+    normalizer = torch.logaddexp(normalizer, null_scores) if null else normalizer
+    count = min(num_candidates * logits.shape[1], scores.shape[1])  # windows overlap, so spans may repeat
+    best, indices = scores.topk(count, dim=1)
+    first = torch.div(indices, max_tokens, rounding_mode="floor")
+    last = (first + indices % max_tokens).clamp(max=in_context[0].numel() - 1)
+    starts = offsets[..., 0].flatten(1).gather(1, first)
+    ends = offsets[..., 1].flatten(1).gather(1, last)
+    probabilities = (best - normalizer[:, None]).exp()
+    columns = (starts.tolist(), ends.tolist(), best.tolist(), probabilities.tolist())
+    null_probabilities = (null_scores - normalizer).exp().tolist() if null else [0.0] * len(scores)
     return [
-        Found(_different(list(zip(*row, strict=True)), most), score, share)
-        for row, score, share in zip(zip(*columns, strict=True), nulls.tolist(), null_shares, strict=True)
+        ContextSpans(_distinct(list(zip(*row, strict=True)), num_candidates), score, probability)
+        for row, score, probability in zip(
+            zip(*columns, strict=True), null_scores.tolist(), null_probabilities, strict=True
+        )
     ]
 
 
-def _different(spans: Sequence[tuple[int, int, float, float]], most: int) -> list[SpanCandidate]:
-    """Returns the first of each span, in order."""
-    kept: dict[tuple[int, int], SpanCandidate] = {}
-    for start, end, score, share in spans:
-        if score > NO_SCORE and (start, end) not in kept:
-            kept[start, end] = SpanCandidate(start, end, score, share)
-    return list(kept.values())[:most]
+def _distinct(spans: Sequence[tuple[int, int, float, float]], num_candidates: int) -> list[SpanCandidate]:
+    """Returns the first occurrence of each span, in order."""
+    distinct: dict[tuple[int, int], SpanCandidate] = {}
+    for start, end, score, probability in spans:
+        if score > NO_SCORE and (start, end) not in distinct:
+            distinct[start, end] = SpanCandidate(start, end, score, probability)
+    return list(distinct.values())[:num_candidates]

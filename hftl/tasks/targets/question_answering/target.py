@@ -1,4 +1,4 @@
-"""An answer as a part of its context: two softmaxes over the tokens of each window, for its first and its last one."""
+"""Extractive question answering: cross entropy over the first and the last token of the answer in each window."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from hftl.preprocessing.sliding_windows import OFFSETS
 from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
 from hftl.tasks.targets.question_answering.metrics import Answered, AnswerMetrics
-from hftl.tasks.targets.question_answering.span_search import NO_SCORE, Found, find_spans
+from hftl.tasks.targets.question_answering.span_search import NO_SCORE, ContextSpans, find_spans
 from hftl.tasks.task import Outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
-"""What a label is where a row has no such window."""
-CANDIDATES = 5
-"""Answers that a prediction lists."""
+"""Label of padding windows."""
+NUM_CANDIDATES = 5
+"""Number of candidate answers per prediction."""
 Answer = tuple[str, int]
-"""Text, and its first character in the context."""
+"""Text, and index of its first character in the context."""
 
 
-class ContextAnswers:
-    """Answers that stand in a context, as SQuAD has them.
+class QuestionAnsweringTarget:
+    """Answer spans in a context, in SQuAD format.
 
     Args:
-        column: The column of answers: `{"text": [...], "answer_start": [...]}`, or a list of such pairs; empty lists
-            say that there is no answer.
-        context: The column of contexts.
-        longest: As `data.max_answer_length`.
-        null: Whether there are questions without an answer, so that none may be given.
-        threshold: "No answer" is given where its score is higher than an answer's by more than this; chosen on
+        column: The answer column: `{"text": [...], "answer_start": [...]}`, or a list of such records; lists are empty
+            for unanswerable questions.
+        context: The context column.
+        longest: Largest number of tokens of an answer (`data.max_answer_length`).
+        null: Whether train has unanswerable questions, so that "no answer" is allowed.
+        threshold: Margin of the score of "no answer" over the best answer above which it is predicted; tuned on
             validation (`tune_thresholds`).
     """
 
@@ -63,81 +63,84 @@ class ContextAnswers:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits, context: str) -> ContextAnswers:
-        """Detects the column and looks whether answers stand where they say; what is wrong goes into `problems`.
+    def find(cls, splits: Splits, context: str) -> QuestionAnsweringTarget:
+        """Detects the answer column, validates every answer, and collects errors in `problems`.
 
         Args:
             splits: All rows.
-            context: The column of contexts.
+            context: The context column.
         """
         config = splits.config
         try:
             column = find_column("answers", splits["train"].features, config.label_column)
         except DataError as error:
-            found = cls("answers", context)
-            found.problems = error.problems
-            return found
-        found = cls(column.name, context, config.max_answer_length)
-        without: dict[str, int] = {}
+            target = cls("answers", context)
+            target.problems = error.problems
+            return target
+        target = cls(column.name, context, config.max_answer_length)
+        unanswerable: dict[str, int] = {}
         for split, rows in splits.items():
-            read = list(found._read(rows))
-            bad = [(row, why) for row, why in enumerate(read) if isinstance(why, BadRow)]
-            without[split] = sum(answers == [] for answers in read)
-            if bad and not splits.lenient:
-                found.problems.append(_bad_sentence(split, found.column, bad))
-        found.null = without.get("train", 0) > 0
-        if without.get("train", 0) == len(splits["train"]):
-            found.problems.append(f"data.label_column: no question of train has an answer in column '{column.name}'.")
+            answers = list(target._read(rows))
+            invalid = [(row, read) for row, read in enumerate(answers) if isinstance(read, BadRow)]
+            unanswerable[split] = sum(read == [] for read in answers)
+            if invalid and not splits.lenient:
+                problem = _invalid_rows_problem(split, target.column, invalid)
+                target.problems.append(f"{problem} Correct them, or set --data.on_error skip.")
+        target.null = unanswerable.get("train", 0) > 0
+        if unanswerable.get("train", 0) == len(splits["train"]):
+            target.problems.append(
+                f"data.label_column: no training question has an answer in column '{column.name}'. Set another column."
+            )
         log(f"data: answers from column '{column.name}' ({column.why})")
-        found._say_unanswerable(without)
-        return found
-
-    def _say_unanswerable(self, without: Mapping[str, int]) -> None:
-        counts = ", ".join(f"{split} {count}" for split, count in without.items() if count)
-        if counts and self.null:
-            log(f"data: questions without an answer: {counts}; validation chooses when none is given")
+        counts = ", ".join(f"{split} {count}" for split, count in unanswerable.items() if count)
+        if counts and target.null:
+            log(f'data: unanswerable questions: {counts}; the threshold of "no answer" is tuned on validation')
         elif counts:
-            log(f"data: questions without an answer: {counts}; train has none, so the model will always give one")
+            log(f"data: unanswerable questions: {counts}; train has none, so the model always predicts an answer")
+        return target
 
     def _read(self, rows: Dataset) -> Iterator[list[Answer] | BadRow]:
-        """Yields the answers of each row, or why they cannot be used."""
+        """Yields the answers of each row, or the reason why they are invalid."""
         values = arrow_column(rows, self.column).to_pylist() if self.column in rows.features else [None] * len(rows)
         for context, value in zip(arrow_column(rows, self.context).to_pylist(), values, strict=True):
             answers = answers_in(value)
-            wrong = BadRow("no answers", self.column) if answers is None else _uneven(value, self.column)
+            invalid = BadRow("no answers", self.column) if answers is None else _length_mismatch(value, self.column)
             for text, start in answers or ():
                 if not isinstance(text, str) or not text.strip() or context is None:
-                    wrong = BadRow("empty answer", self.column)
+                    invalid = BadRow("empty answer", self.column)
                 elif not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text:
-                    here = context.find(text)
-                    kind = "answer not in context" if here < 0 else "answer not at answer_start"
-                    wrong = wrong or BadRow(
-                        f"{kind}: says {start}{f', stands at {here}' * (here >= 0)}", self.column, text
-                    )
-            yield wrong or answers or []
+                    position = context.find(text)
+                    kind = "answer not in context" if position < 0 else "answer not at answer_start"
+                    fact = f"answer_start is {start}{f', text is at {position}' * (position >= 0)}"
+                    invalid = invalid or BadRow(f"{kind}: {fact}", self.column, text)
+            yield invalid or answers or []
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows whose answers do not stand in the context where they say."""
+        """Returns the rows whose answers are not at their position in the context."""
         return {
             split: {row: read for row, read in enumerate(self._read(rows)) if isinstance(read, BadRow)}
             for split, rows in splits.items()
         }
 
     def check(self, rows: Dataset) -> None:
-        """Raises DataError where answers do not stand in the context where they say."""
-        bad = [(row, read) for row, read in enumerate(self._read(rows)) if isinstance(read, BadRow)]
-        if bad and self.column in rows.features:
-            raise DataError(_bad_sentence("the data", self.column, bad))
+        """Checks that all answers are at their position in the context.
+
+        Raises:
+            DataError: Some are not.
+        """
+        invalid = [(row, read) for row, read in enumerate(self._read(rows)) if isinstance(read, BadRow)]
+        if invalid and self.column in rows.features:
+            raise DataError(_invalid_rows_problem("the dataset", self.column, invalid))
 
     def head(self, model_class: str) -> HeadSpec:
-        """Returns a head with two outputs a token: the logits of being the first and the last of the answer."""
+        """Returns a head with two outputs per token: start and end logit of the answer."""
         return HeadSpec(model_class, 2, (), None)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
         """Returns first and last token of the answer in each window [B, W, 2] int64; None without answers.
 
-        The first of several answers is learnt. It is (0, 0) in windows that do not have all of it, and `IGNORED` where
-        a row has fewer windows. An answer that no window holds whole is learnt where most of it stands.
+        The first of several answers is used. Windows without the complete answer have (0, 0), padding windows
+        `IGNORED`. If no window contains the complete answer, the window with most of its tokens is labeled.
         """
         if any(example.get(self.column) is None for example in examples):
             return None
@@ -149,7 +152,7 @@ class ContextAnswers:
         return labels
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        """Returns the mean cross entropy of first and last token over the windows of each example [B], in float32.
+        """Returns the mean cross entropy of first and last token over the windows of each example [B] in float32.
 
         Args:
             outputs: `logits` [B, W, T, 2].
@@ -160,36 +163,36 @@ class ContextAnswers:
         return losses.view(len(labels), -1).sum(1) / (labels != IGNORED).sum((1, 2))
 
     def metrics(self) -> list[Metric]:
-        """Returns exact match and F1 by SQuAD's rules."""
+        """Returns exact match and F1 as in SQuAD."""
         threshold = self.threshold if self.null else None
-        return [AnswerMetrics(partial(_answered, longest=self.longest, null=self.null), threshold)]
+        return [AnswerMetrics(partial(_predicted_answers, longest=self.longest, null=self.null), threshold)]
 
     def tune_thresholds(self, metrics: Sequence[Metric]) -> None:
-        """Chooses the threshold with the best F1, where there are questions without an answer."""
+        """Sets the threshold with the highest F1 on the rows of `metrics`, if there are unanswerable questions."""
         if not self.null:
             return
         for metric in metrics:
             if isinstance(metric, AnswerMetrics):
                 metric.threshold = self.threshold = metric.best_threshold()
-                log(f"evaluate: no answer is given where its score is higher by {self.threshold:.2f} (on validation)")
+                log(f'evaluate: threshold of "no answer" with the highest F1 on validation: {self.threshold:.2f}')
 
     def decode(self, outputs: Outputs, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Returns the answer, where it stands in the context, its share of all spans' exponential scores, and others.
+        """Returns the answer, its position in the context, its probability, and the candidates.
 
-        No answer is an empty text at (-1, -1); with true answers these are `label`.
+        "No answer" is an empty text at (-1, -1). With true answers, rows also have `label`.
         """
         rows = []
-        found_in = find_batch(outputs, batch, self.longest, CANDIDATES, self.null)
-        for found, context in zip(found_in, batch["contexts"], strict=True):
-            listed = [
-                {"answer": context[c.start : c.end], "start": c.start, "end": c.end, "confidence": c.share}
-                for c in found.candidates
+        spans_of_rows = _best_spans(outputs, batch, self.longest, NUM_CANDIDATES, self.null)
+        for spans, context in zip(spans_of_rows, batch["contexts"], strict=True):
+            candidates = [
+                {"answer": context[c.start : c.end], "start": c.start, "end": c.end, "confidence": c.probability}
+                for c in spans.candidates
             ]
-            none = {"answer": "", "start": -1, "end": -1, "confidence": found.null_share}
-            says_nothing = not listed or self.null and _margin(found) > self.threshold
-            rows.append((none if says_nothing else listed[0]) | {"candidates": listed})
+            no_answer = {"answer": "", "start": -1, "end": -1, "confidence": spans.null_probability}
+            is_null = not candidates or self.null and _margin(spans) > self.threshold
+            rows.append((no_answer if is_null else candidates[0]) | {"candidates": candidates})
             if self.null:
-                rows[-1]["no_answer"] = found.null_share
+                rows[-1]["no_answer"] = spans.null_probability
         if "answers" in batch:
             rows = [row | {"label": list(true)} for row, true in zip(rows, batch["answers"], strict=True)]
         return rows
@@ -200,67 +203,85 @@ class ContextAnswers:
         return {name: getattr(self, name) for name in names}
 
 
-def _uneven(value: Any, column: str) -> BadRow | None:
+def _length_mismatch(value: Any, column: str) -> BadRow | None:
     if not isinstance(value, Mapping):
         return None
     texts, starts = (len(value[name] or ()) for name in ("text", "answer_start"))
-    said = f"answers and their starts differ in number: {texts} text(s), {starts} answer_start(s)"
-    return BadRow(said, column) if texts != starts else None
+    reason = f"unequal numbers of answers and starts: {texts} text(s), {starts} answer_start(s)"
+    return BadRow(reason, column) if texts != starts else None
 
 
 def answers_in(value: Any) -> list[Answer] | None:
-    """Returns text and first character of each answer; None where nothing is said of answers."""
+    """Returns text and first character of each answer in a cell; None for a missing cell."""
     if value is None:
         return None
     if isinstance(value, Mapping):
         return list(zip(value["text"] or (), value["answer_start"] or (), strict=False))
-    return [(each["text"], each["answer_start"]) for each in value]
+    return [(answer["text"], answer["answer_start"]) for answer in value]
 
 
-def find_batch(outputs: Outputs, batch: Mapping[str, Any], longest: int, most: int, null: bool) -> list[Found]:
-    """Returns what is found in each context of a batch; see `find_spans`."""
-    return find_spans(outputs["logits"], batch["offsets"], batch["windows"], longest, most, null)
+def _best_spans(
+    outputs: Outputs, batch: Mapping[str, Any], max_tokens: int, num_candidates: int, null: bool
+) -> list[ContextSpans]:
+    return find_spans(outputs["logits"], batch["offsets"], batch["windows"], max_tokens, num_candidates, null)
 
 
-def _answered(outputs: Outputs, batch: Mapping[str, Any], longest: int, null: bool) -> list[Answered]:
-    found_in = find_batch(outputs, batch, longest, 1, null)
+def _predicted_answers(outputs: Outputs, batch: Mapping[str, Any], longest: int, null: bool) -> list[Answered]:
+    spans_of_rows = _best_spans(outputs, batch, longest, 1, null)
     texts = [
-        context[found.candidates[0].start : found.candidates[0].end] if found.candidates else ""
-        for found, context in zip(found_in, batch["contexts"], strict=True)
+        context[spans.candidates[0].start : spans.candidates[0].end] if spans.candidates else ""
+        for spans, context in zip(spans_of_rows, batch["contexts"], strict=True)
     ]
-    return [Answered(text, _margin(found)) for text, found in zip(texts, found_in, strict=True)]
+    return [Answered(text, _margin(spans)) for text, spans in zip(texts, spans_of_rows, strict=True)]
 
 
-def _margin(found: Found) -> float:
-    return found.null_score - found.candidates[0].score if found.candidates else -NO_SCORE
+def _margin(spans: ContextSpans) -> float:
+    return spans.null_score - spans.candidates[0].score if spans.candidates else -NO_SCORE
 
 
 def _answer_tokens(windows: Sequence[Tensor], answer: Answer | None) -> Tensor:
-    """Returns first and last token of an answer in each window [W, 2]; (0, 0) where it is not there."""
-    found = torch.zeros((len(windows), 2), dtype=torch.int64)
+    """Returns first and last token of an answer in each window.
+
+    Args:
+        windows: Start and end character of each token [T, 2], for W windows; -1 for tokens outside the context.
+        answer: The answer; None for unanswerable questions.
+
+    Returns:
+        Token indices [W, 2]; (0, 0) for windows without the answer.
+    """
+    labels = torch.zeros((len(windows), 2), dtype=torch.int64)
     if answer is None:
-        return found
+        return labels
     start, end = answer[1], answer[1] + len(answer[0].rstrip())
-    touched = [((each[:, 1] > start) & (each[:, 0] < end) & (each[:, 0] >= 0)).nonzero().flatten() for each in windows]
-    begins, stops = (
+    overlapping = [
+        ((offsets[:, 1] > start) & (offsets[:, 0] < end) & (offsets[:, 0] >= 0)).nonzero().flatten()
+        for offsets in windows
+    ]
+    starts, ends = (
         [
-            int(each[tokens[place], place]) if len(tokens) else None
-            for each, tokens in zip(windows, touched, strict=True)
+            int(offsets[tokens[side], side]) if len(tokens) else None
+            for offsets, tokens in zip(windows, overlapping, strict=True)
         ]
-        for place in (0, -1)
+        for side in (0, -1)
     )
-    first = min((begin for begin in begins if begin is not None), default=None)
-    last = max((stop for stop in stops if stop is not None), default=None)
-    whole = [begin is not None and begin == first and stop == last for begin, stop in zip(begins, stops, strict=True)]
-    if not any(whole):
-        most = max(range(len(windows)), key=lambda number: len(touched[number]))
-        whole = [number == most and len(touched[number]) > 0 for number in range(len(windows))]
-    for number, tokens in enumerate(touched):
-        if whole[number]:
-            found[number] = torch.stack([tokens[0], tokens[-1]])
-    return found
+    first = min((value for value in starts if value is not None), default=None)
+    last = max((value for value in ends if value is not None), default=None)
+    is_labeled = [
+        window_start is not None and window_start == first and window_end == last
+        for window_start, window_end in zip(starts, ends, strict=True)
+    ]
+    if not any(is_labeled):
+        longest = max(range(len(windows)), key=lambda window: len(overlapping[window]))
+        is_labeled = [window == longest and len(overlapping[window]) > 0 for window in range(len(windows))]
+    for window, tokens in enumerate(overlapping):
+        if is_labeled[window]:
+            labels[window] = torch.stack([tokens[0], tokens[-1]])
+    return labels
 
 
-def _bad_sentence(split: str, column: str, bad: Sequence[tuple[int, BadRow]]) -> str:
-    first = [f"row {row}: {why.reason}{f' ({why.value[:40]!r})' if why.value else ''}" for row, why in bad[:5]]
-    return f"data.source: {split} column '{column}' has {len(bad)} row(s) that cannot be used; {shorten(first, 5)}."
+def _invalid_rows_problem(split: str, column: str, invalid: Sequence[tuple[int, BadRow]]) -> str:
+    first = [f"row {row}: {bad.reason}{f' ({bad.value[:40]!r})' if bad.value else ''}" for row, bad in invalid[:5]]
+    return (
+        f"data.source: {split} has {len(invalid)} row(s) with invalid answers in column '{column}'; "
+        f"{shorten(first, 5)}."
+    )

@@ -1,4 +1,4 @@
-"""Numbers: squared error in units of the training rows' standard deviation, answers in units of the target."""
+"""Regression: squared error of standardized outputs, predictions in target units."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PROBLEM = "regression"
-_FINEST = 1e-5
-"""Smallest spread of a target, as a share of its mean: float32 outputs carry seven digits."""
+_MIN_RELATIVE_STD = 1e-5
+"""Smallest standard deviation of a target, as a fraction of its mean: float32 outputs carry seven digits."""
 
 
-class Regression:
-    """One number a row, or several.
+class RegressionTarget:
+    """One or several numbers per row.
 
-    The network answers in the target's own units (`HeadSpec.scale`), so nothing has to be undone after it.
+    The model predicts in target units (`HeadSpec.scale`), so its outputs need no inverse transform.
 
-    Weights are kept by RMSE, which is what the loss lowers, in units that a reader knows; correlations do not see an
-    answer that is shifted or stretched. Several outputs may have several units, of which a mean says nothing: there R²,
-    which orders models of one output as RMSE does and has no unit.
+    The best metric of one output is RMSE: the loss minimizes it, and it has the unit of the target. Correlations do not
+    change if predictions are shifted or scaled. Several outputs may differ in their units, so their mean RMSE is
+    meaningless. Their best metric is R², which has no unit and ranks models of one output as RMSE does.
 
     Args:
-        columns: A column of numbers for each output.
-        mean: Of the training rows, for each output.
-        std: Their standard deviation, for each output.
-        problem_type: Always `PROBLEM`: what tells the state of this target from that of others.
+        columns: One numeric column per output.
+        mean: Mean of the training rows, per output.
+        std: Standard deviation of the training rows, per output.
+        problem_type: Always `PROBLEM`; identifies this target in `state()`.
     """
 
     info = TargetInfo("numbers", frozenset({Capability.COMPARE, Capability.INTERVALS, Capability.EXPORT}))
@@ -60,42 +60,42 @@ class Regression:
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits) -> Regression:
-        """Detects the columns of numbers, and measures mean and spread; what is wrong goes into `problems`."""
+    def find(cls, splits: Splits) -> RegressionTarget:
+        """Detects the numeric columns, computes mean and standard deviation, and collects errors in `problems`."""
         train, config = splits["train"], splits.config
         try:
             if config.label_columns:
                 named_columns(train.features, config.label_columns)
-                columns, why = list(config.label_columns), "named by data.label_columns"
+                columns, reason = list(config.label_columns), "named by data.label_columns"
             else:
                 column = find_column("label", train.features, config.label_column)
-                columns, why = [column.name], column.why
+                columns, reason = [column.name], column.why
             _check_types(train.features, columns)
         except DataError as error:
-            found = cls(["label"], [0.0], [1.0])
-            found.problems = error.problems
-            return found
+            target = cls(["label"], [0.0], [1.0])
+            target.problems = error.problems
+            return target
         values = read_numbers(train, columns)
         values = values[np.isfinite(values).all(1)]
         mean, std = (values.mean(0), values.std(0)) if len(values) else (np.zeros(len(columns)), np.zeros(len(columns)))
-        found = cls(columns, mean.tolist(), std.tolist())
-        found.problems = _problems(splits, columns, values, mean, std)
-        spread = [f"{name} {m:.4g} ± {s:.4g}" for name, m, s in zip(columns, mean, std, strict=True)]
-        log(f"data: numbers from column(s) {shorten(columns)} ({why}); mean ± spread in train: {shorten(spread)}")
-        return found
+        target = cls(columns, mean.tolist(), std.tolist())
+        target.problems = _problems(splits, columns, values, mean, std)
+        ranges = [f"{name} {m:.4g} ± {s:.4g}" for name, m, s in zip(columns, mean, std, strict=True)]
+        log(f"data: labels from column(s) {shorten(columns)} ({reason}); mean ± std in train: {shorten(ranges)}")
+        return target
 
     def head(self, model_class: str) -> HeadSpec:
-        """Returns a head with one output per column, in the units of the column."""
+        """Returns a head with one output per column, in target units."""
         return HeadSpec(model_class, len(self.columns), tuple(self.columns), PROBLEM, scale=(self.mean, self.std))
 
     def labels(self, examples: list[Example]) -> Tensor | None:
-        """Returns the numbers [B, K] float32, or None where rows have none."""
+        """Returns the values [B, K] float32, or None if a row lacks one."""
         if any(example.get(column) is None for example in examples for column in self.columns):
             return None
         return torch.tensor([[float(example[column]) for column in self.columns] for example in examples])
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        """Returns the squared error of each example [B], in spreads of the training rows, mean over outputs."""
+        """Returns the squared error of each example [B], in standard deviations of train, mean over outputs."""
         errors = (outputs["logits"].float() - labels) / torch.tensor(self.std, device=labels.device)
         return errors.square().mean(-1)
 
@@ -104,31 +104,31 @@ class Regression:
         return [RegressionMetrics(self.columns)]
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[dict[str, Any]]:
-        """Returns the number, or the list of numbers in the order of the columns."""
-        rows = [{"prediction": self._read(row)} for row in outputs["logits"].float().cpu().tolist()]
+        """Returns the predicted number, or the list of numbers in column order; with labels also those."""
+        rows = [{"prediction": self._cell(row)} for row in outputs["logits"].float().cpu().tolist()]
         if "labels" not in batch:
             return rows
         return [
-            {"label": self._read(true)} | row for true, row in zip(batch["labels"].cpu().tolist(), rows, strict=True)
+            {"label": self._cell(true)} | row for true, row in zip(batch["labels"].cpu().tolist(), rows, strict=True)
         ]
 
-    def _read(self, values: list[float]) -> Any:
+    def _cell(self, values: list[float]) -> Any:
         return values[0] if len(self.columns) == 1 else values
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns the rows where a number is missing or not finite."""
+        """Returns the rows with a missing or non-finite number."""
         return {split: self.unusable(rows) for split, rows in splits.items()}
 
     def unusable(self, rows: Dataset) -> dict[int, BadRow]:
-        """Returns the rows where a number is missing or not finite."""
+        """Returns the rows of one split with a missing or non-finite number."""
         values = read_numbers(rows, self.columns)
         return {
-            row: BadRow("no number", self.columns[place], str(values[row, place]))
-            for row, place in reversed(np.argwhere(~np.isfinite(values)).tolist())
+            row: BadRow("no number", self.columns[column], str(values[row, column]))
+            for row, column in reversed(np.argwhere(~np.isfinite(values)).tolist())
         }
 
     def state(self) -> dict[str, Any]:
-        """Returns columns, mean and spread."""
+        """Returns the constructor's arguments."""
         return {
             "problem_type": PROBLEM,
             "columns": self.columns,
@@ -138,49 +138,51 @@ class Regression:
 
 
 def _check_types(features: Any, columns: Sequence[str]) -> None:
-    strange = [name for name in columns if not _numeric(features[name])]
-    if strange:
-        kinds = ", ".join(f"'{name}' ({features[name]})" for name in strange)
+    invalid = [name for name in columns if not _is_numeric(features[name])]
+    if invalid:
+        listed = ", ".join(f"'{name}' ({features[name]})" for name in invalid)
         raise DataError(
-            f"data.label_column: a regression needs numbers, which column(s) {kinds} do not hold. Write them as "
-            "numbers, or say --data.problem_type single_label_classification."
+            f"data.label_column: regression needs numbers, but column(s) {listed} hold other types. Convert them, or "
+            "set --data.problem_type single_label_classification."
         )
 
 
-def _numeric(feature: Any) -> bool:
-    kind = str(getattr(feature, "dtype", ""))
-    return type(feature).__name__ == "Value" and ("int" in kind or "float" in kind or kind == "bool")
+def _is_numeric(feature: Any) -> bool:
+    dtype = str(getattr(feature, "dtype", ""))
+    return type(feature).__name__ == "Value" and ("int" in dtype or "float" in dtype or dtype == "bool")
 
 
 def _problems(splits: Splits, columns: Sequence[str], values: Any, mean: Any, std: Any) -> list[str]:
-    out = []
+    problems = []
     for split, rows in splits.items() if not splits.lenient else ():
         missing = [name for name in columns if name not in rows.features]
         if missing:
-            out.append(f"data.source: {split} lacks the column(s) {shorten(missing)}.")
+            problems.append(f"data.source: {split} lacks the column(s) {shorten(missing)}. Add them.")
             continue
-        found = read_numbers(rows, columns)
-        bad = np.flatnonzero(~np.isfinite(found).all(1)).tolist()
-        if bad:
-            shown = [
-                (row, ", ".join(f"{name} {value:g}" for name, value in zip(columns, found[row], strict=True)))
-                for row in bad
+        cells = read_numbers(rows, columns)
+        invalid = np.flatnonzero(~np.isfinite(cells).all(1)).tolist()
+        if invalid:
+            listed = [
+                (row, ", ".join(f"{name} {value:g}" for name, value in zip(columns, cells[row], strict=True)))
+                for row in invalid
             ]
-            out.append(
-                f"data.source: {split} has {len(bad)} row(s) without a finite number in column(s) {shorten(columns)}: "
-                f"{unusable(shown)}. Correct them, or leave them out with --data.on_error skip."
+            problems.append(
+                f"data.source: {split} has {len(invalid)} row(s) without a finite number in column(s) "
+                f"{shorten(columns)}: {unusable(listed)}. Correct them, or set --data.on_error skip."
             )
-    for name, centre, spread in zip(columns, mean, std, strict=True):
+    for name, center, scale in zip(columns, mean, std, strict=True):
         if not len(values):
-            out.append(f"data.label_column: no training row has a finite number in column '{name}'.")
-        elif spread <= 0:
-            out.append(
-                f"data.label_column: all {len(values)} training rows have the same number in column '{name}' "
-                f"({centre:g}); there is nothing to learn."
+            problems.append(
+                f"data.label_column: no training row has a finite number in column '{name}'. Set another column."
             )
-        elif spread < _FINEST * abs(centre):
-            out.append(
-                f"data.label_column: the numbers in column '{name}' ({centre:.6g} ± {spread:.2g}) differ in digits "
-                "that float32 does not carry; subtract a constant from them."
+        elif scale <= 0:
+            problems.append(
+                f"data.label_column: column '{name}' has the same number ({center:g}) in all {len(values)} training "
+                "rows and cannot be learned. Set another column."
             )
-    return out
+        elif scale < _MIN_RELATIVE_STD * abs(center):
+            problems.append(
+                f"data.label_column: values in column '{name}' ({center:.6g} ± {scale:.2g}) differ by less than "
+                "float32 resolves. Subtract a constant."
+            )
+    return problems

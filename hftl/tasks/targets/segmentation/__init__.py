@@ -1,1 +1,1 @@
-"""Segmentation."""
+"""Semantic segmentation."""

@@ -1,8 +1,8 @@
-"""Segmentation metrics from one confusion matrix of pixels."""
+"""Metrics of semantic segmentation from one confusion matrix of pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,12 @@ from torch.nn import functional
 class SegmentationMetrics:
     """IoU and accuracy of pixels, from a confusion matrix [K, K] of integers (rows: true class).
 
-    As torchmetrics' `MulticlassJaccardIndex` and `MulticlassAccuracy` with `average="macro"`: a class that neither
-    masks nor predictions have is left out of the means, one that is only predicted scores 0. IoUs of classes that are
-    left out are not among the numbers.
+    Definitions are those of torchmetrics' `MulticlassJaccardIndex` and `MulticlassAccuracy` with `average="macro"`.
+    Classes in neither masks nor predictions are skipped in means and have no IoU. Classes in predictions only score 0.
 
     Args:
         names: Class names, in the order of the outputs.
-        ignored: Label of pixels that count nowhere.
+        ignored: Label of ignored pixels.
     """
 
     def __init__(self, names: Sequence[str], ignored: int) -> None:
@@ -29,41 +28,41 @@ class SegmentationMetrics:
         self.confusion = np.zeros((len(names), len(names)), dtype=np.int64)
 
     def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Adds logits [B, K, H, W] against masks [H', W'] of any size: logits are resized to each."""
-        classes = len(self.names)
+        """Adds logits [B, K, H, W] and masks [H', W'] of any size; logits are resized to the masks."""
+        num_classes = len(self.names)
         for labels, logits in zip(batch["labels"], outputs["logits"], strict=True):
-            predicted = resized(logits, labels.shape).argmax(0)
-            counts = labels != self.ignored
-            pairs = labels[counts].long() * classes + predicted[counts]
-            self.confusion += torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).cpu().numpy()
+            predictions = resize_logits(logits, labels.shape).argmax(0)
+            valid = labels != self.ignored
+            cells = labels[valid].long() * num_classes + predictions[valid]
+            counts = torch.bincount(cells, minlength=num_classes**2)
+            self.confusion += counts.reshape(num_classes, num_classes).cpu().numpy()
 
     def merge(self, other: SegmentationMetrics) -> None:
-        """Adds another process's counts."""
+        """Adds the counts of another process."""
         self.confusion += other.confusion
 
     def compute(self) -> dict[str, float]:
-        """Returns `mean_iou`, `pixel_accuracy`, `mean_accuracy` and `iou/CLASS`; NaN where no pixel has a class."""
-        right = self.confusion.diagonal()
+        """Returns `mean_iou`, `pixel_accuracy`, `mean_accuracy` and `iou/CLASS`; NaN if no pixel has a class."""
+        intersection = self.confusion.diagonal()
         true, predicted = self.confusion.sum(1), self.confusion.sum(0)
-        either = true + predicted - right
-        seen = either > 0
+        union = true + predicted - intersection
+        occurs = union > 0
         if not true.any():
             return dict.fromkeys(("mean_iou", "pixel_accuracy", "mean_accuracy"), float("nan"))
-        iou = right[seen] / either[seen]
-        recall = right[seen] / np.maximum(true[seen], 1)
+        iou = intersection[occurs] / union[occurs]
+        recall = intersection[occurs] / np.maximum(true[occurs], 1)
+        per_class = {
+            f"iou/{self.names[index]}": float(value) for index, value in zip(np.nonzero(occurs)[0], iou, strict=True)
+        }
         return {
             "mean_iou": float(iou.mean()),
-            "pixel_accuracy": float(right.sum() / true.sum()),
+            "pixel_accuracy": float(intersection.sum() / true.sum()),
             "mean_accuracy": float(recall.mean()),
-        } | dict(self._by_class(seen, iou))
-
-    def _by_class(self, seen: Any, iou: Any) -> Iterator[tuple[str, float]]:
-        for number, value in zip(np.nonzero(seen)[0], iou, strict=True):
-            yield f"iou/{self.names[number]}", float(value)
+        } | per_class
 
 
-def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Returns logits [K, H, W] at another height and width, as transformers' post-processing makes them."""
+def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """Returns logits [K, H, W] resized to a height and width, as in the post-processing of transformers."""
     if logits.shape[-2:] == torch.Size(size):
         return logits
     return functional.interpolate(logits[None], size=tuple(size), mode="bilinear", align_corners=False)[0]

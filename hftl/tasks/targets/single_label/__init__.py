@@ -1,1 +1,1 @@
-"""Single label."""
+"""Single-label classification."""

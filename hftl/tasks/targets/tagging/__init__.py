@@ -1,1 +1,1 @@
-"""Tagging."""
+"""Token classification (word tags)."""

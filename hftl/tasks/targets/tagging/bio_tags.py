@@ -1,14 +1,14 @@
-"""Tags of words (BIO and its kin) and the entities that they spell.
+"""Word tags (BIO and its variants) and the entities that they encode.
 
-Entities are read by the rule of conlleval (Tjong Kim Sang 2000, https://www.clips.uantwerpen.be/conll2000/chunking/),
-which seqeval follows by default: a tag that cannot go on from the word before begins an entity of its own. So no
-sequence of tags is an error, and BIO, IOB1 and IOBES are all read by one rule.
+Entities are decoded as in conlleval (Tjong Kim Sang 2000, https://www.clips.uantwerpen.be/conll2000/chunking/), the
+default of seqeval: a tag that cannot continue the entity of the previous word starts a new entity. Every sequence of
+tags is valid, and one rule decodes BIO, IOB1 and IOBES.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,123 +22,126 @@ if TYPE_CHECKING:
 
 OUTSIDE = "O"
 _PREFIXED = re.compile(r"([BIMESLU])-(.+)", re.DOTALL)
-_OPENS, _CLOSES = frozenset("BSU"), frozenset("ESLU")
+_STARTS, _ENDS = frozenset("BSU"), frozenset("ESLU")
+"""Prefixes of the first and of the last word of an entity."""
 
 
 @dataclass(frozen=True)
 class Entity:
-    """Words `first` to `end` (not included) of a row are one entity."""
+    """Entity of a row: its type, its first word, and the index after its last word."""
 
-    kind: str
+    type: str
     first: int
     end: int
 
 
 @dataclass(frozen=True)
-class TagReader:
-    """What each of the tags of a data set says.
+class TagScheme:
+    """Tags of a dataset and their scheme.
 
     Attributes:
-        tags: In the order of the model's outputs.
-        scheme: `BIO`, `IOBES`, or `plain` where tags have no prefix: then words with the same tag that follow each
-            other are one entity, or, where no tag is `O` (parts of speech), each word is one.
-        parts: Prefix and type of each tag; None outside of entities.
-        kinds: The types of entities, sorted.
+        tags: Tag names, in the order of the outputs.
+        scheme: `BIO`, `IOBES`, or `plain` for tags without prefix. In `plain`, adjacent words with equal tags form one
+            entity; without the tag `O` (part-of-speech tags) each word is one entity.
+        parts: Prefix and type of each tag; None for `O`.
+        types: Entity types, sorted.
     """
 
     tags: tuple[str, ...]
     scheme: str
     parts: tuple[tuple[str, str] | None, ...]
-    kinds: tuple[str, ...]
+    types: tuple[str, ...]
 
     @classmethod
-    def of(cls, tags: Sequence[str]) -> TagReader:
-        """Returns the reader of `tags`."""
+    def from_tags(cls, tags: Sequence[str]) -> TagScheme:
+        """Returns the scheme of tag names."""
         inside = [tag for tag in tags if tag != OUTSIDE]
-        found = [_PREFIXED.fullmatch(tag) for tag in inside]
-        if inside and all(found):
-            split = {tag: (match[1], match[2]) for tag, match in zip(inside, found, strict=True) if match}
-            scheme = "IOBES" if any(prefix in _CLOSES for prefix, _ in split.values()) else "BIO"
+        matches = [_PREFIXED.fullmatch(tag) for tag in inside]
+        if inside and all(matches):
+            parts = {tag: (match[1], match[2]) for tag, match in zip(inside, matches, strict=True) if match}
+            scheme = "IOBES" if any(prefix in _ENDS for prefix, _ in parts.values()) else "BIO"
         else:
-            split, scheme = {tag: ("I" if OUTSIDE in tags else "S", tag) for tag in inside}, "plain"
-        kinds = tuple(sorted({kind for _, kind in split.values()}))
-        return cls(tuple(tags), scheme, tuple(split.get(tag) for tag in tags), kinds)
+            parts, scheme = {tag: ("I" if OUTSIDE in tags else "S", tag) for tag in inside}, "plain"
+        types = tuple(sorted({entity_type for _, entity_type in parts.values()}))
+        return cls(tuple(tags), scheme, tuple(parts.get(tag) for tag in tags), types)
 
-    def entities(self, numbers: Sequence[int]) -> list[Entity]:
-        """Returns the entities of a row, in order, from the number of each word's tag."""
-        found: list[Entity] = []
-        before: tuple[str, str] | None = None
+    def entities(self, tag_ids: Sequence[int]) -> list[Entity]:
+        """Returns the entities of a row in order, from one tag index per word."""
+        entities: list[Entity] = []
+        previous: tuple[str, str] | None = None
         first = 0
-        for word, number in enumerate([*numbers, -1]):
-            now = self.parts[number] if number >= 0 else None
-            if before is not None and not _goes_on(before, now):
-                found.append(Entity(before[1], first, word))
-            if now is not None and not _goes_on(before, now):
+        for word, tag_id in enumerate([*tag_ids, -1]):
+            current = self.parts[tag_id] if tag_id >= 0 else None
+            if previous is not None and not _continues(previous, current):
+                entities.append(Entity(previous[1], first, word))
+            if current is not None and not _continues(previous, current):
                 first = word
-            before = now
-        return found
+            previous = current
+        return entities
 
-    def out_of_order(self, numbers: Sequence[int]) -> Iterator[int]:
-        """Yields the words whose tag goes on with an entity that the word before is not part of (`I-` after `O`)."""
-        before: tuple[str, str] | None = None
-        for word, number in enumerate(numbers):
-            now = self.parts[number]
-            if self.scheme != "plain" and now is not None and now[0] not in _OPENS and not _goes_on(before, now):
-                yield word
-            before = now
+    def count_invalid_transitions(self, tag_ids: Sequence[int]) -> int:
+        """Returns the number of words that continue an entity without a preceding word of it (`I-` after `O`)."""
+        count = 0
+        previous: tuple[str, str] | None = None
+        for tag_id in tag_ids:
+            current = self.parts[tag_id]
+            if self.scheme != "plain" and current is not None and current[0] not in _STARTS:
+                count += not _continues(previous, current)
+            previous = current
+        return count
 
-    def opens(self, numbers: Sequence[int]) -> tuple[int, int]:
-        """Returns how many words have a `B-`, and how many of these follow an entity of the same type.
+    def count_begin_tags(self, tag_ids: Sequence[int]) -> tuple[int, int]:
+        """Returns the number of `B-` tags, and of those after a word of the same type.
 
-        In IOB1 all of them do: an entity that follows none of its type begins with `I-`.
+        In IOB1 both are equal: an entity starts with `I-` unless the previous word has the same type.
         """
-        opening = following = 0
-        before: tuple[str, str] | None = None
-        for number in numbers:
-            now = self.parts[number]
-            if now is not None and now[0] == "B":
-                opening += 1
-                following += before is not None and before[1] == now[1]
-            before = now
-        return opening, following
+        begin_tags = after_same_type = 0
+        previous: tuple[str, str] | None = None
+        for tag_id in tag_ids:
+            current = self.parts[tag_id]
+            if current is not None and current[0] == "B":
+                begin_tags += 1
+                after_same_type += previous is not None and previous[1] == current[1]
+            previous = current
+        return begin_tags, after_same_type
 
 
-def _goes_on(before: tuple[str, str] | None, now: tuple[str, str] | None) -> bool:
-    """Whether two neighbouring tags belong to one entity."""
-    if before is None or now is None:
+def _continues(previous: tuple[str, str] | None, current: tuple[str, str] | None) -> bool:
+    """Whether adjacent tags are part of one entity."""
+    if previous is None or current is None:
         return False
-    return before[1] == now[1] and before[0] not in _CLOSES and now[0] not in _OPENS
+    return previous[1] == current[1] and previous[0] not in _ENDS and current[0] not in _STARTS
 
 
-def find_tags(features: Features, given: str | None) -> Column:
-    """Returns the column of tags: named by `data.label_column`, by a usual name, or the only list named like "pos_tag".
+def find_tags(features: Features, label_column: str | None) -> Column:
+    """Returns the tag column: `data.label_column`, a usual name, or the only list with "tag" in its name.
 
     Raises:
-        DataError: As `find_column`.
+        DataError: No column fits, or several fit equally well.
     """
-    if given is None and usual_column("tags", features) is None:
+    if label_column is None and usual_column("tags", features) is None:
         lists = [name for name, kind in features.items() if ROLES["tags"].accepts(kind) and "tag" in name.lower()]
         if len(lists) == 1:
             return Column(lists[0], "the only list with 'tag' in its name")
-    return find_column("tags", features, given)
+    return find_column("tags", features, label_column)
 
 
 def tag_names(splits: Splits, column: str) -> tuple[list[str], str]:
-    """Returns the names of the tags in the order of their numbers, and where they come from.
+    """Returns the tag names in the order of their indices, and the origin of the names.
 
     Raises:
-        DataError: The column holds no tags.
+        DataError: The column does not hold tags.
     """
-    train, beside = splits["train"], splits.class_names
-    kind = train.features[column]
-    inner = getattr(kind, "feature", kind)
-    if type(inner).__name__ == "ClassLabel" and inner is not kind:
-        return list(inner.names), "named by the data set"
+    train, file_names = splits["train"], splits.class_names
+    feature = train.features[column]
+    inner = getattr(feature, "feature", feature)
+    if type(inner).__name__ == "ClassLabel" and inner is not feature:
+        return list(inner.names), "named by the dataset"
     type_name = str(getattr(inner, "dtype", ""))
-    if inner is kind and "string" not in type_name or not ("int" in type_name or "string" in type_name):
+    if inner is feature and "string" not in type_name or not ("int" in type_name or "string" in type_name):
         raise DataError(
-            f"data.label_column: '{column}' holds {type(kind).__name__} of {type_name or type(inner).__name__}; tags "
-            "are a list for each row, of numbers or of names."
+            f"data.label_column: '{column}' holds {type(feature).__name__} of {type_name or type(inner).__name__}; "
+            "allowed: lists of tag names or tag numbers, strings of tag names. Set another column."
         )
     values: set[Any] = {
         tag
@@ -148,10 +151,9 @@ def tag_names(splits: Splits, column: str) -> tuple[list[str], str]:
         if tag is not None
     }
     if "int" in type_name:
-        if beside and all(0 <= value < len(beside) for value in values):
-            return list(beside), "named in labels.json"
+        if file_names and all(0 <= value < len(file_names) for value in values):
+            return list(file_names), "named in labels.json"
         return [str(number) for number in range(max(values, default=0) + 1)], "without names"
-    if beside and values <= set(beside):
-        return list(beside), "in the order of labels.json"
-    in_order = sorted(values, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[2], tag))
-    return in_order, "found in train"
+    if file_names and values <= set(file_names):
+        return list(file_names), "in the order of labels.json"
+    return sorted(values, key=lambda tag: (tag != OUTSIDE, tag.partition("-")[2], tag)), "from train"

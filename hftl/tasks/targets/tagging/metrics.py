@@ -1,4 +1,4 @@
-"""Entities found in tagged words, as seqeval counts them: an entity is right when its type and both of its ends are."""
+"""Entity metrics of token classification: an entity is correct if its type and both boundaries match (seqeval)."""
 
 from __future__ import annotations
 
@@ -6,71 +6,77 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hftl.tasks.targets.tagging.bio_tags import TagReader
+from hftl.tasks.targets.tagging.bio_tags import TagScheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class EntityMetrics:
-    """Precision, recall and F1 of entities over all types (`f1`), as the mean of types (`macro_f1`), and of each type.
+    """Precision, recall and F1 of entities: micro average (`f1`), macro average (`macro_f1`), and per type.
 
-    As seqeval in its default mode (https://github.com/chakki-works/seqeval) with `zero_division=0`: types that neither
-    the tags nor the predictions hold are left out of macro averages. Counts are integers.
+    Definitions are those of seqeval in its default mode (https://github.com/chakki-works/seqeval) with
+    `zero_division=0`. Macro averages skip types in neither tags nor predictions. Counts are integers.
 
     Args:
-        tags: Names of the tags, in the order of the outputs.
-        predicted: Outputs and batch -> the number of each word's tag, a list for each row.
+        tags: Tag names, in the order of the outputs.
+        predicted: Function of outputs and batch that returns the tag indices of the words of each row.
     """
 
     smaller_is_better: tuple[str, ...] = ()
 
     def __init__(self, tags: Sequence[str], predicted: Any) -> None:
-        self.reader = TagReader.of(tags)
+        self.scheme = TagScheme.from_tags(tags)
         self.predicted = predicted
-        self.true: Counter[str] = Counter()
-        self.said: Counter[str] = Counter()
-        self.right: Counter[str] = Counter()
-        self.words = self.words_right = 0
+        self.num_true: Counter[str] = Counter()
+        self.num_predicted: Counter[str] = Counter()
+        self.num_correct: Counter[str] = Counter()
+        self.num_words = self.num_correct_words = 0
 
     def update(self, outputs: Mapping[str, Tensor], batch: Mapping[str, Any]) -> None:
-        """Adds the rows of a batch; `batch["tags"]` has the true numbers, a list for each row."""
-        for found, true in zip(self.predicted(outputs, batch), batch["tags"], strict=True):
-            self.add(true, found)
+        """Adds the rows of a batch; `batch["tags"]` has the true tag indices of each row."""
+        for predicted, true in zip(self.predicted(outputs, batch), batch["tags"], strict=True):
+            self.add(true, predicted)
 
-    def add(self, true: Sequence[int], said: Sequence[int]) -> None:
-        """Adds one row: the numbers of the true and of the predicted tags of its words."""
-        entities, guesses = self.reader.entities(true), self.reader.entities(said)
-        self.true.update(entity.kind for entity in entities)
-        self.said.update(entity.kind for entity in guesses)
-        self.right.update(entity.kind for entity in set(entities) & set(guesses))
-        self.words += len(true)
-        self.words_right += sum(a == b for a, b in zip(true, said, strict=True))
+    def add(self, true: Sequence[int], predicted: Sequence[int]) -> None:
+        """Adds one row: true and predicted tag indices of its words."""
+        true_entities, predicted_entities = self.scheme.entities(true), self.scheme.entities(predicted)
+        self.num_true.update(entity.type for entity in true_entities)
+        self.num_predicted.update(entity.type for entity in predicted_entities)
+        self.num_correct.update(entity.type for entity in set(true_entities) & set(predicted_entities))
+        self.num_words += len(true)
+        self.num_correct_words += sum(a == b for a, b in zip(true, predicted, strict=True))
 
     def merge(self, other: EntityMetrics) -> None:
-        """Adds another process's counts."""
-        for mine, theirs in ((self.true, other.true), (self.said, other.said), (self.right, other.right)):
-            mine.update(theirs)
-        self.words += other.words
-        self.words_right += other.words_right
+        """Adds the counts of another process."""
+        self.num_true.update(other.num_true)
+        self.num_predicted.update(other.num_predicted)
+        self.num_correct.update(other.num_correct)
+        self.num_words += other.num_words
+        self.num_correct_words += other.num_correct_words
 
     def compute(self) -> dict[str, float]:
-        """Returns `f1`, `precision`, `recall`, the same with `macro_`, `accuracy` of words, and `TYPE_f1` of each type.
+        """Returns `f1`, `precision`, `recall`, `macro_f1` and so on, `accuracy` of words, and `TYPE_f1` and so on.
 
-        Without entities, or without any type to average over, they are 0.
+        Values are 0 without entities, macro averages also without types.
         """
-        scores = {kind: _scores(self.right[kind], self.said[kind], self.true[kind]) for kind in self.reader.kinds}
-        out = _scores(self.right.total(), self.said.total(), self.true.total())
-        seen = [scores[kind] for kind in self.reader.kinds if self.true[kind] or self.said[kind]]
-        for name in ("f1", "precision", "recall"):
-            out[f"macro_{name}"] = sum(each[name] for each in seen) / len(seen) if seen else 0.0
-        out["accuracy"] = self.words_right / self.words if self.words else 0.0
-        return out | {f"{kind}_{name}": each[name] for kind, each in scores.items() for name in each}
+        types = self.scheme.types
+        per_type = {
+            name: _scores(self.num_correct[name], self.num_predicted[name], self.num_true[name]) for name in types
+        }
+        scores = _scores(self.num_correct.total(), self.num_predicted.total(), self.num_true.total())
+        present = [per_type[name] for name in types if self.num_true[name] or self.num_predicted[name]]
+        for metric in ("f1", "precision", "recall"):
+            scores[f"macro_{metric}"] = sum(of_type[metric] for of_type in present) / len(present) if present else 0.0
+        scores["accuracy"] = self.num_correct_words / self.num_words if self.num_words else 0.0
+        return scores | {
+            f"{name}_{metric}": of_type[metric] for name, of_type in per_type.items() for metric in of_type
+        }
 
 
-def _scores(right: int, said: int, true: int) -> dict[str, float]:
+def _scores(correct: int, predicted: int, true: int) -> dict[str, float]:
     return {
-        "f1": 2 * right / (said + true) if said + true else 0.0,
-        "precision": right / said if said else 0.0,
-        "recall": right / true if true else 0.0,
+        "f1": 2 * correct / (predicted + true) if predicted + true else 0.0,
+        "precision": correct / predicted if predicted else 0.0,
+        "recall": correct / true if true else 0.0,
     }

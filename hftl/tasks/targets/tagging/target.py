@@ -1,4 +1,4 @@
-"""One tag a word: softmax and cross entropy on the first token of each word."""
+"""Token classification: cross entropy on the first token of each word."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hftl.models.task_model import HeadSpec
 from hftl.preprocessing.sliding_windows import HOME, words_in
 from hftl.tasks.capabilities import TargetInfo
 from hftl.tasks.metrics import Metric
-from hftl.tasks.targets.tagging.bio_tags import OUTSIDE, TagReader, find_tags, tag_names
+from hftl.tasks.targets.tagging.bio_tags import OUTSIDE, TagScheme, find_tags, tag_names
 from hftl.tasks.targets.tagging.metrics import EntityMetrics
 from hftl.tasks.task import Outputs
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
-"""What a label is where no loss is taken, as torch and transformers have it."""
+"""Label of tokens without loss, as in torch and transformers."""
 
 
-class WordTags:
-    """Tags as classes 0..K-1, one for each word.
+class TaggingTarget:
+    """Tags 0..K-1, one per word.
 
     Args:
-        column: The column of tags: a list for each row, or a text whose words are tags.
-        tags: Names of the tags, in the order of the outputs.
-        words: The column of words, which must be as many.
+        column: The tag column: lists of tags, or strings of whitespace-separated tags.
+        tags: Tag names, in the order of the outputs.
+        words: The word column; rows have one tag per word.
     """
 
     info = TargetInfo("word tags")
@@ -48,122 +48,126 @@ class WordTags:
         self.columns = [column]
         self.tags = list(tags)
         self.words = words
-        self.reader = TagReader.of(self.tags)
+        self.scheme = TagScheme.from_tags(self.tags)
         self.best_metric = "f1" if OUTSIDE in self.tags else "accuracy"
         self.problems: list[str] = []
 
     @classmethod
-    def find(cls, splits: Splits, words: str) -> WordTags:
-        """Detects the column and its tags, and says how they are read; what is wrong goes into `problems`.
+    def find(cls, splits: Splits, words: str) -> TaggingTarget:
+        """Detects the tag column and the tags, logs their scheme, and collects errors in `problems`.
 
         Args:
             splits: All rows.
-            words: The column of words.
+            words: The word column.
         """
         train = splits["train"]
         try:
             column = find_tags(train.features, splits.config.label_column)
             tags, origin = tag_names(splits, column.name)
         except DataError as error:
-            found = cls("tags", [], words)
-            found.problems = error.problems
-            return found
-        found = cls(column.name, tags, words)
-        seen: dict[str, Counter[int]] = {}
+            target = cls("tags", [], words)
+            target.problems = error.problems
+            return target
+        target = cls(column.name, tags, words)
+        counts: dict[str, Counter[int]] = {}
         for split, rows in splits.items():
-            seen[split] = Counter()
-            bad = []
-            for row, read in enumerate(found._read(rows)):
-                if isinstance(read, BadRow):
-                    bad.append((row, read))
+            counts[split] = Counter()
+            invalid = []
+            for row, tag_ids in enumerate(target._read(rows)):
+                if isinstance(tag_ids, BadRow):
+                    invalid.append((row, tag_ids))
                 else:
-                    seen[split].update(read)
-            if bad and not splits.lenient:
-                found.problems.append(_bad_sentence(split, bad))
-        found.problems += found._unfit(seen, splits)
+                    counts[split].update(tag_ids)
+            if invalid and not splits.lenient:
+                problem = _invalid_rows_problem(split, invalid)
+                target.problems.append(f"{problem} Correct them, or set --data.on_error skip.")
+        target.problems += target._tag_problems(counts, splits)
         log(f"data: tags from column '{column.name}' ({column.why}); {len(tags)} tags {origin}: {shorten(tags)}")
-        if not found.problems:
-            found._say_scheme(train, seen["train"])
-        return found
+        if not target.problems:
+            target._log_scheme(train, counts["train"])
+        return target
 
-    def _unfit(self, seen: Mapping[str, Counter[int]], splits: Splits) -> Iterator[str]:
-        """Yields what makes it impossible to learn the tags."""
-        present = {number for split in splits.labelled_by_source for number, count in seen[split].items() if count}
-        for split, counts in seen.items():
-            unseen = sorted(set(counts) - present)
-            if unseen and not splits.lenient:
-                names = shorten([self.tags[number] for number in unseen])
+    def _tag_problems(self, counts: Mapping[str, Counter[int]], splits: Splits) -> Iterator[str]:
+        """Yields errors about tags that cannot be learned."""
+        present = {tag_id for split in splits.labelled_by_source for tag_id, count in counts[split].items() if count}
+        for split, of_split in counts.items():
+            missing = sorted(set(of_split) - present)
+            if missing and not splits.lenient:
+                names = shorten([f"'{self.tags[tag_id]}'" for tag_id in missing])
                 yield (
-                    f"data.source: {split} has {sum(counts[number] for number in unseen)} word(s) with the tag "
-                    f"{names}, which train lacks: no model can learn it. Move rows into train or drop the tag."
+                    f"data.source: {split} has {sum(of_split[tag_id] for tag_id in missing)} word(s) with tag {names}, "
+                    "missing from train. Move rows into train or remove the tag."
                 )
         if len(present) < 2:
             only = f" ('{self.tags[next(iter(present))]}')" if present else ""
             yield f"data.label_column: train has only one tag{only} in column '{self.column}'; two are needed."
 
-    def _say_scheme(self, train: Dataset, counts: Counter[int]) -> None:
-        """Says by which rule tags are read, which tags never occur, and how many are out of order."""
-        reader, opening, following, stray = self.reader, 0, 0, 0
-        for numbers in self._read(train):
-            if not isinstance(numbers, BadRow):
-                stray += sum(1 for _ in reader.out_of_order(numbers))
-                found = reader.opens(numbers)
-                opening, following = opening + found[0], following + found[1]
-        unused = [tag for number, tag in enumerate(self.tags) if not counts[number]]
+    def _log_scheme(self, train: Dataset, counts: Counter[int]) -> None:
+        """Logs the tag scheme, unused tags, and the number of invalid transitions."""
+        scheme, begin_tags, after_same_type, invalid = self.scheme, 0, 0, 0
+        for tag_ids in self._read(train):
+            if not isinstance(tag_ids, BadRow):
+                invalid += scheme.count_invalid_transitions(tag_ids)
+                row_counts = scheme.count_begin_tags(tag_ids)
+                begin_tags, after_same_type = begin_tags + row_counts[0], after_same_type + row_counts[1]
+        unused = [tag for tag_id, tag in enumerate(self.tags) if not counts[tag_id]]
         if unused:
-            log(f"data: tags that no word of train has, and that the model will not learn: {shorten(unused)}")
-        if reader.scheme == "plain":
-            each = "words with one tag in a row are one entity" if OUTSIDE in self.tags else "each word counts alone"
-            log(f"data: tags have no prefix (B-, I-): {each}")
-        elif reader.scheme == "BIO" and stray and opening == following:
-            log("data: tags are IOB1: an entity begins with I-, and with B- only right after another of its type")
+            log(f"data: tags without training words, which the model does not learn: {shorten(unused)}")
+        if scheme.scheme == "plain":
+            rule = (
+                "adjacent words with equal tags are one entity" if OUTSIDE in self.tags else "each word is one entity"
+            )
+            log(f"data: tags have no prefix (B-, I-); {rule}")
+        elif scheme.scheme == "BIO" and invalid and begin_tags == after_same_type:
+            log("data: tags are IOB1: entities start with I-, and with B- only after an entity of the same type")
         else:
-            log(f"data: tags are {reader.scheme}; {len(reader.kinds)} types of entities: {shorten(reader.kinds)}")
-            if stray:
+            log(f"data: tags are {scheme.scheme}; {len(scheme.types)} entity types: {shorten(scheme.types)}")
+            if invalid:
                 log(
-                    f"data: {stray} word(s) of train go on with an entity that the word before is not part of (I- "
-                    "without B-, or of another type); each is read as the beginning of one, as conlleval and seqeval do"
+                    f"data: {invalid} training word(s) have I- (or M-, E-, L-) without an entity to continue; each "
+                    "starts a new entity, as in conlleval and seqeval"
                 )
 
     def _read(self, rows: Dataset) -> Iterator[list[int] | BadRow]:
-        """Yields the numbers of the tags of each row, or why there are none."""
+        """Yields the tag indices of each row, or the reason why its tags are invalid."""
         if self.column not in rows.features:
             yield from [BadRow("no tags", self.column)] * len(rows)
             return
         names = getattr(getattr(rows.features[self.column], "feature", None), "names", None)
-        ids: dict[Any, int] = {tag: number for number, tag in enumerate(self.tags)}
+        ids: dict[Any, int] = {tag: tag_id for tag_id, tag in enumerate(self.tags)}
         ids = {number: ids[name] for number, name in enumerate(names) if name in ids} if names else ids
         numbers: dict[Any, int] = {number: number for number in range(len(self.tags))}
         words = arrow_column(rows, self.words).to_pylist() if self.words in rows.features else [[]] * len(rows)
         for text, value in zip(words, arrow_column(rows, self.column).to_pylist(), strict=True):
             tags: list[Any] = value.split() if isinstance(value, str) else value
-            count = len(words_in(text)[1])
+            num_words = len(words_in(text)[1])
             if not tags or None in tags:
                 yield BadRow("no tags", self.column)
                 continue
             known = ids if names or isinstance(tags[0], str) else numbers
-            strange = [tag for tag in tags if tag not in known]
-            if strange:
-                yield BadRow("unknown tag", self.column, str(strange[0]))
-            elif len(tags) != count:
-                yield BadRow(f"words and tags differ in number: {count} and {len(tags)}", self.column)
+            unknown = [tag for tag in tags if tag not in known]
+            if unknown:
+                yield BadRow("unknown tag", self.column, str(unknown[0]))
+            elif len(tags) != num_words:
+                yield BadRow(f"unequal numbers of words and tags: {num_words} and {len(tags)}", self.column)
             else:
                 yield [known[tag] for tag in tags]
 
     def numbered(self, rows: Dataset) -> Dataset:
-        """Returns rows whose tags are numbers as the model has them; rows without the column as they are.
+        """Returns the rows with tags as indices of `tags`; rows without the tag column are returned unchanged.
 
         Raises:
-            DataError: Some rows have tags that the model does not know, none, or more or fewer than words.
+            DataError: Rows have unknown tags, no tags, or another number of tags than words.
         """
         from datasets import List, Value
 
         if self.column not in rows.features:
             return rows
-        read = list(self._read(rows))
-        bad = [(row, found) for row, found in enumerate(read) if isinstance(found, BadRow)]
-        if bad:
-            raise DataError(_bad_sentence("the data", bad) + f" Tags of the model: {shorten(self.tags)}.")
+        tag_ids = list(self._read(rows))
+        invalid = [(row, read) for row, read in enumerate(tag_ids) if isinstance(read, BadRow)]
+        if invalid:
+            problem = _invalid_rows_problem("the dataset", invalid)
+            raise DataError(f"{problem} Tags of the model: {shorten(self.tags)}.")
         inner = getattr(rows.features[self.column], "feature", None)
         if inner == Value("int64"):
             return rows
@@ -173,138 +177,141 @@ class WordTags:
         features = rows.features.copy()
         features[self.column] = List(Value("int64"))
 
-        def number(row: dict[str, Any], index: int) -> dict[str, Any]:
-            return {self.column: read[index]}
+        def encode(row: dict[str, Any], index: int) -> dict[str, Any]:
+            return {self.column: tag_ids[index]}
 
-        return rows.map(number, with_indices=True, features=features, new_fingerprint=key, desc="number the tags")
+        return rows.map(encode, with_indices=True, features=features, new_fingerprint=key, desc="encode tags")
 
     def head(self, model_class: str) -> HeadSpec:
         """Returns a head with one output per tag."""
         return HeadSpec(model_class, len(self.tags), tuple(self.tags), None)
 
     def labels(self, examples: list[Example]) -> Tensor | None:
-        """Returns the number of each word's tag at its first token [B, W, T] int64, `IGNORED` elsewhere.
+        """Returns the tag index of each word at its first token [B, W, T] int64, `IGNORED` elsewhere.
 
-        None where rows have no tags.
+        Returns None if a row has no tags.
         """
         if any(example.get(self.column) is None for example in examples):
             return None
         windows, tokens = (max(sizes) for sizes in zip(*map(_size, examples), strict=True))
         labels = torch.full((len(examples), windows, tokens), IGNORED)
         for row, example in enumerate(examples):
-            for (window, place), tag in zip(example[HOME], example[self.column], strict=True):
+            for (window, position), tag_id in zip(example[HOME], example[self.column], strict=True):
                 if window >= 0:
-                    labels[row, window, place] = tag
+                    labels[row, window, position] = tag_id
         return labels
 
     def loss(self, outputs: Outputs, labels: Tensor) -> Tensor:
-        """Returns the mean cross entropy over the words of each example [B], in float32; 0 where it has none."""
+        """Returns the mean cross entropy over the words of each example [B], in float32; 0 without words."""
         logits = outputs["logits"].float().flatten(1, 2).transpose(1, 2)
         labels = labels.flatten(1)
         losses = functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
         return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 
     @property
-    def other(self) -> int:
-        """The tag of words that a tokenizer makes nothing of."""
+    def default_tag(self) -> int:
+        """Tag index of words without tokens."""
         return self.tags.index(OUTSIDE) if OUTSIDE in self.tags else 0
 
     def metrics(self) -> list[Metric]:
         """Returns precision, recall and F1 of entities, and the accuracy of tags."""
-        return [EntityMetrics(self.tags, partial(_numbers, other=self.other))]
+        return [EntityMetrics(self.tags, partial(_predicted_tags, default_tag=self.default_tag))]
 
     def decode(self, outputs: Outputs, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Returns words, their tags, the probability of each tag, and the entities with their place in the text.
+        """Returns words, their tags, the probability of each tag, and the entities with their position in the text.
 
-        A list of words is joined by blanks to be a text. Where words have true tags, they are `label`.
+        Lists of words are joined with spaces. With true tags, rows also have `label`.
         """
         rows = []
-        tagged = zip(batch["texts"], batch["spans"], *tagged_words(outputs, batch, self.other), strict=True)
-        for text, spans, numbers, scores in tagged:
-            words, tags = [text[start:end] for start, end in spans], [self.tags[number] for number in numbers]
-            entities = self._entities(text, spans, numbers, scores)
+        predictions = zip(batch["texts"], batch["spans"], *_predict_tags(outputs, batch, self.default_tag), strict=True)
+        for text, spans, tag_ids, scores in predictions:
+            words, tags = [text[start:end] for start, end in spans], [self.tags[tag_id] for tag_id in tag_ids]
+            entities = self._entities(text, spans, tag_ids, scores)
             rows.append({"words": words, "tags": tags, "scores": scores, "entities": entities})
         if "tags" in batch:
             rows = [
-                row | {"label": [self.tags[n] for n in true]} for row, true in zip(rows, batch["tags"], strict=True)
+                row | {"label": [self.tags[tag_id] for tag_id in true]}
+                for row, true in zip(rows, batch["tags"], strict=True)
             ]
         return rows
 
     def _entities(
-        self, text: str, spans: Sequence[Sequence[int]], numbers: Sequence[int], scores: Sequence[float]
+        self, text: str, spans: Sequence[Sequence[int]], tag_ids: Sequence[int], scores: Sequence[float]
     ) -> list[dict[str, Any]]:
-        found = []
-        for entity in self.reader.entities(numbers):
+        entities = []
+        for entity in self.scheme.entities(tag_ids):
             start, end = spans[entity.first][0], spans[entity.end - 1][1]
-            within = scores[entity.first : entity.end]
-            found.append(
+            word_scores = scores[entity.first : entity.end]
+            entities.append(
                 {
-                    "type": entity.kind,
+                    "type": entity.type,
                     "text": text[start:end],
-                    "score": sum(within) / len(within),
+                    "score": sum(word_scores) / len(word_scores),
                     "start": start,
                     "end": end,
                     "first_word": entity.first,
                     "end_word": entity.end,
                 }
             )
-        return found
+        return entities
 
     def invalid_rows(self, splits: Splits) -> InvalidRows:
-        """Returns rows without tags, with more or fewer of them than words, or with tags that train lacks."""
+        """Returns the rows without tags, with another number of tags than words, or with tags missing from train."""
         read = {split: list(self._read(rows)) for split, rows in splits.items()}
-        known = {tag for tags in read["train"] if not isinstance(tags, BadRow) for tag in tags}
+        known = {tag_id for tag_ids in read["train"] if not isinstance(tag_ids, BadRow) for tag_id in tag_ids}
         return {
             split: {
-                row: tags if isinstance(tags, BadRow) else self._unknown(tags, known)
-                for row, tags in enumerate(found)
-                if isinstance(tags, BadRow) or not known.issuperset(tags)
+                row: tag_ids if isinstance(tag_ids, BadRow) else self._missing_tag(tag_ids, known)
+                for row, tag_ids in enumerate(rows)
+                if isinstance(tag_ids, BadRow) or not known.issuperset(tag_ids)
             }
-            for split, found in read.items()
+            for split, rows in read.items()
         }
 
-    def _unknown(self, tags: Sequence[int], known: set[int]) -> BadRow:
-        first = next(tag for tag in tags if tag not in known)
-        return BadRow("tag that train lacks", self.column, self.tags[first])
+    def _missing_tag(self, tag_ids: Sequence[int], known: set[int]) -> BadRow:
+        first = next(tag_id for tag_id in tag_ids if tag_id not in known)
+        return BadRow("tag missing from train", self.column, self.tags[first])
 
     def state(self) -> dict[str, Any]:
-        """Returns columns and tags."""
+        """Returns the constructor's arguments."""
         return {"column": self.column, "tags": self.tags, "words": self.words}
 
 
-def tagged_words(outputs: Outputs, batch: Mapping[str, Any], other: int) -> tuple[list[list[int]], list[list[float]]]:
-    """Returns the most likely tag of each word and its probability, a list for each row.
+def _predict_tags(
+    outputs: Outputs, batch: Mapping[str, Any], default_tag: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Returns the most probable tag of each word and its probability, as one list per row.
 
     Args:
         outputs: `logits` [B, W, T, K].
-        batch: `positions` [B, N], where among the W x T tokens each word has its first one, -1 where it has none; and
-            `spans`, as many as there are words.
-        other: The tag of words without tokens; their probability is 0.
+        batch: `positions` [B, N] of the first token of each word among W x T tokens, -1 for words without tokens;
+            `spans` with one entry per word.
+        default_tag: Tag index of words without tokens; their probability is 0.
     """
     positions = batch["positions"]
-    shares = outputs["logits"].float().flatten(1, 2).softmax(-1)
-    of_words = shares.gather(1, positions.clamp(min=0)[..., None].expand(-1, -1, shares.shape[-1]))
-    scores, numbers = of_words.max(-1)
-    scores, numbers = scores.masked_fill(positions < 0, 0.0), numbers.masked_fill(positions < 0, other)
+    probabilities = outputs["logits"].float().flatten(1, 2).softmax(-1)
+    of_words = probabilities.gather(1, positions.clamp(min=0)[..., None].expand(-1, -1, probabilities.shape[-1]))
+    scores, tag_ids = of_words.max(-1)
+    scores, tag_ids = scores.masked_fill(positions < 0, 0.0), tag_ids.masked_fill(positions < 0, default_tag)
     counts = [len(spans) for spans in batch["spans"]]
     return (
-        [row[:count] for row, count in zip(numbers.tolist(), counts, strict=True)],
+        [row[:count] for row, count in zip(tag_ids.tolist(), counts, strict=True)],
         [row[:count] for row, count in zip(scores.tolist(), counts, strict=True)],
     )
 
 
-def _numbers(outputs: Outputs, batch: Mapping[str, Any], other: int) -> list[list[int]]:
-    return tagged_words(outputs, batch, other)[0]
+def _predicted_tags(outputs: Outputs, batch: Mapping[str, Any], default_tag: int) -> list[list[int]]:
+    return _predict_tags(outputs, batch, default_tag)[0]
 
 
 def _size(example: Example) -> tuple[int, int]:
-    """Returns the windows of an example, and the tokens of the longest."""
+    """Returns the number of windows of an example and the number of tokens of the longest window."""
     windows = example["input_ids"]
     return len(windows), max(map(len, windows))
 
 
-def _bad_sentence(split: str, bad: Sequence[tuple[int, BadRow]]) -> str:
-    kinds = Counter(why.kind for _, why in bad)
-    counted = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    first = [f"row {row}: {why.reason}{f' {why.value!r}' if why.value else ''}" for row, why in bad[:5]]
-    return f"data.source: {split} has {len(bad)} row(s) whose tags cannot be used ({counted}); {shorten(first, 5)}."
+def _invalid_rows_problem(split: str, invalid: Sequence[tuple[int, BadRow]]) -> str:
+    kinds = Counter(bad.kind for _, bad in invalid)
+    counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    first = [f"row {row}: {bad.reason}{f' {bad.value!r}' if bad.value else ''}" for row, bad in invalid[:5]]
+    return f"data.source: {split} has {len(invalid)} row(s) with invalid tags ({counts}); {shorten(first, 5)}."

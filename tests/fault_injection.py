@@ -1,4 +1,4 @@
-"""Things that go wrong, installed into a process of tests/forked.py."""
+"""Faults injected into processes of tests/forked.py."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import shutil
 from pathlib import Path
 
 
-def no_pictures() -> None:
-    """Leaves out report.html, which costs as much as the rest of a small run."""
+def skip_report() -> None:
+    """Skips report.html, which takes as long as the rest of a small run."""
     import hftl.artifacts.save_run
 
-    hftl.artifacts.save_run._draw = lambda *_: None
+    hftl.artifacts.save_run._render_report = lambda *_: None
 
 
 def crash(target: str, pattern: str, nth: int, when: str) -> None:
-    """Ends the process, as a power cut does, at the `nth` call of a function whose arguments match a pattern.
+    """Ends the process without cleanup at the `nth` call of a function whose arguments match a pattern.
 
     Args:
-        target: Such as `os.rename` or `pathlib.Path.mkdir`.
-        pattern: Regular expression, looked for in the arguments.
-        nth: From 1.
-        when: `before` the call, `after` it, or with only `half` of the file written, or of the folder deleted.
+        target: Qualified name, such as `os.rename` or `pathlib.Path.mkdir`.
+        pattern: Regular expression, searched in the arguments.
+        nth: Number of the matching call, from 1.
+        when: `before` the call, `after` it, or `half` with half of the file written or of the folder deleted.
     """
     owner, name, original = _find(target)
     calls = 0
@@ -50,7 +50,7 @@ def crash(target: str, pattern: str, nth: int, when: str) -> None:
 
 
 def pause(target: str, pattern: str, marker: str, seconds: float) -> None:
-    """Makes the first matching call write the file `marker` and last longer."""
+    """Makes the first matching call create the file `marker` and sleep for some seconds."""
     import time
 
     owner, name, original = _find(target)
@@ -64,8 +64,8 @@ def pause(target: str, pattern: str, marker: str, seconds: float) -> None:
     setattr(owner, name, pausing)
 
 
-def at_step(step: int, what: str, *arguments) -> None:
-    """Does something when `step` steps are done: `fill` a disk, or `shell` a command."""
+def at_step(step: int, fault: str, *arguments) -> None:
+    """Injects another fault, such as `fill` or `shell`, after `step` steps."""
     from hftl.run_folder.history import Recorder
 
     advance = Recorder.advance
@@ -73,25 +73,25 @@ def at_step(step: int, what: str, *arguments) -> None:
     def advancing(recorder, loss):
         advance(recorder, loss)
         if recorder.history.steps == step:
-            globals()[what](*arguments)
+            globals()[fault](*arguments)
 
     Recorder.advance = advancing
 
 
-def at_call(target: str, pattern: str, what: str, *arguments) -> None:
-    """Does something before a matching call."""
+def at_call(target: str, pattern: str, fault: str, *arguments) -> None:
+    """Injects another fault before a matching call."""
     owner, name, original = _find(target)
 
     def calling(*args, **kwargs):
         if re.search(pattern, repr(args)):
-            globals()[what](*arguments)
+            globals()[fault](*arguments)
         return original(*args, **kwargs)
 
     setattr(owner, name, calling)
 
 
 def fill(folder: str, leave: int) -> None:
-    """Fills the disk that `folder` is on, but for `leave` bytes."""
+    """Fills the disk of `folder` except for `leave` bytes."""
     free = shutil.disk_usage(folder).free
     if free > leave:
         with (Path(folder) / "ballast").open("ab") as ballast:
@@ -106,7 +106,7 @@ def shell(command: str) -> None:
 
 
 def limit_file_size(size: int) -> None:
-    """Lets no file of this process grow beyond `size` bytes, as a quota would."""
+    """Limits files of this process to `size` bytes, as a quota does."""
     import resource
     import signal
 

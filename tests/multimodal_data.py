@@ -1,4 +1,4 @@
-"""A mixed table of a few rows: an image, two texts, numbers and a category, any of which may be missing."""
+"""Small multimodal tables: an image, two texts, a number and a category per row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ COLUMNS = ("picture", "title", "body", "price", "shop", "label")
 def write_pairs(
     folder: Path, counts: dict[str, int], broken: dict[str, dict[int, dict[str, str]]] | None = None
 ) -> Path:
-    """Writes a CSV for each split, with images beside it; `label` says whether image and texts are of one kind.
+    """Writes one CSV per split and its images; `label` is whether image and texts have the same class.
 
     Args:
-        folder: Where.
-        counts: Rows of each split.
-        broken: By split and row, cells that are written otherwise.
+        folder: Target folder.
+        counts: Number of rows per split.
+        broken: Replacement cells by split and row.
     """
     rng, pixels = random.Random(0), np.random.default_rng(0)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -31,15 +31,15 @@ def write_pairs(
             table = csv.DictWriter(file, COLUMNS)
             table.writeheader()
             for row in range(count):
-                seen = rng.randrange(3)
-                read = seen if row % 2 else (seen + rng.randint(1, 2)) % 3
+                image_class = rng.randrange(3)
+                text_class = image_class if row % 2 else (image_class + rng.randint(1, 2)) % 3
                 image = pixels.integers(0, 120, (24, 24, 3), dtype=np.uint8)
-                image[..., seen] += 120
-                place = f"images/{split}{row:03d}.png"
-                Image.fromarray(image).save(folder / place)
-                words = rng.choices(WORDS[kinds[read]], k=4)
+                image[..., image_class] += 120
+                path = f"images/{split}{row:03d}.png"
+                Image.fromarray(image).save(folder / path)
+                words = rng.choices(WORDS[kinds[text_class]], k=4)
                 cells = {
-                    "picture": place,
+                    "picture": path,
                     "title": " ".join(words[:2]),
                     "body": " ".join(["the", *words[2:], str(row)]),
                     "price": f"{rng.random() * 10:.2f}",

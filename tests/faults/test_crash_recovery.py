@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends as the one that was left alone."""
+"""Crash recovery: kills, crashes at every point of a save, and damaged checkpoints."""
 
 import json
 import os
@@ -8,60 +8,60 @@ import shutil
 import time
 
 import pytest
-from forked import QUIET
+from forked import NO_REPORT
 from test_resume import assert_equal
 
 from hftl.run_folder.checkpoint import Checkpoints
 
 
 def steps_of(folder):
-    """Steps of the states that have their name."""
+    """Returns the steps of complete checkpoints."""
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*") if path.suffix != ".partial")
 
 
 def kill_often(kills, forks, text_flags, tmp_path, seed):
-    """Kills runs at random moments, from the very start to the last file, until there were enough; compares each."""
+    """Kills runs at random moments from start to end, resumes them, and compares each with the reference."""
     rng, logs = random.Random(seed), tmp_path / "logs"
-    began = time.monotonic()
-    whole = forks.start(text_flags(tmp_path / "whole"), logs, faults=QUIET)
-    assert whole.wait() == [0]
-    duration = time.monotonic() - whole.started
-    killed = in_a_save = runs = attempts = 0
+    started = time.monotonic()
+    reference = forks.start(text_flags(tmp_path / "reference"), logs, faults=NO_REPORT)
+    assert reference.wait() == [0]
+    duration = time.monotonic() - reference.started
+    killed = killed_in_write = runs = attempts = 0
     while killed < kills:
         runs += 1
         out, done = tmp_path / f"run{runs}", False
         while not done:
-            attempt = forks.start(text_flags(out), logs, faults=QUIET)
+            attempt = forks.start(text_flags(out), logs, faults=NO_REPORT)
             attempts += 1
             if killed < kills:
                 time.sleep(rng.uniform(0, duration))
                 attempt.send(9)
             status = attempt.wait()[0]
             if status == 0:
-                duration = min(duration, time.monotonic() - attempt.started)  # the first one warmed up
-            assert status in (0, -9), attempt.said()
+                duration = min(duration, time.monotonic() - attempt.started)  # the first run includes the warm-up
+            assert status in (0, -9), attempt.output()
             done = status == 0
             killed += not done
-            in_a_save += not done and any(out.rglob("*.partial"))
-        assert_equal(out, tmp_path / "whole")
+            killed_in_write += not done and any(out.rglob("*.partial"))
+        assert_equal(out, tmp_path / "reference")
     print(
-        f"\nkills: {killed} of {attempts} processes killed, {in_a_save} while a file was being written, {runs} runs "
-        f"finished, all bitwise equal; {time.monotonic() - began:.0f} s"
+        f"\nkills: {killed} of {attempts} processes killed, {killed_in_write} during a file write, {runs} runs "
+        f"finished, all bitwise equal; {time.monotonic() - started:.0f} s"
     )
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(forks, text_flags, tmp_path):
+def test_kill_at_random_moments_preserves_results(forks, text_flags, tmp_path):
     kill_often(3, forks, text_flags, tmp_path, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_killed_at_200_random_moments(forks, text_flags, tmp_path):
+def test_200_kills_at_random_moments_preserve_results(forks, text_flags, tmp_path):
     kill_often(200, forks, text_flags, tmp_path, seed=0)
 
 
-STEP = r"step-\d+'"  # a state that has its name
+STEP = r"step-\d+'"  # a complete checkpoint
 CRASHES = [
     ("hftl.run_folder.checkpoint.Checkpoints.save", "", 2, "before"),
     ("pathlib.Path.mkdir", r"step-\d+\.partial", 2, "after"),
@@ -71,7 +71,7 @@ CRASHES = [
     ("shutil.rmtree", STEP, 1, "half"),
     ("os.replace", "best/weights", 1, "before"),
     ("pathlib.Path.write_text", r"history.jsonl.partial", 1, "half"),
-    # the rest is for the slow suite
+    # the slow suite has the following ones too
     ("hftl.run_folder.checkpoint._link", "", 2, "before"),
     ("hftl.run_folder.checkpoint._link", "", 2, "after"),
     ("safetensors.torch.save_file", r"partial/weights", 2, "after"),
@@ -93,52 +93,52 @@ CRASHES = [
     ("os.replace", r"config.yaml", 1, "before"),
     ("shutil.copyfile", r"best", 1, "half"),
 ]
-"""(function, arguments, call, moment): see breaks.crash. Every point of a save, and of what a resume writes."""
+"""Arguments of `fault_injection.crash`: every point of a save and of the writes of a resume."""
 
 
 def crash_at_each(points, forks, text_flags, tmp_path):
-    """One run that crashes at all points in turn; each time the newest state that has its name is gone on from."""
+    """Crashes one run at all points in sequence; each time it resumes from the newest complete checkpoint."""
     out, logs, steps = tmp_path / "run", tmp_path / "logs", 2 * len(points) + 8
-    more = {"train.max_steps": steps, "train.eval_steps": 1}
-    assert forks.run(text_flags(tmp_path / "whole", **more), logs, faults=QUIET)[0] == [0]
-    assert forks.run(text_flags(out, **more), logs, faults=[*QUIET, ("crash", ("os.rename", STEP, 3, "after"))])[0] == [
-        9
-    ]
+    settings = {"train.max_steps": steps, "train.eval_steps": 1}
+    assert forks.run(text_flags(tmp_path / "reference", **settings), logs, faults=NO_REPORT)[0] == [0]
+    crash = ("crash", ("os.rename", STEP, 3, "after"))
+    assert forks.run(text_flags(out, **settings), logs, faults=[*NO_REPORT, crash])[0] == [9]
     for point in points:
         before = steps_of(out)
-        statuses, said = forks.run(text_flags(out, **more), logs, faults=[*QUIET, ("crash", point)])
-        assert statuses == [9], (point, said)
-        assert f"going on after step {before[-1]} " in said or "going on" not in said, (point, said)
+        statuses, output = forks.run(text_flags(out, **settings), logs, faults=[*NO_REPORT, ("crash", point)])
+        assert statuses == [9], (point, output)
+        assert f"resumed after step {before[-1]} " in output or "resumed after" not in output, (point, output)
         assert steps_of(out)[-1] >= before[-1], point
-    left = [str(path) for path in out.rglob("*.partial") if path.parent.suffix != ".partial"]
+    incomplete = [str(path) for path in out.rglob("*.partial") if path.parent.suffix != ".partial"]
     newest = steps_of(out)[-1]
-    statuses, said = forks.run(text_flags(out, **more), logs, faults=QUIET)
-    assert statuses == [0] and f"going on after step {newest} " in said, said
-    assert all(f"resume: {path} was not finished when the run ended" in said for path in left)
-    assert_equal(out, tmp_path / "whole")
-    print(f"\ncrashes: {len(points)} points, each time the newest complete state was used; bitwise equal at the end")
+    statuses, output = forks.run(text_flags(out, **settings), logs, faults=NO_REPORT)
+    assert statuses == [0] and f"resumed after step {newest} " in output, output
+    assert all(f"resume: removed incomplete {path}" in output for path in incomplete)
+    assert_equal(out, tmp_path / "reference")
+    print(f"\ncrashes: {len(points)} points, each resumed from the newest complete checkpoint; bitwise equal")
 
 
-def test_a_crash_at_points_of_a_save_leaves_the_older_state(forks, text_flags, tmp_path):
+def test_crash_during_save_preserves_previous_checkpoint(forks, text_flags, tmp_path):
     crash_at_each(CRASHES[:8:2], forks, text_flags, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_crash_at_every_point_of_a_save_leaves_the_older_state(forks, text_flags, tmp_path):
+def test_crash_at_every_save_point_preserves_checkpoint(forks, text_flags, tmp_path):
     crash_at_each(CRASHES, forks, text_flags, tmp_path)
 
 
-def test_a_crash_while_an_unfinished_run_is_cleared_can_be_gone_on_from(forks, text_flags, tmp_path):
-    """A run that was killed before its first save is begun anew; nothing of it may stand in the way."""
+def test_crash_while_clearing_run_folder_allows_restart(forks, text_flags, tmp_path):
+    """A run killed before its first checkpoint restarts, whatever files it left."""
     out, logs = tmp_path / "run", tmp_path / "logs"
-    never = {"train.max_steps": 2, "checkpoint.save_steps": "null", "train.eval_steps": 1}
-    stops = ("hftl.run_folder.checkpoint.Checkpoints.save", "", 1, "before")
-    for crash in (stops, ("shutil.rmtree", "checkpoints", 1, "after"), ("os.replace", "config.yaml", 1, "before")):
-        assert forks.run(text_flags(out, **never), logs, faults=[*QUIET, ("crash", crash)])[0] == [9]
+    settings = {"train.max_steps": 2, "checkpoint.save_steps": "null", "train.eval_steps": 1}
+    before_save = ("hftl.run_folder.checkpoint.Checkpoints.save", "", 1, "before")
+    clearing = ("shutil.rmtree", "checkpoints", 1, "after"), ("os.replace", "config.yaml", 1, "before")
+    for crash in (before_save, *clearing):
+        assert forks.run(text_flags(out, **settings), logs, faults=[*NO_REPORT, ("crash", crash)])[0] == [9]
         assert (out / "config.yaml").is_file()
-    statuses, said = forks.run(text_flags(out, **never), logs, faults=QUIET)
-    assert statuses == [0] and "going on" not in said, said
+    statuses, output = forks.run(text_flags(out, **settings), logs, faults=NO_REPORT)
+    assert statuses == [0] and "resumed after" not in output, output
 
 
 def flip(file):
@@ -148,13 +148,13 @@ def flip(file):
 
 
 def _replace(file, content):
-    file.unlink()  # another inode: `best` has names elsewhere
+    file.unlink()  # a new inode, since `best` has hard links
     file.write_bytes(content)
 
 
 FILES = ("weights.safetensors", "optimizer.safetensors", "best.safetensors", "state.json")
 DAMAGES = {
-    **{f"a byte of {name} flipped": (lambda f, name=name: flip(f / name), "SHA-256 differs") for name in FILES},
+    **{f"a byte of {name} flipped": (lambda f, name=name: flip(f / name), "has another SHA-256") for name in FILES},
     **{
         f"{name} cut": (lambda f, n=name: _replace(f / n, (f / n).read_bytes()[:-7]), "bytes instead of")
         for name in FILES
@@ -187,15 +187,15 @@ def _halted(forks, tmp_path_factory):
 
 @pytest.fixture
 def halted(_halted, forks, text_flags):
-    """A run folder with two states, whose process was killed; and the flags that go on, given a copy of it."""
+    """Folder with a killed run with two checkpoints (`run`) and its uninterrupted reference (`reference`)."""
     if not any(_halted.iterdir()):
         crash = ("crash", ("os.rename", STEP, 6, "after"))
-        assert forks.run(text_flags(_halted / "run"), _halted / "logs", faults=[*QUIET, crash])[0] == [9]
-        assert forks.run(text_flags(_halted / "whole"), _halted / "logs", faults=QUIET)[0] == [0]
+        assert forks.run(text_flags(_halted / "run"), _halted / "logs", faults=[*NO_REPORT, crash])[0] == [9]
+        assert forks.run(text_flags(_halted / "reference"), _halted / "logs", faults=NO_REPORT)[0] == [0]
     return _halted
 
 
-def test_a_damaged_state_is_passed_over_with_its_reason(halted, tmp_path, capsys):
+def test_newest_skips_damaged_checkpoint_and_logs_reason(halted, tmp_path, capsys):
     older, newest = steps_of(halted / "run")[-2:]
     for number, (name, (damage, reason)) in enumerate(DAMAGES.items()):
         folder = tmp_path / str(number)
@@ -203,12 +203,12 @@ def test_a_damaged_state_is_passed_over_with_its_reason(halted, tmp_path, capsys
         damaged = folder / f"step-{newest:08d}"
         damage(damaged)
         assert Checkpoints(folder, 2).newest() == folder / f"step-{older:08d}", name
-        said = capsys.readouterr().out
-        assert f"resume: {damaged} is passed over: " in said and reason in said, (name, said)
+        output = capsys.readouterr().out
+        assert f"resume: skipped damaged checkpoint {damaged}: " in output and reason in output, (name, output)
 
 
-def test_no_byte_of_a_state_can_change_unnoticed(halted, tmp_path, capsys):
-    """Any byte of the manifest too: what it says is either the same, or does not hold."""
+def test_checkpoint_detects_any_byte_change(halted, tmp_path, capsys):
+    """A changed byte of the manifest either keeps its meaning or invalidates the checkpoint."""
     folder = tmp_path / "checkpoints"
     shutil.copytree(halted / "run" / "checkpoints", folder)
     newest = folder / f"step-{steps_of(halted / 'run')[-1]:08d}"
@@ -219,17 +219,17 @@ def test_no_byte_of_a_state_can_change_unnoticed(halted, tmp_path, capsys):
             changed = bytearray(content)
             changed[position] ^= 1 << rng.randrange(8)
             _replace(file, bytes(changed))
-            found = Checkpoints(folder, 2).newest()
+            valid = Checkpoints(folder, 2).newest()
             try:
                 same = json.loads(bytes(changed)) == json.loads(content)
             except ValueError:
                 same = False
-            assert same or found != newest, (file.name, position)
+            assert same or valid != newest, (file.name, position)
         _replace(file, content)
     assert Checkpoints(folder, 2).newest() == newest
 
 
-def test_runs_go_on_from_the_state_before_a_damaged_one_or_from_the_beginning(halted, forks, text_flags, tmp_path):
+def test_resume_skips_damaged_checkpoints_or_restarts(halted, forks, text_flags, tmp_path):
     steps = steps_of(halted / "run")
     older = steps[-2]
     for damaged in (steps[-1:], steps):
@@ -237,18 +237,18 @@ def test_runs_go_on_from_the_state_before_a_damaged_one_or_from_the_beginning(ha
         shutil.copytree(halted / "run", out)
         for step in damaged:
             flip(out / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors")
-        statuses, said = forks.run(text_flags(out), tmp_path / "logs", faults=QUIET)
-        assert statuses == [0], said
-        assert said.count("is passed over: optimizer.safetensors is not what was written") == len(damaged)
+        statuses, output = forks.run(text_flags(out), tmp_path / "logs", faults=NO_REPORT)
+        assert statuses == [0], output
+        assert output.count(": optimizer.safetensors has another SHA-256 than in manifest.json") == len(damaged)
         if len(damaged) == 1:
-            assert f"going on after step {older} " in said
+            assert f"resumed after step {older} " in output
         else:
-            assert f"WARNING: none of the {len(steps)} state(s) is whole; training starts FROM THE BEGINNING" in said
-        assert_equal(out, halted / "whole")
+            assert f"WARNING: all {len(steps)} checkpoint(s) are damaged; training restarts from step 0" in output
+        assert_equal(out, halted / "reference")
 
 
-def test_states_that_the_disk_does_not_give_are_not_given_up(halted, tmp_path, monkeypatch):
-    """A disk that fails for now is no reason to begin anew, and to delete what may be whole."""
+def test_newest_on_unreadable_disk_raises_and_keeps_files(halted, tmp_path, monkeypatch):
+    """A temporary disk failure neither restarts training nor deletes checkpoints that may be valid."""
     from hftl.errors import CheckpointError
 
     def failing(path, *args, **kwargs):

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (a line of the launched program)
-"""Rows given from Python: written once, so that streams are counted, ordered and shared exactly."""
+"""In-memory datasets and streams of rows; references: files, and one process."""
 
 import json
 import subprocess
@@ -40,16 +40,17 @@ run = hftl.RunConfig(
     train=hftl.TrainConfig(max_steps=3, lr=0.0, head_lr=0.0, batch_size_per_device=16, trackers=[], seed=0),
     output_dir=out,
 )
-run, splits, task = hftl.prepare(run, hftl.TextClassification, rows=rows)
-accelerator = hftl.start(run)
+run, splits, task = hftl.setup_run(run, hftl.TextClassification, rows=rows)
+accelerator = hftl.create_accelerator(run)
 model = hftl.build_model(run, task.head)
 report = hftl.adapt(model, run.adapt)
 history = hftl.fit(accelerator, model, task, splits, run)
 metrics = hftl.evaluate(accelerator, model, task, splits, run, Path(out) / "predictions.parquet")
-hftl.publish(accelerator, model, task, splits, run, hftl.Outcome(report, history, metrics))
-from hftl.data.layouts.in_memory import _launch
-told = {"launch": _launch(), "read": read, "ids": splits["train"]["id"][:], "print": splits["train"]._fingerprint, "source": run.data.source}
-(Path(out) / f"process{accelerator.process_index}.json").write_text(json.dumps(told))
+hftl.save_run(accelerator, model, task, splits, run, hftl.RunResult(report, history, metrics))
+from hftl.data.layouts.in_memory import _launch_id
+train = splits["train"]
+facts = {"launch": _launch_id(), "read": read, "ids": train["id"][:], "fingerprint": train._fingerprint, "source": run.data.source}
+(Path(out) / f"process{accelerator.process_index}.json").write_text(json.dumps(facts))
 accelerator.wait_for_everyone()
 from hftl.logging import leave_process_group
 leave_process_group()
@@ -58,7 +59,7 @@ leave_process_group()
 
 @pytest.fixture(scope="module")
 def launched(tiny_bert, tmp_path_factory):
-    """Run folders of the same stream of 1,003 rows on one process (`1`) and on two (`2`)."""
+    """Run folders of a stream of 1,003 training rows on one process (`1`) and on two (`2`)."""
     import os
     import socket
 
@@ -77,7 +78,7 @@ def launched(tiny_bert, tmp_path_factory):
             "--master_port",
             port,
         ]
-        done = subprocess.run(
+        completed = subprocess.run(
             [*launcher, str(root / "job.py"), "job", tiny_bert, str(root / str(world))],
             capture_output=True,
             text=True,
@@ -90,12 +91,12 @@ def launched(tiny_bert, tmp_path_factory):
                 "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
             },
         )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        assert completed.returncode == 0, completed.stdout[-2000:] + completed.stderr[-4000:]
     return root
 
 
 @pytest.mark.slow
-def test_a_stream_is_the_same_on_one_process_and_on_two(launched):
+def test_stream_on_two_processes_matches_one(launched):
     facts = {world: json.loads((launched / world / "report.json").read_text()) for world in "12"}
     assert facts["1"]["rows"] == facts["2"]["rows"] == {"train": 1003, "validation": 101, "test": 333}
     metrics = {world: json.loads((launched / world / "metrics.json").read_text()) for world in "12"}
@@ -109,127 +110,126 @@ def test_a_stream_is_the_same_on_one_process_and_on_two(launched):
 
 
 @pytest.mark.slow
-def test_no_row_of_a_stream_is_read_twice_or_lost(launched):
-    told = [json.loads((launched / "2" / f"process{number}.json").read_text()) for number in (0, 1)]
-    assert told[0]["launch"] == told[1]["launch"]
-    for process in told:
+def test_stream_rows_are_read_once_by_one_process(launched):
+    processes = [json.loads((launched / "2" / f"process{number}.json").read_text()) for number in (0, 1)]
+    assert processes[0]["launch"] == processes[1]["launch"]
+    for process in processes:
         assert process["ids"] == list(range(1003)) and process["source"] == "python:rows"
-    # for each split one of the processes has read all rows, and the other none
+    # one process reads all rows of a split, the other none
     for split, count in {"train": 1003, "dev": 101, "test": 333}.items():
-        assert sorted(process["read"].get(split, 0) for process in told) == [0, count]
-    assert told[0]["print"] == told[1]["print"] == json.loads((launched / "1/process0.json").read_text())["print"]
+        assert sorted(process["read"].get(split, 0) for process in processes) == [0, count]
+    expected = json.loads((launched / "1/process0.json").read_text())["fingerprint"]
+    assert processes[0]["fingerprint"] == processes[1]["fingerprint"] == expected
 
 
 @pytest.mark.slow
-def test_a_run_on_rows_from_python_says_that_they_cannot_be_opened_again(launched, texts):
+def test_evaluate_rejects_source_of_python_rows(launched, texts):
     from hftl.inference.batch_inference import evaluate_saved
     from hftl.reporting import write_report
 
-    with pytest.raises(
-        DataError, match="'python:rows' are rows that were given from Python; they cannot be opened again"
-    ):
+    with pytest.raises(DataError, match="'python:rows' are rows passed from Python and cannot be reopened by name"):
         evaluate_saved(str(launched / "1"))
     page = write_report(launched / "1", launched / "again.html").read_text()
-    assert "given from Python" in page
+    assert "passed from Python" in page
     assert hftl.load(launched / "1").predict(["the cat"])[0]["prediction"] in "xyz"
 
 
-def rows(count, **more):
-    return ({"text": f"row {number}", "label": "ab"[number % 2], **more} for number in range(count))
+def make_rows(count, **columns):
+    return ({"text": f"row {number}", "label": "ab"[number % 2], **columns} for number in range(count))
 
 
-def load(given, **options):
-    return load_splits(DataConfig(**{"validation_fraction": 0.0} | options), rows=given)
+def load(rows, **options):
+    return load_splits(DataConfig(**{"validation_fraction": 0.0} | options), rows=rows)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "make",
     [
-        lambda: rows(5),
-        lambda: list(rows(5)),
-        lambda: {"train": rows(5)},
-        lambda: {"training": Dataset.from_list(list(rows(5)))},
-        lambda: DatasetDict(train=Dataset.from_list(list(rows(5)))),
-        lambda: {"train": IterableDataset.from_generator(rows, gen_kwargs={"count": 5})},
+        lambda: make_rows(5),
+        lambda: list(make_rows(5)),
+        lambda: {"train": make_rows(5)},
+        lambda: {"training": Dataset.from_list(list(make_rows(5)))},
+        lambda: DatasetDict(train=Dataset.from_list(list(make_rows(5)))),
+        lambda: {"train": IterableDataset.from_generator(make_rows, gen_kwargs={"count": 5})},
     ],
 )
-def test_rows_may_be_given_in_many_forms(given, capsys):
-    splits = load(given())
-    assert splits["train"].to_list() == list(rows(5)) and list(splits) == ["train"]
+def test_load_splits_accepts_rows_in_many_forms(make, capsys):
+    splits = load(make())
+    assert splits["train"].to_list() == list(make_rows(5)) and list(splits) == ["train"]
     assert TextClassification(splits).head.labels == ("a", "b")
 
 
-def test_a_validation_split_is_cut_from_a_stream_as_from_a_file(tmp_path):
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(100)))
+def test_validation_split_of_stream_matches_file(tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(100)))
     from_file = load_splits(DataConfig(source=str(tmp_path), validation_fraction=0.2))
-    given = load(rows(100), validation_fraction=0.2)
-    assert {name: part.to_list() for name, part in given.items()} == {
-        n: part.to_list() for n, part in from_file.items()
+    from_stream = load(make_rows(100), validation_fraction=0.2)
+    assert {split: rows.to_list() for split, rows in from_stream.items()} == {
+        split: rows.to_list() for split, rows in from_file.items()
     }
 
 
-def test_images_of_a_stream_keep_their_pixels(tmp_path):
+def test_stream_preserves_image_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
 
     def stream():
-        for number, each in enumerate(pixels):
-            yield {"image": PILImage.fromarray(each), "label": number % 2}
+        for number, image in enumerate(pixels):
+            yield {"image": PILImage.fromarray(image), "label": number % 2}
 
-    for given in (stream(), IterableDataset.from_generator(stream, features=features)):
-        splits = load({"train": given})
+    for train in (stream(), IterableDataset.from_generator(stream, features=features)):
+        splits = load({"train": train})
         assert all(np.array_equal(np.asarray(a), b) for a, b in zip(splits["train"]["image"], pixels, strict=True))
         ImageClassification(splits)
 
 
-def test_paths_in_rows_are_the_callers_own_and_addresses_are_refused(tmp_path, monkeypatch):
+def test_python_rows_accept_any_path_and_reject_urls(tmp_path, monkeypatch):
     PILImage.new("RGB", (8, 8)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    found = load([{"image": "a.png", "label": 0}, {"image": str(tmp_path / "a.png"), "label": 1}])
-    assert [image.size for image in found["train"]["image"]] == [(8, 8)] * 2
-    with pytest.raises(DataError, match="row 1 .* is an address"):
+    splits = load([{"image": "a.png", "label": 0}, {"image": str(tmp_path / "a.png"), "label": 1}])
+    assert [image.size for image in splits["train"]["image"]] == [(8, 8)] * 2
+    with pytest.raises(DataError, match="row 1 .* is a URL"):
         load([{"image": "a.png", "label": 0}, {"image": "http://metadata.invalid/a.png", "label": 1}])
 
 
-def broken():
-    yield from rows(3)
-    raise RuntimeError("the stream ended early")
+def failing_rows():
+    yield from make_rows(3)
+    raise RuntimeError("connection lost")
 
 
 @pytest.mark.parametrize(
-    ("given", "reason"),
+    ("make", "reason"),
     [
-        (lambda: broken(), "'train' fails after 3 row(s): RuntimeError: the stream ended early"),
-        (lambda: [*rows(3), "text"], "row 3 of 'train' is a str, not a mapping"),
-        (lambda: [*rows(1000), {"text": "x", "label": "a", "more": 1}], "row 1000 of 'train' has column(s) more"),
+        (lambda: failing_rows(), "'train' failed after 3 row(s): RuntimeError: connection lost"),
+        (lambda: [*make_rows(3), "text"], "row 3 of 'train' is of type str, not a mapping"),
+        (lambda: [*make_rows(1000), {"text": "x", "label": "a", "more": 1}], "row 1000 of 'train' has column(s) more"),
         (
-            lambda: [*rows(1000, n=1), {"text": "x", "label": "a", "n": "one"}],
-            "rows 1000 to 1000 of 'train' do not fit one type",
+            lambda: [*make_rows(1000, n=1), {"text": "x", "label": "a", "n": "one"}],
+            "rows 1000 to 1000 of 'train' have a column of mixed types",
         ),
-        (lambda: {"train": "text"}, "'train' is a str; give a datasets.Dataset or an iterable"),
-        (lambda: {"train": 3}, "'train' is a int; give"),
+        (lambda: {"train": "text"}, "'train' is of type str. Pass a datasets.Dataset or an iterable"),
+        (lambda: {"train": 3}, "'train' is of type int. Pass"),
         (lambda: [], "has no rows (splits found: none)"),
-        (lambda: {"test": rows(3)}, "has no training rows (splits found: test)"),
+        (lambda: {"test": make_rows(3)}, "has no training rows (splits found: test)"),
     ],
 )
-def test_bad_rows_are_refused_with_their_number(given, reason):
+def test_invalid_python_rows_raise_with_row_number(make, reason):
     with pytest.raises(DataError) as caught:
-        load(given())
+        load(make())
     assert reason in str(caught.value)
 
 
-def test_a_problem_with_rows_comes_with_all_others(text_run):
+def test_setup_run_collects_row_problems_with_others(text_run):
     run = replace(text_run(batch_size_per_device=0), data=DataConfig(source="my rows"))
     with pytest.raises(ConfigError) as caught:
-        hftl.setup_run(run, TextClassification, rows=broken())
+        hftl.setup_run(run, TextClassification, rows=failing_rows())
     assert len(caught.value.problems) == 2 and "train.batch_size_per_device" in str(caught.value)
 
 
-def test_the_files_of_streams_go_when_the_process_ends():
+def test_stream_cache_is_removed_at_exit():
     code = (
         "from hftl.data.layouts.in_memory import dataset_from_rows\n"
-        "found = dataset_from_rows([{'text': 'a', 'label': 'b'}])['train']\n"
-        "print(found.cache_files[0]['filename'])"
+        "rows = dataset_from_rows([{'text': 'a', 'label': 'b'}])['train']\n"
+        "print(rows.cache_files[0]['filename'])"
     )
     from conftest import run_python
 

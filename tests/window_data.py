@@ -1,4 +1,4 @@
-"""Small data for tasks whose texts are read in windows: words with tags, questions with answers."""
+"""Small datasets for tasks with sliding windows: tagged words, questions with answers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ FILLER = ["the", "a", "my", *WORDS["tool"]]
 
 
 def tagged_row(rng: random.Random, length: int) -> dict[str, list[str]]:
-    """Returns words; animals and foods are entities, and a second one of a kind in a row goes on with the first."""
+    """Returns words with BIO tags; animals and foods are entities, and adjacent words of one class form one entity."""
     words = [rng.choice([*TAGS, *FILLER]) for _ in range(length)]
     kinds = [TAGS.get(word) for word in words]
-    before = [None, *kinds]
-    tags = ["O" if kind is None else f"{'I' if kind == last else 'B'}-{kind}" for kind, last in zip(kinds, before)]  # noqa: B905
+    tags = [
+        "O" if kind is None else f"{'I' if kind == previous else 'B'}-{kind}"
+        for kind, previous in zip(kinds, [None, *kinds], strict=False)
+    ]
     return {"tokens": words, "tags": tags}
 
 
 def question_row(rng: random.Random, length: int, answerable: bool = True) -> dict:
-    """Returns a context with one animal at most, and the question which it is; some end with a blank or a stop."""
+    """Returns a question for the animal in a context; contexts without an animal are unanswerable."""
     words = [rng.choice(FILLER) for _ in range(length)]
-    place = rng.randrange(length)
-    words[place] = rng.choice(WORDS["animal"]) if answerable else words[place]
-    start = sum(len(word) + 1 for word in words[:place])
-    answers = {"text": [words[place]], "answer_start": [start]} if answerable else {"text": [], "answer_start": []}
+    index = rng.randrange(length)
+    words[index] = rng.choice(WORDS["animal"]) if answerable else words[index]
+    start = sum(len(word) + 1 for word in words[:index])
+    answers = {"text": [words[index]], "answer_start": [start]} if answerable else {"text": [], "answer_start": []}
     return {"question": "my a", "context": " ".join(words), "answers": answers}
 
 
 def write_splits(folder: Path, make, sizes: dict[str, int]) -> Path:
-    """Writes a JSONL file of rows `make(rng, number)` for each split."""
+    """Writes one JSON lines file per split with rows `make(rng, number)` and returns the folder."""
     rng = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in sizes.items():
@@ -43,7 +45,7 @@ def write_splits(folder: Path, make, sizes: dict[str, int]) -> Path:
 
 
 def write_tagged(folder: Path) -> Path:
-    """Writes train 24, validation 7, test 9 rows of 1 to 90 words (a window holds 62 of them)."""
+    """Writes 24 train, 7 validation and 9 test rows of 1 to 90 words (a window holds 62 words)."""
 
     def make(rng: random.Random, number: int) -> dict:
         return tagged_row(rng, 90 if number == 2 else 1 + number)
@@ -52,7 +54,7 @@ def write_tagged(folder: Path) -> Path:
 
 
 def write_questions(folder: Path, answerable: float = 1.0) -> Path:
-    """As `write_tagged`, with contexts of 3 to 100 words."""
+    """Writes 24 train, 7 validation and 9 test questions with contexts of 3 to 100 words."""
 
     def make(rng: random.Random, number: int) -> dict:
         return question_row(rng, 100 if number == 2 else 3 + number, rng.random() < answerable)
