@@ -139,7 +139,7 @@ def test_check_finds_leaks_of_words_and_of_questions(data, tmp_path, capsys):
             file.write(first + "\n")
         findings = hftl.check(str(folder), output=tmp_path / f"check-{kind}")
         assert {(entry.split, entry.row) for entry in findings["leaks"].entries} >= {("test", 9)}
-        assert f"texts from {columns}" in capsys.readouterr().out
+        assert f"texts from column(s) {columns}" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
